@@ -1,0 +1,160 @@
+"""`check_hypergradient`: hypergradients against central finite differences, in float64."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakd.balancer import BilevelLossBalancer
+from metakd.batch import map_tensors
+from metakd.errors import MetaKDError
+from metakd.estimators import Estimator, Problem
+from metakd.estimators.hypergradient import build_problem
+from metakd.estimators.unroll import Unroll
+from metakd.finite_differences import derivative
+from metakd.inner import GradientTransformation, Params, apply
+
+
+class Check(NamedTuple):
+    """What `check_hypergradient` found.
+
+    Attributes:
+        relative_error: for each meta-parameter, |estimated - finite differences| / |finite differences|, Euclidean norms over the
+            directions.
+        estimated: for each meta-parameter, the directional derivatives that the estimator's hypergradient gives.
+        finite_differences: the same ones by central differences.
+    """
+
+    relative_error: dict[str, float]
+    estimated: dict[str, list[float]]
+    finite_differences: dict[str, list[float]]
+
+
+def check_hypergradient(
+    inner: Callable[[Params, Params, Any], Tensor] | BilevelLossBalancer,
+    outer: Any,
+    params: Any,
+    meta_params: Params | None = None,
+    batches: Sequence[Any] | None = None,
+    *,
+    optimizer: GradientTransformation | None = None,
+    optimizer_state: Any = None,
+    estimator: Estimator | None = None,
+    directions: int = 3,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+) -> Check:
+    r"""Compare a hypergradient with central finite differences in float64, along random directions.
+
+    For each meta-parameter tensor and each of `directions` random directions $d$ of unit norm it compares
+    $\langle \nabla_\phi, d \rangle$ with $\big(F(\phi + h d) - F(\phi - h d)\big) / 2h$, extrapolated to $h \to 0$ (Ridders, 1982), where
+    $F(\phi)$ runs the K inner steps and the outer loss in float64 with first-order gradients alone.
+
+    Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)`, the arguments of
+    `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's hypergradient through
+    K = len(batches) steps in its weight model's parameters, and leaves no trace on it.
+
+    Args:
+        inner: the inner loss, or a balancer.
+        outer: the outer loss; with a balancer, the list of training batches.
+        params: theta_0; with a balancer, the meta batch.
+        meta_params: phi.
+        batches: one for each inner step.
+        optimizer: a TorchOpt `GradientTransformation`.
+        optimizer_state: the state to start from.
+        estimator: what is checked; None for `Unroll()`, with a balancer its own.
+        directions: random directions a tensor.
+        tolerance: on the relative error of each tensor.
+        seed: of the directions.
+
+    Returns:
+        `Check(relative_error, estimated, finite_differences)`, where all errors are within the tolerance.
+
+    Raises:
+        MetaKDError: an error is above the tolerance; the message has the numbers.
+
+    Example:
+        >>> import torchopt
+        >>> found = check_hypergradient(
+        ...     lambda p, m, batch: (m["phi"] * p["w"] ** 2).sum(), lambda p, m: (p["w"] ** 3).sum(),
+        ...     {"w": torch.tensor([1.0, 2.0])}, {"phi": torch.tensor([0.3, 0.2])}, range(4), optimizer=torchopt.adam(lr=0.1))
+        >>> found.relative_error["phi"] < 1e-6
+        True
+    """
+    if isinstance(inner, BilevelLossBalancer):
+        with inner.float64_problem(outer, params) as problem, torch.enable_grad():
+            return _compare(problem, estimator or inner.estimator, directions, tolerance, seed)
+    if meta_params is None or batches is None or optimizer is None:
+        raise MetaKDError(
+            "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) as hypergradient does, or "
+            "(balancer, batches, meta_batch)"
+        )
+    theta, phi, data, state = (map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state))
+    problem = build_problem(inner, outer, theta, phi, data, optimizer, state)
+    with torch.enable_grad():
+        return _compare(problem, estimator or Unroll(), directions, tolerance, seed)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance: float, seed: int) -> Check:
+    gradient = estimator(replace(problem, memory=dict(problem.memory))).gradient
+    generator = torch.Generator().manual_seed(seed)
+    estimated: dict[str, list[float]] = {name: [] for name in gradient}
+    differences: dict[str, list[float]] = {name: [] for name in gradient}
+    for name, g in gradient.items():
+        for _ in range(directions):
+            direction = torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
+            direction /= direction.norm().clamp(min=1e-300)
+
+            def along(h: float, name: str = name, direction: Tensor = direction) -> float:
+                moved = problem.meta_params[name] + h * direction
+                return _outer_after_inner(problem, {**problem.meta_params, name: moved})
+
+            estimated[name].append(float((g * direction).sum()))
+            differences[name].append(derivative(along))
+    errors = {name: _relative(estimated[name], differences[name], _norm(gradient)) for name in gradient}
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        lines = [
+            f"  {name}: relative error {error:.1e}; estimated {_numbers(estimated[name])}, finite differences {_numbers(differences[name])}"
+            for name, error in wrong.items()
+        ]
+        raise MetaKDError(
+            f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}:\n"
+            + "\n".join(lines)
+            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable here (a kink, a detached "
+            "tensor, a stop-gradient, float32 inside), or the estimator is an approximation: give it its tolerance="
+        )
+    return Check(errors, estimated, differences)
+
+
+def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
+    """F(phi): the outer loss after the inner steps, with first-order gradients alone."""
+    params, state = problem.params, problem.optimizer_state
+    for batch in problem.batches:
+        theta = {name: p.detach().requires_grad_() for name, p in params.items()}
+        found = torch.autograd.grad(problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True)
+        with torch.no_grad():
+            params, state = apply(problem.optimizer, dict(zip(theta, found, strict=True)), state, params)
+    with torch.no_grad():
+        return float(problem.outer(params, meta_params))
+
+
+def _relative(estimated: list[float], differences: list[float], scale: float) -> float:
+    """|e - d| / |d| over a tensor's directions; a derivative of nothing beside the whole gradient's counts as 1e-9 of that."""
+    error = math.dist(estimated, differences)
+    return error / max(math.hypot(*differences), 1e-9 * scale, 1e-300)
+
+
+def _norm(gradient: Params) -> float:
+    return math.hypot(*(float(g.norm()) for g in gradient.values()))
+
+
+def _numbers(values: list[float]) -> str:
+    return "[" + ", ".join(f"{value:.6e}" for value in values) + "]"

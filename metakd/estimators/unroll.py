@@ -1,0 +1,43 @@
+"""`Unroll`: the exact hypergradient of K inner steps by autograd through all of them."""
+
+from dataclasses import dataclass
+
+from metakd.errors import MetaKDError
+from metakd.estimators.problem import Hypergradient, Problem, answer, checked_scalar, gradients, leaves
+from metakd.inner import apply
+
+
+@dataclass(frozen=True)
+class Unroll:
+    r"""Exact hypergradient of any number of inner steps; memory grows with K.
+
+    Records the graph of $\theta_{t+1} = \theta_t + \mathrm{update}(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi,
+    b_t), s_t)$ for $t = 0 \dots K-1$, second-order terms and optimizer states included, and differentiates
+    $\mathrm{outer}(\theta_K, \phi)$ through it: reverse-mode hyperparameter optimisation (Maclaurin et al., 2015;
+    Franceschi et al., 2017). The steps are TorchOpt's functional optimizers, repaired (`metakd.inner`).
+
+    Raises:
+        MetaKDError: when called without a batch, or where the model has no double backward.
+
+    Example:
+        >>> import torch, torchopt
+        >>> from metakd import hypergradient
+        >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}
+        >>> result = hypergradient(
+        ...     lambda p, m, batch: m["phi"] * p["w"] ** 2 / 2, lambda p, m: p["w"],
+        ...     w, phi, [None, None], optimizer=torchopt.sgd(lr=0.1), estimator=Unroll())
+        >>> result.gradient["phi"]  # theta_2 = (1 - 0.1 phi)^2; d theta_2 / d phi = -0.2 (1 - 0.1 phi)
+        tensor(-0.1600)
+    """
+
+    def __call__(self, problem: Problem) -> Hypergradient:
+        """Estimate d outer / d phi; see the class."""
+        if not problem.batches:
+            raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
+        params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
+        for t, batch in enumerate(problem.batches):
+            loss = checked_scalar(problem.inner(params, meta, batch), f"the inner loss of step {t}")
+            g = gradients(loss, params, create_graph=True)
+            params, state = apply(problem.optimizer, g, state, params)
+        outer_loss = checked_scalar(problem.outer(params, meta), "the outer loss")
+        return answer(problem, outer_loss, gradients(outer_loss, meta), params, state)

@@ -1,0 +1,14 @@
+"""The differentiable inner optimizer: the only door to TorchOpt.
+
+An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
+student's torch optimizer, `repaired` mends what TorchOpt gets wrong in its own, `apply` takes one
+differentiable step.
+"""
+
+from torchopt.base import GradientTransformation
+
+from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
+from metakd.inner.repaired import repaired
+from metakd.inner.step import Params, apply
+
+__all__ = ["GradientTransformation", "InnerOptimizer", "Params", "apply", "mirror", "plain_sgd", "repaired"]

@@ -1,0 +1,118 @@
+"""TorchOpt's own transformations, with what TorchOpt 0.7.3 gets wrong in them mended."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torchopt import pytree
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
+from torchopt.combine import chain_flat
+from torchopt.transform.scale_by_adam import ScaleByAdamState
+
+from metakd.inner.updates import adam_step, clip_norm, momentum_step
+
+
+class MomentumState(NamedTuple):
+    """TorchOpt's `TraceState` with what it lacks: whether each buffer has seen a gradient yet."""
+
+    trace: Any
+    started: Any
+
+
+def repaired(transformation: GradientTransformation) -> GradientTransformation:
+    """The same transformation with the flaws of TorchOpt 0.7.3 mended; states keep their layout.
+
+    Mended are `trace` (whether a buffer has started lived in a closure, not in the state), `scale_by_adam` (bias
+    correction in float32, NaN derivatives at zero gradients, the approximate fused operator) and
+    `clip_grad_norm` (the clip factor was a constant to autograd), wherever they stand in a chain. In all other
+    transformations a gradient of None counts as zero for the state and gives no update.
+
+    Example:
+        >>> import torchopt
+        >>> from metakd.inner import apply
+        >>> adam = repaired(torchopt.adam(lr=0.1))
+        >>> theta = {"w": torch.zeros(2, dtype=torch.float64)}
+        >>> g = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> new, _ = apply(adam, {"w": g}, adam.init(theta), theta)
+        >>> torch.autograd.grad(new["w"].sum(), g)[0].isfinite().all()
+        tensor(True)
+    """
+    if isinstance(transformation, ChainedGradientTransformation):
+        return ChainedGradientTransformation(*(repaired(part) for part in transformation.transformations))
+    update = transformation.update
+    if getattr(update, "_metakd_own", False) or not inspect.isfunction(update):
+        return transformation
+    settings = inspect.getclosurevars(update).nonlocals
+    where = f"{update.__module__}.{update.__qualname__}".removesuffix(".<locals>.update_fn")
+    if where == "torchopt.combine.chain_flat":
+        return chain_flat(repaired(settings["inner"]))
+    return own(_REPLACEMENTS.get(where, _skipping_none)(transformation, settings))
+
+
+def own(transformation: GradientTransformation) -> GradientTransformation:
+    """Mark a transformation as one that needs no repair and understands gradients of None."""
+    transformation.update._metakd_own = True  # type: ignore[attr-defined]
+    return transformation
+
+
+def _momentum(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
+    rule = {name: settings[name] for name in ("momentum", "dampening", "nesterov")}
+
+    def init(params: Any) -> MomentumState:
+        trace = original.init(params).trace
+        return MomentumState(trace, pytree.tree_map(lambda _: False, trace))
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        if not isinstance(state, MomentumState):
+            # TorchOpt's own state cannot say whether it has started; a buffer that has is hardly all zero.
+            state = MomentumState(state.trace, pytree.tree_map(lambda b: bool(b.any()), state.trace))
+        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
+        new, *parts = momentum_step(gradients, _leaves(state.trace), _leaves(state.started), **rule)
+        return tree.unflatten(new), MomentumState(*map(tree.unflatten, parts))
+
+    return GradientTransformation(init, update)
+
+
+def _scale_by_adam(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
+    rule = {name: settings[name] for name in ("b1", "b2", "eps", "eps_root")}
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
+        new, *parts = adam_step(gradients, *map(_leaves, (state.mu, state.nu, state.count)), **rule)
+        return tree.unflatten(new), ScaleByAdamState(*map(tree.unflatten, parts))
+
+    return GradientTransformation(original.init, update)
+
+
+def _clip(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
+        return tree.unflatten(clip_norm(gradients, **settings)), state
+
+    return GradientTransformation(original.init, update)
+
+
+def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
+        if all(g is not None for g in gradients):
+            return original.update(updates, state, params=params, inplace=inplace)
+        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)]
+        new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
+        kept = [None if g is None else n for g, n in zip(gradients, _leaves(new), strict=True)]
+        return tree.unflatten(kept), state
+
+    return GradientTransformation(original.init, update)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return pytree.tree_leaves(tree, none_is_leaf=True)
+
+
+_REPLACEMENTS: dict[str, Callable[[GradientTransformation, dict[str, Any]], GradientTransformation]] = {
+    "torchopt.transform.trace._trace": _momentum,
+    "torchopt.transform.scale_by_adam._scale_by_adam": _scale_by_adam,
+    "torchopt.transform.scale_by_adam._scale_by_accelerated_adam": _scale_by_adam,
+    "torchopt.clip.clip_grad_norm": _clip,
+}

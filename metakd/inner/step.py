@@ -1,0 +1,28 @@
+"""One differentiable step of an inner optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+Params = dict[str, Tensor]
+Gradients = Mapping[str, Tensor | None]
+
+
+def apply(
+    optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params
+) -> tuple[Params, Any]:
+    """One step, differentiable in gradients, state and parameters: theta' = theta + update(g, state, theta).
+
+    A parameter whose gradient is None keeps its value and its state, as in torch.optim.
+
+    Example:
+        >>> import torch, torchopt
+        >>> sgd = torchopt.sgd(lr=0.1)
+        >>> theta = {"w": torch.tensor([1.0])}
+        >>> apply(sgd, {"w": torch.tensor([2.0])}, sgd.init(theta), theta)[0]
+        {'w': tensor([0.8000])}
+    """
+    updates, state = optimizer.update(dict(gradients), state, params=params, inplace=False)
+    return {name: p if updates[name] is None else p + updates[name] for name, p in params.items()}, state

@@ -1,0 +1,43 @@
+"""Long-tailed images: splits, data sets, small networks, many/medium/few accuracy, plots and exact resumption.
+
+Needs the extra ``examples`` (torchvision, torchmetrics, scikit-learn, matplotlib); each is imported only when used.
+"""
+
+from metakd.longtail import plots
+from metakd.longtail.augment import Augment, random_crop_flip
+from metakd.longtail.batches import Batches, LongTailed
+from metakd.longtail.checkpoint import Checkpoint, write_atomically
+from metakd.longtail.data import DATASETS, Images, load_images
+from metakd.longtail.learned import LearnedWeights, learned_weights
+from metakd.longtail.metrics import Groups, Scores, evaluate, group_classes
+from metakd.longtail.models import CifarResNet, build_model
+from metakd.longtail.results import provenance, table, write_json
+from metakd.longtail.splits import Split, largest_n_max, long_tail_counts, long_tailed_split
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Batches",
+    "Checkpoint",
+    "CifarResNet",
+    "Groups",
+    "Images",
+    "LearnedWeights",
+    "LongTailed",
+    "Scores",
+    "Split",
+    "build_model",
+    "evaluate",
+    "group_classes",
+    "largest_n_max",
+    "learned_weights",
+    "load_images",
+    "long_tail_counts",
+    "long_tailed_split",
+    "plots",
+    "provenance",
+    "random_crop_flip",
+    "table",
+    "write_atomically",
+    "write_json",
+]

@@ -1,0 +1,90 @@
+"""Random crop, flip and normalisation of a whole batch at once, with its own draw for every image.
+
+torchvision's transforms draw one crop for a whole batch tensor; drawing per image there means one call per image. Here a
+single gather moves every image of the batch by its own offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
+    """Shift every image by its own random offset (zero padding) and mirror it with probability one half.
+
+    The same as padding by ``padding`` on all sides and cropping at random to the old size, then flipping horizontally.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        padding: Largest shift in pixels, in both directions; 0 for none.
+        flip: Whether to mirror half of the images from left to right.
+        generator: Source of the random numbers (CPU); default: the global one.
+
+    Returns:
+        (B, C, H, W), same dtype.
+
+    Example:
+        >>> random_crop_flip(torch.ones(2, 3, 8, 8), padding=1, flip=True).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    batch, _, height, width = images.shape
+    shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
+    rows = shift[0] + torch.arange(height)
+    columns = shift[1] + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (padding,) * 4)
+    which = torch.arange(batch, device=images.device)
+    picked = padded.permute(0, 2, 3, 1)[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a batch of raw images before the network sees it.
+
+    Attributes:
+        mean: Mean per channel, on the scale of the raw images divided by ``scale``.
+        std: Standard deviation per channel, likewise.
+        padding: Largest random shift in pixels.
+        flip: Whether to mirror at random. Not for digits: a mirrored digit is none.
+        scale: The raw images' largest value.
+
+    Example:
+        >>> augment = Augment(mean=(0.5,), std=(0.25,), padding=4, flip=True)
+        >>> images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+        >>> augment(images).shape, augment.normalise(images).dtype
+        (torch.Size([2, 1, 32, 32]), torch.float32)
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int = 0
+    flip: bool = False
+    scale: float = 255.0
+
+    @classmethod
+    def fitted(cls, images: Tensor, *, padding: int, flip: bool, scale: float) -> Augment:
+        """With the mean and standard deviation of ``images`` (N, C, H, W); give it training images only."""
+        values = images.to(torch.float32).div_(scale)
+        mean = values.mean((0, 2, 3))
+        std = values.std((0, 2, 3)).clamp_min(1e-3)
+        return cls(tuple(mean.tolist()), tuple(std.tolist()), padding, flip, scale)
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Augment and normalise raw images (B, C, H, W) to float32 (B, C, H, W)."""
+        if self.padding or self.flip:
+            images = random_crop_flip(images, self.padding, self.flip, generator)
+        return self.normalise(images)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise only: what validation and test images get."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.to(torch.float32) / self.scale - mean) / std

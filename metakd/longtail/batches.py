@@ -1,0 +1,159 @@
+"""Batches of images that lie in memory: shuffled and augmented, a whole batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metakd.errors import MetaKDError
+from metakd.longtail.augment import Augment
+from metakd.longtail.data import Images
+from metakd.longtail.splits import Split, long_tailed_split
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A data loader over images in memory, whose order and augmentation are a function of (seed, epoch) alone.
+
+    An interrupted run that is resumed at an epoch therefore sees the very batches it would have seen.
+
+    Attributes:
+        images: (N, C, H, W) raw images.
+        targets: (N,) labels.
+        augment: turns raw images into the network's input.
+        batch_size: images a batch; the last incomplete one is dropped unless there is no other.
+        seed: of the order and of the augmentation.
+        stream: tells loaders of the same seed apart.
+    """
+
+    images: Tensor
+    targets: Tensor
+    augment: Augment
+    batch_size: int
+    seed: int = 0
+    stream: int = 0
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return max(len(self.targets) // self.batch_size, 1)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches (inputs, targets, index) of one epoch, every image at most once."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
+        yield from self._once(generator)
+
+    def endless(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches without end for one epoch of another loader, reshuffled whenever the images are used up."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
+        while True:
+            yield from self._once(generator)
+
+    def plain(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All images in order, normalised but not augmented: for evaluation."""
+        for index in torch.arange(len(self.targets)).split(500):
+            yield self.augment.normalise(self.images[index]), self.targets[index], index
+
+    def _once(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.randperm(len(self.targets), generator=generator)
+        for i in range(len(self)):
+            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield self.augment(self.images[index], generator), self.targets[index], index
+
+
+@dataclass(frozen=True)
+class LongTailed:
+    """A long-tailed training set, a small balanced validation set and the test set, ready to train on.
+
+    Attributes:
+        train: the long-tailed training images.
+        validation: balanced images that are no training images; a bilevel method's meta batches.
+        test: the test images.
+        counts: training images per class.
+        classes: class names.
+        name: the data in words.
+    """
+
+    train: Batches
+    validation: Batches
+    test: Batches
+    counts: tuple[int, ...]
+    classes: tuple[str, ...]
+    name: str
+
+    @classmethod
+    def cut(
+        cls,
+        images: Images,
+        imbalance: float | None,
+        *,
+        batch_size: int = 100,
+        validation_per_class: int | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> LongTailed:
+        """Cut a data set to a long tail.
+
+        Args:
+            images: the whole data set.
+            imbalance: largest class over smallest class; None keeps the data's own class sizes.
+            batch_size: of training and validation batches.
+            validation_per_class: default: 1000 / C images a class, as in the CIFAR-LT protocol, but at most three
+                quarters of the smallest class.
+            seed: of the split, the batches' order and the augmentation.
+            device: where the batches go.
+
+        Raises:
+            MetaKDError: a class has too few images.
+
+        Example:
+            >>> from metakd.longtail import load_images
+            >>> data = LongTailed.cut(load_images("digits"), imbalance=20, validation_per_class=10)
+            >>> data.counts
+            (108, 77, 55, 39, 28, 20, 14, 10, 7, 5)
+        """
+        if validation_per_class is None:
+            smallest = int(torch.bincount(images.train_targets).min())
+            validation_per_class = max(1, min(1000 // len(images.classes), smallest * 3 // 4))
+        split: Split = long_tailed_split(
+            images.train_targets, imbalance, validation_per_class=validation_per_class, seed=seed
+        )
+        if len(split.train) < batch_size:
+            raise MetaKDError(
+                f"the long-tailed training set has {len(split.train)} images, less than one batch of {batch_size}; "
+                "use a smaller batch size"
+            )
+        augment = Augment.fitted(
+            images.train[split.train], padding=images.padding, flip=images.flip, scale=images.scale
+        )
+
+        def batches(x: Tensor, y: Tensor, size: int, stream: int) -> Batches:
+            return Batches(x.to(device), y.to(device), augment, size, seed, stream)
+
+        def part(index: Tensor, stream: int) -> Batches:
+            return batches(images.train[index], images.train_targets[index], batch_size, stream)
+
+        return cls(
+            part(split.train, 0),
+            part(split.validation, 1),
+            batches(images.test, images.test_targets, batch_size, 2),
+            split.counts,
+            images.classes,
+            images.name,
+        )
+
+    def describe(self) -> str:
+        """The data in one line.
+
+        Example:
+            >>> from metakd.longtail import load_images
+            >>> print(LongTailed.cut(load_images("digits"), 20, validation_per_class=10).describe().split(": ")[1])
+            363 long-tailed training images (108 to 5 a class), 100 balanced validation images, 600 test images
+        """
+        return (
+            f"{self.name}: {len(self.train.targets)} long-tailed training images ({max(self.counts)} to "
+            f"{min(self.counts)} a class), {len(self.validation.targets)} balanced validation images, "
+            f"{len(self.test.targets)} test images"
+        )

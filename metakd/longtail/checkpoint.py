@@ -1,0 +1,131 @@
+"""Checkpoints from which an interrupted run continues to the very same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from metakd.errors import MetaKDError
+
+
+class Stateful(Protocol):
+    """Anything with a state: modules, optimizers, schedulers, a balancer."""
+
+    def state_dict(self) -> Any:
+        """The state as plain tensors, numbers and containers."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take up a state."""
+
+
+class Checkpoint:
+    """One training run's file: the states of its parts, its history, the random state and the settings.
+
+    Written to a temporary file that then replaces the old one, so that a run killed at any moment leaves a whole
+    checkpoint behind. Read with ``weights_only=True``: a checkpoint cannot run code.
+
+    Args:
+        path: the file.
+        settings: everything that decides the run's numbers; a checkpoint of other settings is refused.
+        parts: what has a state, by name; None for parts that this run does not have.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(2, 1)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> checkpoint = Checkpoint(Path(folder.name) / "run.pt", {"lr": 0.1}, {"model": model})
+        >>> checkpoint.load()
+        []
+        >>> checkpoint.save([{"loss": 1.0}])
+        >>> checkpoint.load()
+        [{'loss': 1.0}]
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], parts: Mapping[str, Stateful | None]) -> None:
+        self.path = Path(path)
+        self.settings = dict(settings)
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+
+    def save(self, history: list[dict[str, Any]]) -> None:
+        """Write the state of all parts after ``len(history)`` epochs."""
+        content = {
+            "settings": self.settings,
+            "history": history,
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        write_atomically(self.path, lambda temporary: torch.save(content, temporary))
+
+    def load(self) -> list[dict[str, Any]]:
+        """Take up the saved state.
+
+        Returns:
+            The history, one entry an epoch; empty if there is no checkpoint.
+
+        Raises:
+            MetaKDError: the file cannot be read, or belongs to a run with other settings.
+        """
+        if not self.path.exists():
+            return []
+        content = self._read()
+        saved = content["settings"]
+        if saved != self.settings:
+            different = "; ".join(
+                f"{key}: {saved.get(key, 'absent')!r} there, {self.settings.get(key, 'absent')!r} here"
+                for key in sorted(saved.keys() | self.settings.keys())
+                if saved.get(key) != self.settings.get(key)
+            )
+            raise MetaKDError(
+                f"the checkpoint {self.path} belongs to a run with other settings ({different}); "
+                "resume with the old settings, or choose another --output"
+            )
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(content["parts"][name])
+            torch.set_rng_state(content["random"]["cpu"])
+            if content["random"]["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(content["random"]["cuda"])
+            history: list[dict[str, Any]] = content["history"]
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise MetaKDError(
+                f"the checkpoint {self.path} does not fit this run ({type(error).__name__}: {error}); "
+                "delete it, or choose another --output"
+            ) from error
+        return history
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            for key in ("settings", "history", "random", "parts"):
+                content[key]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise MetaKDError(
+                f"the checkpoint {self.path} cannot be read ({type(error).__name__}: {first_line}); "
+                "delete it to start this part of the run over, or choose another --output"
+            ) from error
+        return content
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write`` with a temporary path beside ``path``, then put that file in ``path``'s place.
+
+    Args:
+        path: the file that is to be written whole or not at all.
+        write: called with the temporary path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,127 @@
+"""Accuracy by class and by group of classes: many, medium and few training images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metakd.errors import MetaKDError
+from metakd.longtail._torchvision import import_torchvision
+
+_FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"
+_THIRDS_RULE = "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
+
+
+class Groups(NamedTuple):
+    """Classes by the number of their training images.
+
+    Attributes:
+        rule: how the groups were made, in words.
+        many: classes with many training images.
+        medium: classes in between.
+        few: classes with few training images.
+    """
+
+    rule: str
+    many: tuple[int, ...]
+    medium: tuple[int, ...]
+    few: tuple[int, ...]
+
+
+def group_classes(counts: Sequence[int]) -> Groups:
+    """Sort classes into many, medium and few.
+
+    By the rule of the field (Liu et al., *OLTR*, 2019; over 100, 20 to 100, under 20 training images) where that gives
+    every group at least two classes, else by thirds of the classes (33/34/33 %) in order of their counts, as LTKD does.
+
+    Args:
+        counts: training images per class.
+
+    Raises:
+        MetaKDError: there are fewer than three classes.
+
+    Example:
+        >>> group_classes([500, 400, 90, 50, 10, 5]).few
+        (4, 5)
+        >>> group_classes([4900, 3172, 2053, 1329, 860, 557, 360, 233, 151, 98])[1:]
+        ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9))
+    """
+    if len(counts) < 3:
+        raise MetaKDError(f"many, medium and few need at least three classes, but there are {len(counts)}")
+    order = sorted(range(len(counts)), key=lambda c: -counts[c])
+    many = tuple(c for c in order if counts[c] > 100)
+    few = tuple(c for c in order if counts[c] < 20)
+    medium = tuple(c for c in order if 20 <= counts[c] <= 100)
+    if min(len(many), len(medium), len(few)) >= 2:
+        return Groups(_FIELD_RULE, many, medium, few)
+    third = max(round(0.33 * len(counts)), 1)
+    return Groups(
+        _THIRDS_RULE, tuple(order[:third]), tuple(order[third : len(order) - third]), tuple(order[len(order) - third :])
+    )
+
+
+class Scores(NamedTuple):
+    """How well a network does on a test set; all in percent but the loss.
+
+    Attributes:
+        overall: share of all images classified correctly.
+        many: mean accuracy of the classes with many training images.
+        medium: mean accuracy of the classes in between.
+        few: mean accuracy of the classes with few training images.
+        per_class: accuracy of every class.
+        loss: mean cross-entropy.
+    """
+
+    overall: float
+    many: float
+    medium: float
+    few: float
+    per_class: tuple[float, ...]
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], groups: Groups) -> Scores:
+    """Evaluate a network in eval mode; its train/eval flags are put back afterwards.
+
+    Args:
+        model: (B, ...) inputs to (B, C) logits.
+        batches: (inputs, targets, index) triples; every class should occur.
+        groups: from `group_classes`.
+
+    Returns:
+        Accuracies in percent, computed by torchmetrics' ``MulticlassAccuracy``.
+
+    Raises:
+        MetaKDError: torchmetrics is not installed.
+    """
+    with contextlib.suppress(MetaKDError):
+        import_torchvision()  # torchmetrics imports it where it is installed, and would meet its failure
+    try:
+        from torchmetrics.classification import MulticlassAccuracy
+    except ImportError as error:
+        raise MetaKDError(
+            f'accuracies are computed by torchmetrics, which could not be imported ({error}); install it with '
+            '`pip install "metakd[examples]"`'
+        ) from error
+    classes = len(groups.many) + len(groups.medium) + len(groups.few)
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    overall = MulticlassAccuracy(classes, average="micro", validate_args=False)
+    per_class = MulticlassAccuracy(classes, average="none", validate_args=False)
+    loss, seen = 0.0, 0
+    for inputs, targets, _ in batches:
+        logits = model(inputs)
+        loss += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        seen += len(targets)
+        for metric in (overall, per_class):
+            metric.to(logits.device).update(logits.argmax(1), targets)
+    for module, flag in flags:
+        module.training = flag
+    accuracy = 100 * per_class.compute().double().cpu()
+    means = [float(accuracy[list(group)].mean()) for group in groups[1:]]
+    return Scores(100 * float(overall.compute()), *means, tuple(accuracy.tolist()), loss / max(seen, 1))

@@ -1,0 +1,141 @@
+"""Small networks of the long-tailed literature: CIFAR ResNets of any depth and width, and networks for 8x8 digits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from metakd.errors import MetaKDError
+
+_NAMES = "resnet<6n+2> (resnet8, resnet14, resnet20, resnet32), resnet<6n+2>x<widening>, mlp<hidden>, convnet<width>"
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut (He et al., 2016); a 1x1 convolution where the shape changes.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        stride: Stride of the first convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A ResNet for 32x32 images: a 3x3 stem, three stages of (depth - 2) / 6 blocks, a linear classifier.
+
+    Args:
+        depth: 6n + 2.
+        widths: Channels of the stem and of the three stages.
+        classes: Number of classes.
+        channels: Channels of the images.
+
+    Raises:
+        MetaKDError: If the depth is not 6n + 2, or there are not four widths.
+
+    Example:
+        >>> import torch
+        >>> CifarResNet(8, (16, 16, 32, 64), classes=10)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, depth: int, widths: Sequence[int], classes: int, channels: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise MetaKDError(f"A CIFAR ResNet has 6n + 2 layers (8, 14, 20, 26, 32, ...), not {depth}.")
+        if len(widths) != 4:
+            raise MetaKDError(f"A CIFAR ResNet has four widths (stem and three stages), not {len(widths)}.")
+        stem, *stages = widths
+        blocks: list[nn.Module] = []
+        inputs = stem
+        for stage, outputs in enumerate(stages):
+            for i in range((depth - 2) // 6):
+                blocks.append(BasicBlock(inputs, outputs, stride=2 if stage and not i else 1))
+                inputs = outputs
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
+        )
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) images to (B, classes) logits."""
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def mlp(hidden: Sequence[int], classes: int, inputs: int) -> nn.Sequential:
+    """A multi-layer perceptron with ReLU for images of ``inputs`` values (channels x height x width)."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def convnet(width: int, classes: int, channels: int = 1) -> nn.Sequential:
+    """Two 3x3 convolutions with batch normalisation, one pooling step and a linear classifier, for small images."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+
+
+def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -> nn.Module:
+    """Build a network by name.
+
+    ``resnet20`` has widths 16-16-32-64, ``resnet8x4`` 32-64-128-256 (the stem twice, the stages four times as wide: the
+    usual teacher and student of distillation papers); ``mlp64`` and ``mlp64-32`` are perceptrons, ``convnet16`` two
+    convolutions.
+
+    Args:
+        name: See above; depth, widening and widths may be any number that fits.
+        classes: Number of classes.
+        channels: Channels of the images.
+        size: Height and width of the images (perceptrons only).
+
+    Raises:
+        MetaKDError: If there is no such network.
+
+    Example:
+        >>> sum(p.numel() for p in build_model("resnet20", classes=10).parameters())
+        272474
+    """
+    if found := re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name):
+        depth, wide = int(found[1]), int(found[2] or 1)
+        stem = 16 * max(wide // 2, 1)
+        return CifarResNet(depth, (stem, 16 * wide, 32 * wide, 64 * wide), classes, channels)
+    if found := re.fullmatch(r"mlp(\d+(?:-\d+)*)", name):
+        return mlp([int(width) for width in found[1].split("-")], classes, channels * size * size)
+    if found := re.fullmatch(r"convnet(\d+)", name):
+        return convnet(int(found[1]), classes, channels)
+    raise MetaKDError(f"There is no network named {name!r}. There are: {_NAMES}.")

@@ -1,0 +1,140 @@
+"""The balancer's inner and outer loss, as pure functions of the student's and the weight model's parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.features import Features, evaluate_features
+from metakd.student import FunctionalStudent, Params, Start
+from metakd.terms import Term, evaluate
+
+
+def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
+    """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors.
+
+    Example:
+        >>> weighted_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor(11.)
+    """
+    return (weights * losses).sum() / losses.shape[0]
+
+
+def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where: str) -> Tensor:
+    """All terms' losses (B, M), known to be finite.
+
+    Raises:
+        MetaKDError: a term failed, or a loss is NaN or infinite.
+
+    Example:
+        >>> checked_losses({"half": lambda z, batch: z / 2}, torch.ones(2), Batch(torch.ones(2)), "the batch")
+        tensor([[0.5000],
+                [0.5000]])
+    """
+    losses = evaluate(terms, outputs, batch)
+    finite = losses.detach().isfinite()
+    if not bool(finite.all()):
+        names = list(terms)
+        row, column = (~finite).nonzero()[0].tolist()
+        raise MetaKDError(
+            f"term {names[column]!r} is {losses[row, column].item()} for sample {row} of {where} ({int((~finite).sum())} of "
+            f"{losses.numel()} losses are not finite); look for invalid inputs or teacher outputs, or lower the learning rate"
+        )
+    return losses
+
+
+def checked_weights(weights: Any, losses: Tensor) -> Tensor:
+    """The weight model's answer, known to be finite and shaped like the losses.
+
+    Raises:
+        MetaKDError: it is not.
+
+    Example:
+        >>> checked_weights(torch.ones(2, 1), torch.zeros(2, 1)).shape
+        torch.Size([2, 1])
+    """
+    if not isinstance(weights, Tensor) or weights.shape != losses.shape:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise MetaKDError(
+            f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight for each sample and term"
+        )
+    if not bool(weights.detach().isfinite().all()):
+        raise MetaKDError(
+            "the weight model returned NaN or infinite weights; lower its learning rate, or bound its features or its output"
+        )
+    return weights
+
+
+class Objective:
+    """Inner and outer loss of one hypergradient: virtual passes of the student over K batches and a meta batch.
+
+    Step t starts with the buffers and generators that step t - 1 left behind, and is repeated identically when it is
+    evaluated again. The features of a step are computed when it is first evaluated and constant from then on: the weight
+    model's inputs are always detached.
+
+    Args:
+        student: the student as a function.
+        terms: of the inner loss, by name.
+        meta_loss: the term of the outer loss.
+        features: what the weight model sees.
+        weighting: the weight model.
+        batches: one for each inner step, teacher included.
+        meta_batch: the batch of the outer loss.
+        start: where step 0 starts; None for the student as it is now.
+        end: where the meta batch's pass starts, if that is known already (K = 1 after the real forward pass).
+    """
+
+    def __init__(
+        self,
+        student: FunctionalStudent,
+        terms: Mapping[str, Term],
+        meta_loss: Term,
+        features: Features,
+        weighting: nn.Module,
+        batches: Sequence[Batch],
+        meta_batch: Batch,
+        *,
+        start: Start | None = None,
+        end: Start | None = None,
+    ) -> None:
+        self.student, self.weighting, self.features = student, weighting, features
+        self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
+        self.batches, self.meta_batch = list(batches), meta_batch
+        self._starts = [student.start() if start is None else start] + ([] if end is None else [end])
+        self._seen: dict[int, Tensor] = {}
+
+    def inner_given_weights(self, params: Params, meta_params: Params, t: int) -> Tensor:
+        """The inner loss of step t as a function of the weights (B, M) themselves, `meta_params["weights"]`."""
+        return weighted_mean(meta_params["weights"], self._losses(params, t)[1])
+
+    def inner(self, params: Params, meta_params: Params, t: int) -> Tensor:
+        """The inner loss of step t as a function of the weight model's parameters."""
+        outputs, losses = self._losses(params, t)
+        if t not in self._seen:
+            features = evaluate_features(self.features, losses, outputs, self.batches[t])
+            self._seen[t] = self.student.cast(features)
+        weights = functional_call(self.weighting, meta_params, (self._seen[t], self.batches[t]))
+        self.last = losses.detach(), checked_weights(weights, losses).detach()
+        return weighted_mean(weights, losses)
+
+    def materialise(self) -> None:
+        """Call the weight model once, so that its lazy layers find out their sizes."""
+        outputs, losses = self._losses(self.student.detached(), 0)
+        self.weighting(evaluate_features(self.features, losses, outputs, self.batches[0]), self.batches[0])
+
+    def outer(self, params: Params, meta_params: Params) -> Tensor:
+        """The meta loss at `params`, averaged over the meta batch."""
+        outputs, _ = self.student.run(params, self.meta_batch.inputs, self._starts[len(self.batches)])
+        return checked_losses(self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch").mean()
+
+    def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
+        batch = self.student.cast(self.batches[t])
+        outputs, end = self.student.run(params, batch.inputs, self._starts[t])
+        losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
+        if len(self._starts) == t + 1:
+            self._starts.append(end)
+        return outputs, losses

@@ -1,0 +1,176 @@
+"""A student as a pure function of its parameters, its buffers and the random numbers it draws."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakd.batch import map_tensors, tensors
+from metakd.errors import MetaKDError
+from metakd.rng import RngState
+
+Params = dict[str, Tensor]
+
+
+class Start(NamedTuple):
+    """All that one forward pass reads besides parameters and inputs: buffers (copies) and generators."""
+
+    buffers: Params
+    rng: RngState
+
+
+def call(module: nn.Module, inputs: Any, params: Params | None = None) -> Any:
+    """Call a module with a batch's inputs: one tensor, positional arguments, or keyword arguments.
+
+    Args:
+        module: the student or the teacher.
+        inputs: `Batch.inputs`.
+        params: parameters and buffers to use in place of the module's own, by name; buffers that the call
+            replaces are written back to this dict.
+
+    Raises:
+        MetaKDError: the call failed and the inputs' device or dtype differs from the module's.
+
+    Example:
+        >>> call(nn.Linear(3, 2), torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+    args, kwargs = _arguments(inputs)
+    try:
+        return module(*args, **kwargs) if params is None else functional_call(module, params, args, kwargs)
+    except RuntimeError as error:
+        mismatch = _mismatch(module, inputs)
+        if mismatch is None:
+            raise
+        raise MetaKDError(f"{type(module).__name__} cannot be called: {mismatch}") from error
+
+
+def _mismatch(module: nn.Module, inputs: Any) -> str | None:
+    own = next(module.parameters(), None)
+    for tensor in tensors(inputs) if own is not None else ():
+        if tensor.device != own.device:
+            return f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
+        if tensor.is_floating_point() and tensor.dtype != own.dtype:
+            return f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
+    return None
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile` and (Distributed)DataParallel wrappers.
+
+    Virtual steps run the bare module: compiled graphs drop second-order terms, and data-parallel wrappers
+    would communicate.
+
+    Example:
+        >>> bare = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(bare)) is bare
+        True
+    """
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+class FunctionalStudent:
+    """Runs a module on given parameters without leaving a trace on it.
+
+    `run(params, inputs, start)` is a pure function: buffers are read from and written to copies, the
+    generators start where `start` says, and only differentiable kernels are used. Calling it twice with
+    the same arguments gives the same outputs, dropout and batch statistics included. The caller puts
+    the generators back afterwards (`untouched`).
+
+    Args:
+        module: the student; wrappers of `torch.compile` and data parallelism are looked through.
+        dtype: run in this floating-point type in place of the module's own.
+
+    Example:
+        >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
+        >>> with student.untouched():
+        ...     start = student.start()
+        ...     a, _ = student.run(student.detached(), torch.ones(2, 3), start)
+        ...     b, _ = student.run(student.detached(), torch.ones(2, 3), start)
+        >>> torch.equal(a, b)
+        True
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.module = unwrap(module)
+        self._dtype = dtype
+        self._has_rnn = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
+
+    def trainable(self) -> Params:
+        """The parameters that ask for gradients, by name; tied ones once. The very tensors of the module."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def detached(self) -> Params:
+        """`trainable()` cut from autograd, in the dtype of the runs."""
+        return {name: self.cast(p.detach()) for name, p in self.trainable().items()}
+
+    def cast(self, value: Any) -> Any:
+        """A nest of tensors with the floating-point ones in the dtype of the runs."""
+        if self._dtype is None:
+            return value
+        return map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, value)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices that hold the student."""
+        return {p.device for p in self.module.parameters()}
+
+    def start(self) -> Start:
+        """Copies of the buffers as they are now, and the generators' states."""
+        buffers = {name: self.cast(b.detach().clone()) for name, b in self.module.named_buffers()}
+        return Start(buffers, RngState.capture(self.devices))
+
+    def run(self, params: Params, inputs: Any, start: Start) -> tuple[Any, Start]:
+        """One forward pass on `params`; returns the outputs and the start of the pass that would follow."""
+        state = {**params, **{name: b.clone() for name, b in start.buffers.items()}}
+        if self._dtype is not None:
+            frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+            state.update(self.cast(frozen))
+        start.rng.restore()
+        with self._differentiable_kernels():
+            outputs = call(self.module, self.cast(inputs), state)
+        buffers = {name: _primal(state[name]) for name in start.buffers}
+        return outputs, Start(buffers, RngState.capture(self.devices))
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """A block after which the generators are where they were before it."""
+        before = RngState.capture(self.devices)
+        try:
+            yield
+        finally:
+            before.restore()
+
+    @contextmanager
+    def _differentiable_kernels(self) -> Iterator[None]:
+        """Kernels with forward-mode and double-backward formulas: fused attention and RNNs have neither."""
+        backends = [torch.backends.mkldnn, torch.backends.cudnn] if self._has_rnn else []
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            for backend in backends:
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                backend.enabled = False
+            yield
+
+
+def _primal(buffer: Tensor) -> Tensor:
+    """A buffer as the next pass reads it: a constant, without tangent or graph."""
+    return torch.autograd.forward_ad.unpack_dual(buffer).primal.detach()

@@ -1,0 +1,170 @@
+"""What a term is, how a collection of terms gets its names, and how one is evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from metakd.batch import Batch, tensors
+from metakd.errors import MetaKDError
+from metakd.terms.reading import describe, tensor_in
+
+Term: TypeAlias = Callable[[Any, Batch], Tensor]
+"""A per-sample loss: called as ``term(outputs, batch)``, returns a ``(B,)`` tensor."""
+
+
+def named(terms: Mapping[str, Term] | Sequence[Term]) -> dict[str, Term]:
+    """Give every term a name.
+
+    A mapping keeps its names and its order. In a sequence, a term is named after its class or function in
+    snake case (``CrossEntropy()`` is ``cross_entropy``, a second one ``cross_entropy_2``); a lambda at
+    position ``i`` is ``term_i``.
+
+    Args:
+        terms: a mapping name -> term (``nn.ModuleDict`` too), or a sequence of terms (``nn.ModuleList`` too).
+
+    Returns:
+        The terms by name, in the order given.
+
+    Raises:
+        MetaKDError: no terms, a term that cannot be called, a class in place of an object, a name that is not
+            a string.
+
+    Example:
+        >>> from metakd.terms import CrossEntropy, named
+        >>> list(named([CrossEntropy(), CrossEntropy(label_smoothing=0.1), lambda outputs, batch: ...]))
+        ['cross_entropy', 'cross_entropy_2', 'term_2']
+    """
+    result: dict[str, Term] = {}
+    if isinstance(terms, (Mapping, nn.ModuleDict)):
+        for name, term in terms.items():
+            if not isinstance(name, str) or not name:
+                raise MetaKDError(f"a term's name must be a non-empty string, got {name!r}; rename it")
+            result[name] = _callable(term, f"{name!r}")
+    elif isinstance(terms, (Sequence, nn.ModuleList)) and not isinstance(terms, str):
+        for position, term in enumerate(terms):
+            stem = _stem(_callable(term, f"at position {position}"), position)
+            name, copy = stem, 1
+            while name in result:
+                copy += 1
+                name = f"{stem}_{copy}"
+            result[name] = term
+    else:
+        raise MetaKDError(
+            f"terms must be a mapping name -> term or a sequence of terms, got {type(terms).__name__}; "
+            "put a single term in a list: [CrossEntropy()]"
+        )
+    if not result:
+        raise MetaKDError(
+            "there are no terms, the collection is empty; pass at least one, e.g. {'hard': CrossEntropy()}"
+        )
+    return result
+
+
+def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
+    """Run every term and put the losses side by side.
+
+    Args:
+        terms: name -> term, as `named` returns them; M of them.
+        outputs: the student's outputs for ``batch.inputs``.
+        batch: the batch of B samples.
+
+    Returns:
+        The losses, shape ``(B, M)``, in the order of the terms. They are not checked for NaN here.
+
+    Raises:
+        MetaKDError: a term raised (the exception is chained), or returned something else than a floating
+            ``(B,)`` tensor, or the terms' losses are on different devices. The message names the term.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.terms import CrossEntropy, evaluate
+        >>> batch = Batch(inputs=None, targets=torch.tensor([0, 2]))
+        >>> logits = torch.zeros(2, 3)
+        >>> evaluate({"hard": CrossEntropy(), "size": lambda z, batch: z.square().sum(1)}, logits, batch)
+        tensor([[1.0986, 0.0000],
+                [1.0986, 0.0000]])
+    """
+    if not terms:
+        raise MetaKDError("there are no terms to evaluate; pass at least one")
+    columns: list[Tensor] = []
+    for name, term in terms.items():
+        try:
+            loss = term(outputs, batch)
+        except MetaKDError as error:
+            raise MetaKDError(f"term {name!r}: {error}") from error
+        except Exception as error:
+            raise MetaKDError(
+                f"term {name!r} raised {type(error).__name__}: {error}; it was called as term(outputs, "
+                f"batch) with outputs {describe(outputs)} and must return one loss per sample (the full "
+                "traceback is above)"
+            ) from error
+        columns.append(_checked(name, loss, *_batch_size(outputs, batch)))
+    devices = {name: loss.device for name, loss in zip(terms, columns, strict=True)}
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name!r} on {device}" for name, device in devices.items())
+        raise MetaKDError(
+            f"the terms' losses are on different devices: {listing}; move what each term computes with to "
+            "the device of the student's outputs"
+        )
+    return torch.stack(columns, dim=1)
+
+
+def _callable(term: Any, where: str) -> Term:
+    if isinstance(term, type):
+        raise MetaKDError(
+            f"term {where} is the class {term.__name__}, not an object of it; write {term.__name__}()"
+        )
+    if not callable(term):
+        raise MetaKDError(
+            f"term {where} cannot be called, it is {type(term).__name__}; a term is any callable (outputs, "
+            "batch) -> (B,) tensor"
+        )
+    checked: Term = term
+    return checked
+
+
+def _stem(term: Term, position: int) -> str:
+    name = getattr(term, "__name__", type(term).__name__)
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return snake if snake.isidentifier() else f"term_{position}"
+
+
+def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise MetaKDError(
+            f"term {name!r} returned {describe(loss)}, not a tensor; return one of shape ({size},): one loss "
+            "per sample"
+        )
+    if loss.shape != (size,):
+        raise MetaKDError(
+            f"term {name!r} returned shape {tuple(loss.shape)}, expected ({size},): one loss for each of the "
+            f"{size} samples in {source}; do not average over the batch (use reduction='none'), and reduce "
+            "every other dimension with .sum(dim) or .mean(dim)"
+        )
+    if not loss.is_floating_point():
+        raise MetaKDError(
+            f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor"
+        )
+    return loss
+
+
+def _batch_size(outputs: Any, batch: Batch) -> tuple[int, str]:
+    output = tensor_in(outputs)
+    for source, found in (
+        ("batch.targets", tensors(batch.targets)),
+        ("the outputs", [] if output is None else [output]),
+        ("batch.inputs", tensors(batch.inputs)),
+    ):
+        if found and found[0].ndim > 0:
+            return found[0].shape[0], source
+    raise MetaKDError(
+        "cannot tell how many samples the batch has: neither batch.targets, nor the outputs (or their "
+        ".logits), nor batch.inputs hold a tensor with a batch dimension; give the labels as "
+        "Batch(targets=...)"
+    )

@@ -1,0 +1,61 @@
+"""Cross-entropy with the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.terms.reading import class_indices, logits
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of the student with the label of each sample.
+
+    With logits ``z``, label ``y``, C classes and label smoothing ``s``:
+    ``loss_i = -sum_c t_ic log softmax(z_i)_c`` where ``t_ic = (1 - s) [c = y_i] + s / C``.
+
+    Shapes: outputs ``(B, C)`` (a tensor or an object with ``.logits``), ``batch.targets`` ``(B,)`` integers,
+    result ``(B,)``.
+
+    Source: label smoothing is from Szegedy et al., "Rethinking the Inception Architecture for Computer
+    Vision" (CVPR 2016). Ours differs from ``torch.nn.CrossEntropyLoss`` in that it never averages over the
+    batch and has no ignored label: a label outside ``[0, C)`` is an error.
+
+    Args:
+        label_smoothing: the share ``s`` of the target spread evenly over the classes, in ``[0, 1)``.
+
+    Raises:
+        MetaKDError: ``label_smoothing`` outside ``[0, 1)``; when called, targets that are missing, are not
+            ``(B,)`` integers, or are out of range.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.terms import CrossEntropy
+        >>> CrossEntropy()(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), Batch(None, targets=torch.tensor([0, 1])))
+        tensor([0.1269, 2.1269])
+    """
+
+    label_smoothing: float = 0.0
+    uses_teacher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the smoothing."""
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise MetaKDError(
+                f"label_smoothing is {self.label_smoothing}, it must be in [0, 1); 0.1 is a common choice, 0 "
+                "turns it off"
+            )
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the loss of each sample, shape ``(B,)``."""
+        z = logits(outputs)
+        return F.cross_entropy(
+            z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing
+        )

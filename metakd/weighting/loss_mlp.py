@@ -1,0 +1,104 @@
+"""A small network that answers a sample's losses with its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.weighting.base import output_map, positive_int
+
+
+class LossMLP(nn.Module):
+    """Weights of a sample as a function of its features, by default of its losses.
+
+    ``w_i = map(W_L tanh(... tanh(W_1 x_i + b_1) ...) + b_L)``: a multilayer perceptron shared by all samples,
+    so that it also answers for samples it has never seen.
+
+    Shapes: features ``(B, F)``, result ``(B, M)``.
+
+    Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose weight model has tanh layers of 64 units and
+    independent sigmoids, with no sum-to-one constraint; the idea of a network from losses to weights is Shu
+    et al., "Meta-Weight-Net" (NeurIPS 2019). Ours differs in offering other output maps; weights are never
+    normalised over the batch.
+
+    The features are taken in the parameters' dtype and outside of autocast: the model is tiny, and its
+    hypergradient needs the digits.
+
+    Args:
+        features: F, or None to find it in the first batch.
+        terms: M, the number of weights a sample.
+        hidden: units of each hidden layer; empty for a linear model.
+        output: the map to weights: ``"sigmoid"``, ``"softplus"``, ``"softmax"`` over the terms, or
+            ``"identity"``.
+
+    Raises:
+        MetaKDError: a size that is not a positive integer, or an unknown output map; when called, features
+            that are not ``(B, F)``.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.weighting import LossMLP
+        >>> weights = LossMLP(features=2, terms=3, output="softmax")(torch.rand(5, 2), Batch(None))
+        >>> weights.shape, bool(torch.allclose(weights.sum(1), torch.ones(5)))
+        (torch.Size([5, 3]), True)
+    """
+
+    def __init__(
+        self,
+        features: int | None,
+        terms: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        output: str = "sigmoid",
+    ) -> None:
+        super().__init__()
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise MetaKDError(
+                f"hidden is {hidden!r}, it must be a sequence of layer sizes; write hidden=(64,)"
+            )
+        self.terms = positive_int(terms, "terms")
+        self.output = output
+        output_map(output)
+        sizes = [positive_int(units, f"hidden[{i}]") for i, units in enumerate(hidden)] + [self.terms]
+        layers: list[nn.Module] = [_first(features, sizes[0])]
+        for before, after in pairwise(sizes):
+            layers += [nn.Tanh(), nn.Linear(before, after)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor, batch: Batch) -> Tensor:
+        """Return the weights, shape ``(B, M)``."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        known = None if is_lazy(first.weight) else first.weight.shape[1]
+        if features.ndim != 2 or (known is not None and features.shape[1] != known):
+            raise MetaKDError(
+                f"the features have shape {tuple(features.shape)}, expected (B, {known or 'F'}); build the "
+                f"model as LossMLP(features={features.shape[-1] if features.ndim == 2 else 'F'}, ...) or "
+                "change the features function to return a row of numbers for each sample"
+            )
+        with torch.autocast(features.device.type, enabled=False), self._quiet_first_batch(features):
+            return output_map(self.output).apply(self.layers(features.to(first.weight.dtype)))
+
+    def _quiet_first_batch(self, features: Tensor) -> AbstractContextManager[None]:
+        # A lazy layer draws its weights in the first batch; the training's random numbers must not notice.
+        if not is_lazy(next(self.parameters())):
+            return nullcontext()
+        return torch.random.fork_rng([features.device] if features.is_cuda else [])
+
+
+def _first(features: int | None, units: int) -> nn.Module:
+    if features is not None:
+        return nn.Linear(positive_int(features, "features"), units)
+    with warnings.catch_warnings():
+        # Older versions of torch announce at every use that lazy layers are new.
+        warnings.filterwarnings("ignore", message="Lazy modules are a new feature")
+        return nn.LazyLinear(units)

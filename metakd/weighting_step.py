@@ -1,0 +1,144 @@
+"""The weight model's side of a step: hypergradients are gathered, averaged, and given to its optimizer."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from metakd.errors import MetaKDError
+
+Gradient = dict[str, Tensor]
+
+
+class Pending(NamedTuple):
+    """Hypergradients gathered since the weight model last moved: their sum by name, and their number."""
+
+    total: Gradient
+    count: int
+
+
+class WeightingStep:
+    """Owns the weight model, its optimizer and the hypergradients that wait for its next step.
+
+    Args:
+        weighting: the weight model.
+        optimizer: its optimizer; None for Adam(lr=1e-3, weight_decay=1e-4), BiKD's.
+        accumulate: hypergradients averaged before each step.
+
+    Raises:
+        MetaKDError: the optimizer is not a torch optimizer, or holds none of the weight model's parameters.
+
+    Example:
+        >>> table = nn.Linear(1, 1, bias=False)
+        >>> step = WeightingStep(table, torch.optim.SGD(table.parameters(), lr=1.0), accumulate=2)
+        >>> before = table.weight.item()
+        >>> for value in (1.0, 3.0):
+        ...     norm = step.take({"weight": torch.tensor([[value]])}, before_step=lambda: None)
+        >>> round(before - table.weight.item(), 4)
+        2.0
+    """
+
+    def __init__(self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int) -> None:
+        if not isinstance(weighting, nn.Module):
+            raise MetaKDError(f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}")
+        params = list(weighting.parameters())
+        if optimizer is None and params:
+            optimizer = torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4)
+        if optimizer is not None:
+            _check_optimizer(optimizer, params)
+        self.weighting, self.optimizer = weighting, optimizer
+        self.accumulate = accumulate
+        self.pending = Pending({}, 0)
+
+    @property
+    def moves_next(self) -> bool:
+        """Whether the next hypergradient makes the weight model move."""
+        return self.pending.count + 1 >= self.accumulate
+
+    def params(self) -> dict[str, Tensor]:
+        """The weight model's trainable parameters by name."""
+        return {name: p for name, p in self.weighting.named_parameters() if p.requires_grad}
+
+    def pull_back(self, weights: Tensor, cotangent: Tensor) -> Gradient:
+        """The hypergradient in the weight model's parameters, from the one in the weights (B, M).
+
+        Raises:
+            MetaKDError: the weights do not depend on the parameters, or not at this point.
+        """
+        params = self.params()
+        if not params or not weights.requires_grad:
+            raise MetaKDError(
+                "the weights do not depend on any trainable parameter of the weight model, so there is no hypergradient; "
+                "pass meta_batch=None to use a frozen weight model"
+            )
+        found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
+        gradient = {
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found, strict=True)
+        }
+        if not any(bool(g.any()) for g in gradient.values()):
+            raise MetaKDError(
+                "the hypergradient of the weight model is exactly zero although its weights influence the meta loss; its output "
+                "is saturated or constant: restart it with weights away from the ends of their range, or (softmax over one "
+                "term) use output='sigmoid'"
+            )
+        return gradient
+
+    def take(self, gradient: Gradient, before_step: Callable[[], None]) -> Tensor:
+        """Gather one hypergradient; step the weight model where it is the last of `accumulate`.
+
+        Afterwards every parameter's `.grad` is this hypergradient.
+
+        Args:
+            gradient: by name, as in `params()`.
+            before_step: called right before the optimizer steps.
+
+        Returns:
+            The Euclidean norm of this hypergradient, a scalar tensor.
+        """
+        params = self.params()
+        total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
+        if self.moves_next and self.optimizer is not None:
+            for name, p in params.items():
+                p.grad = total[name] / (self.pending.count + 1)
+            before_step()
+            self.optimizer.step()
+            self.pending = Pending({}, 0)
+        else:
+            self.pending = Pending(total, self.pending.count + 1)
+        for name, p in params.items():
+            p.grad = gradient[name].clone()
+        return torch.stack([g.norm() for g in gradient.values()]).norm()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight model, its optimizer and what is pending, copied."""
+        return {
+            "weighting": {
+                name: value if is_lazy(value) else value.detach().clone()
+                for name, value in self.weighting.state_dict().items()
+            },
+            "weighting_optimizer": {} if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
+            "pending": {name: value.clone() for name, value in self.pending.total.items()},
+            "pending_count": self.pending.count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict()` was taken."""
+        self.weighting.load_state_dict(state["weighting"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(state["weighting_optimizer"]))
+        params = self.params()
+        total = {name: value.detach().to(params[name], copy=True) for name, value in state["pending"].items()}
+        self.pending = Pending(total, int(state["pending_count"]))
+
+
+def _check_optimizer(optimizer: Any, params: list[nn.Parameter]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise MetaKDError(f"weighting_optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in params):
+        raise MetaKDError(
+            "weighting_optimizer holds none of the weight model's parameters; build it from weighting.parameters()"
+        )
