@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from metakd import checkpoint
 from metakd.batch import Batch, as_batch, batch_size
+from metakd.checkpoint import check_state
 from metakd.errors import MetaKDError
 from metakd.estimators import Estimator, OneStep, Problem
+from metakd.estimators.problem import Gradients
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
-from metakd.inner import GradientTransformation, InnerOptimizer, mirror, plain_sgd, repaired
-from metakd.objective import Objective, checked_losses, checked_weights, weighted_mean
+from metakd.inner import GradientTransformation, Params, inner_optimizer
+from metakd.objective import InnerLoss, Objective, checked_losses, checked_weights, weighted_mean
 from metakd.report import Report
-from metakd.student import FunctionalStudent, Start, call
+from metakd.student import FunctionalStudent, Start
+from metakd.teacher import teacher_outputs
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
 from metakd.transaction import Snapshot, all_or_nothing
@@ -30,36 +31,40 @@ class BilevelLossBalancer:
     $$\min_\phi L_\mathrm{meta}(\theta_K(\phi)), \qquad \theta_{t+1} = \theta_t + \mathrm{update}\Big(\nabla_\theta
       \frac{1}{B} \sum_{i=1}^{B} \sum_{k=1}^{M} w_{ik}(\phi)\, \ell_{ik}(\theta_t)\Big)$$
 
-    A call takes a training batch and a meta batch: it runs the training forward pass, looks one optimizer step ahead,
-    takes the gradient of the meta loss there in the weight model's parameters, steps the weight model, and returns the
-    weighted loss of the training batch for the user's own `loss.backward()` and `optimizer.step()`. Afterwards the student
-    is what that one forward pass alone would have made of it.
+    A call takes a training batch and a meta batch: it runs the training forward pass, looks one optimizer step
+    ahead, takes the gradient of the meta loss there in the weight model's parameters, steps the weight model, and
+    returns the weighted loss of the training batch for the user's own `loss.backward()` and `optimizer.step()`.
+    Afterwards the student is what that one forward pass alone would have made of it.
 
-    Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose defaults these are; Meta-Weight-Net (Shu et al., 2019) and Learning to
-    Reweight (Ren et al., 2018) are the same computation with another weight model. Ours differs in computing it without a copy
-    of the student and without a second-order graph, in running the teacher in eval mode, and in taking any module, optimizer
-    and term.
+    Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose defaults these are; Meta-Weight-Net (Shu et al., 2019) and
+    Learning to Reweight (Ren et al., 2018) are the same computation with another weight model. Ours differs in
+    computing it without a copy of the student and without a second-order graph, in running the teacher in eval
+    mode, and in taking any module, optimizer and term.
+
+    The virtual passes run the student's forward hooks, as they may be part of its function; hooks on parameters
+    and the hooks of wrappers (data parallelism) run in the user's own backward pass alone.
 
     Args:
         student: any module, unchanged.
-        terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable (outputs, batch) -> (B,).
+        terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
+            (outputs, batch) -> (B,).
         optimizer: the student's own torch optimizer; its learning rates, groups and state are read at every step.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
         weighting_optimizer: of the weight model; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
         teacher: run once a batch, in eval mode, without gradients; or None.
-        features: (losses (B, M), outputs, batch) -> (B, F), what the weight model sees, always detached. Default: with a teacher
-            the cross-entropies of student and teacher on the label, without one the losses.
+        features: (losses (B, M), outputs, batch) -> (B, F), what the weight model sees, always detached. Default:
+            with a teacher the cross-entropies of student and teacher on the label, without one the losses.
         meta_loss: a term, averaged over the meta batch; default `terms.CrossEntropy()`.
-        inner: the lookahead's optimizer: `"sgd"` is plain SGD at the optimizer's current learning rates (the paper),
-            `"mirror"` the optimizer's own rule and state, or a torchopt `GradientTransformation`.
+        inner: the lookahead's optimizer: `"sgd"` is plain SGD at the optimizer's current learning rates (the
+            paper), `"mirror"` the optimizer's own rule and state, or a torchopt `GradientTransformation`.
         estimator: how the hypergradient is computed.
         accumulate: hypergradients averaged before each step of the weight model (the paper's k).
         every: take a hypergradient on every n-th call only (calls n, 2n, ...).
         batch_fn: loader item -> `Batch`; the default takes (x, y), (x, y, index), a mapping or a `Batch`.
 
     Raises:
-        MetaKDError: whatever does not fit, with cause and cure. After any error student, optimizer and weight model are bit
-            for bit what they were.
+        MetaKDError: whatever does not fit, with cause and cure. After any error student, optimizer and weight
+            model are bit for bit what they were.
 
     Example:
         >>> from metakd.terms import CrossEntropy, SoftTarget
@@ -92,24 +97,23 @@ class BilevelLossBalancer:
         batch_fn: Callable[[Any], Batch] | None = None,
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
-        self.terms = named(terms)
-        self.meta_loss = CrossEntropy() if meta_loss is None else meta_loss
+        self.terms, self.inner, self.estimator = named(terms), inner, estimator
+        self.meta_loss: Term = CrossEntropy() if meta_loss is None else meta_loss
         self.features = features or (own_losses if teacher is None else student_and_teacher)
-        self.estimator, self.inner = estimator, inner
         self.accumulate, self.every = _positive(accumulate, "accumulate"), _positive(every, "every")
         self._batch_fn = batch_fn or as_batch
+        self._check_parts()
         self._functional = FunctionalStudent(student)
+        inner_optimizer(inner, optimizer, self._functional.trainable())
+        if weighting is None:
+            if weighting_optimizer is not None:
+                raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
+            weighting = self._default_weighting(None if features else 2 if teacher else len(self.terms))
+        self.weighting = weighting
+        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
         self._memory: dict[str, Any] = {}
         self._report: Report | None = None
         self._calls = 0
-        self._check_parts()
-        if weighting is None:
-            if weighting_optimizer is not None:
-                raise MetaKDError("weighting_optimizer was given without weighting; pass the weight model it belongs to as well")
-            width = None if features is not None else 2 if teacher is not None else len(self.terms)
-            weighting = self._default_weighting(width)
-        self.weighting = weighting
-        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -137,19 +141,24 @@ class BilevelLossBalancer:
             MetaKDError: see the class.
         """
         with self._all_or_nothing() as snapshot:
-            batch = self._batch(batch, "the batch")
-            meta = None if meta_batch is None else self._batch(meta_batch, "the meta batch", self.meta_loss)
+            calls = self._calls + 1
+            learns = meta_batch is not None and calls % self.every == 0
+            if learns and not torch.is_grad_enabled():
+                raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
+            train_batch = self._batch(batch, "the batch")
             start = self._functional.start()
-            train = TrainPass(self.student, self._functional, batch)
-            losses = checked_losses(self.terms, train.outputs, batch, "the batch")
+            train = TrainPass(self.student, self._functional, train_batch)
+            losses = checked_losses(self.terms, train.outputs, train_batch, "the batch")
             with self._functional.untouched():
-                features = evaluate_features(self.features, losses, train.outputs, batch)
-                calls = self._calls + 1
-                if meta is None or calls % self.every:
-                    weights = checked_weights(self.weighting(features, batch), losses).detach()
-                    loss, report = weighted_mean(weights, losses), Report(losses.detach(), weights)
+                features = evaluate_features(self.features, losses, train.outputs, train_batch)
+                if learns:
+                    objective = self._objective(
+                        self._functional, [train_batch], meta_batch, start=start, end=self._functional.start()
+                    )
+                    loss, report = self._learn(snapshot, objective, train, losses, features)
                 else:
-                    loss, report = self._learn(snapshot, train, batch, meta, losses, features, start)
+                    weights = checked_weights(self.weighting(features, train_batch), losses).detach()
+                    loss, report = weighted_mean(weights, losses), Report(losses.detach(), weights)
             self._report, self._calls = report, calls
             return loss
 
@@ -160,11 +169,12 @@ class BilevelLossBalancer:
     def weights(self, batch: Any) -> Tensor:
         """The weights of a batch's samples as they are now, (B, M), detached; leaves no trace."""
         with self._all_or_nothing(), self._functional.untouched(), torch.no_grad():
-            converted = self._batch(batch, "the batch")
-            outputs, _ = self._functional.run(self._functional.detached(), converted.inputs, self._functional.start())
-            losses = checked_losses(self.terms, outputs, converted, "the batch")
-            features = evaluate_features(self.features, losses, outputs, converted)
-            return checked_weights(self.weighting(features, converted), losses)
+            known = self._batch(batch, "the batch")
+            params, start = self._functional.detached(), self._functional.start()
+            outputs, _ = self._functional.run(params, known.inputs, start)
+            losses = checked_losses(self.terms, outputs, known, "the batch")
+            features = evaluate_features(self.features, losses, outputs, known)
+            return checked_weights(self.weighting(features, known), losses)
 
     def meta_step(self, batches: Sequence[Any], meta_batch: Any) -> Report:
         """One hypergradient through K = len(batches) virtual inner steps, then one step of the weight model.
@@ -177,14 +187,14 @@ class BilevelLossBalancer:
             meta_batch: the batch of the meta loss after them.
 
         Returns:
-            The report; its losses and weights are those of the last inner step.
+            The report; its losses and weights are those of the last inner step, its influence is None.
 
         Raises:
             MetaKDError: see the class; also an estimator that cannot take K steps.
         """
         with self._all_or_nothing() as snapshot, self._functional.untouched(), torch.enable_grad():
-            problem, objective = self._problem_in_phi(batches, meta_batch)
-            result = self.estimator(problem)
+            objective = self._objective(self._functional, batches, meta_batch)
+            result = self.estimator(self._problem_in_phi(objective))
             norm = self._step.take(result.gradient, snapshot.keep_optimizer)
             losses, weights = objective.last
             self._report = Report(losses, weights, None, result.outer_loss, norm)
@@ -198,110 +208,109 @@ class BilevelLossBalancer:
         """Continue where `state_dict()` was taken, to the same numbers.
 
         Raises:
-            MetaKDError: the state is of another kind of balancer; the message names what differs, and nothing changes.
+            MetaKDError: the state is another kind of balancer's; the message names what differs, nothing changes.
         """
-        checkpoint.check(state, self.state_dict(), "the balancer")
+        check_state(state, self.state_dict(), "the balancer")
         with self._all_or_nothing() as snapshot:
             snapshot.keep_optimizer()
             self._step.load_state_dict(state)
             self._calls = int(state["calls"])
 
-    def _problem_in_phi(self, batches: Sequence[Any], meta_batch: Any, dtype: torch.dtype | None = None) -> tuple[Problem, Objective]:
-        """The bilevel problem in the weight model's parameters, through K inner steps."""
-        if not len(batches):
-            raise MetaKDError("there are no batches; their number is the number of inner steps, so give at least one")
-        if not self._step.params():
-            raise MetaKDError(
-                f"{type(self.weighting).__name__} has no trainable parameters, so no hypergradient can be taken in them; "
-                "call the balancer itself, one batch at a time"
-            )
-        student = FunctionalStudent(self.student, dtype)
-        converted = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
-        meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        objective = Objective(student, self.terms, self.meta_loss, self.features, self.weighting, converted, meta)
-        if any(is_lazy(p) for p in self.weighting.parameters()):
-            objective.materialise()
-        phi = {name: student.cast(p.detach()) for name, p in self._step.params().items()}
-        return self._problem(objective, objective.inner, phi), objective
-
     @contextmanager
     def float64_problem(self, batches: Sequence[Any], meta_batch: Any) -> Iterator[Problem]:
-        """The same problem in float64, inside a block that leaves no trace."""
-        with self._all_or_nothing(), self._functional.untouched(), torch.enable_grad():
-            yield self._problem_in_phi(batches, meta_batch, torch.float64)[0]
-
-    def _problem(self, objective: Objective, inner: Any, phi: dict[str, Tensor], first: Any = None) -> Problem:
-        student = objective.student
-        optimizer = self._inner_optimizer()
-        steps = range(len(objective.batches))
-        state = student.cast(optimizer.state)
-        return Problem(inner, objective.outer, student.detached(), phi, steps, optimizer.transformation, state, first, self._memory)
+        """The bilevel problem of `meta_step` in float64, for a block that leaves no trace."""
+        with self._all_or_nothing(), self._functional.untouched():
+            student = FunctionalStudent(self.student, torch.float64)
+            yield self._problem_in_phi(self._objective(student, batches, meta_batch))
 
     def _learn(
-        self, snapshot: Snapshot, train: TrainPass, batch: Batch, meta: Batch, losses: Tensor, features: Tensor, start: Start
+        self, snapshot: Snapshot, objective: Objective, train: TrainPass, losses: Tensor, features: Tensor
     ) -> tuple[Tensor, Report]:
-        """Hypergradient and step of the weight model; the loss under the weights that come out."""
-        answers_influence = hasattr(self.weighting, "from_influence")
-        moves = answers_influence or self._step.moves_next
-        answer = self.weighting.lookahead_weights if answers_influence else self.weighting
+        """Hypergradient in the weights, then in the weight model; its step; the loss under the new weights."""
+        (batch,) = objective.batches
+        from_influence = getattr(self.weighting, "from_influence", None)
+        moves = from_influence is not None or self._step.moves_next
+        answer: Any = self.weighting if from_influence is None else self.weighting.lookahead_weights
         weights = checked_weights(answer(features, batch), losses)
-        inner_loss = weighted_mean(weights.detach(), losses)
-        objective = Objective(
-            self._functional, self.terms, self.meta_loss, self.features, self.weighting, [batch], meta, start=start, end=self._functional.start()
+        loss = weighted_mean(weights.detach(), losses)
+        result = self.estimator(
+            self._problem(
+                objective,
+                objective.inner_given_weights,
+                {"weights": weights.detach()},
+                lambda: train.gradient(loss, keep_graph=moves),
+            )
         )
-        problem = self._problem(
-            objective, objective.inner_given_weights, {"weights": weights.detach()}, lambda: train.gradient(inner_loss, keep_graph=moves)
-        )
-        result = self.estimator(problem)
         influence = result.gradient["weights"] * losses.shape[0]
-        if answers_influence:
-            norm, weights = influence.norm(), checked_weights(self.weighting.from_influence(influence), losses)
+        if from_influence is not None:
+            norm, weights = influence.norm(), checked_weights(from_influence(influence), losses)
         else:
-            norm = self._step.take(self._step.pull_back(weights, result.gradient["weights"]), snapshot.keep_optimizer)
+            gradient = self._step.pull_back(weights, result.gradient["weights"])
+            norm = self._step.take(gradient, snapshot.keep_optimizer)
             if moves:
                 weights = checked_weights(self.weighting(features, batch), losses)
-        loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(inner_loss)
+        loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
 
+    def _objective(
+        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **ends: Start
+    ) -> Objective:
+        known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
+        meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
+        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **ends)
+
+    def _problem_in_phi(self, objective: Objective) -> Problem:
+        if not self._step.params():
+            raise MetaKDError(
+                f"{type(self.weighting).__name__} has no trainable parameters, so no hypergradient can be taken in "
+                "them; call the balancer itself, one batch at a time"
+            )
+        objective.materialise()
+        phi = {name: objective.student.cast(p.detach()) for name, p in self._step.params().items()}
+        return self._problem(objective, objective.inner, phi)
+
+    def _problem(
+        self,
+        objective: Objective,
+        inner: InnerLoss,
+        phi: Params,
+        first_gradient: Callable[[], Gradients] | None = None,
+    ) -> Problem:
+        optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
+        return Problem(
+            inner,
+            objective.outer,
+            objective.student.detached(),
+            phi,
+            range(len(objective.batches)),
+            optimizer.transformation,
+            objective.student.cast(optimizer.state),
+            first_gradient,
+            self._memory,
+        )
+
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
-        """The item as a batch with the teacher's outputs, where anything asks for them."""
-        batch = self._batch_fn(item)
+        """The item as a batch, with the teacher's outputs where anything may ask for them."""
+        batch = item if isinstance(item, Batch) else self._batch_fn(item)
         if not isinstance(batch, Batch):
             raise MetaKDError(f"batch_fn must return a metakd.Batch, got {type(batch).__name__}")
         batch_size(batch, what)
         if self.teacher is None or batch.teacher is not None or not getattr(needed_by, "uses_teacher", True):
             return batch
-        modes = [(module, module.training) for module in self.teacher.modules()]
-        try:
-            self.teacher.eval()
-            with torch.no_grad(), self._functional.untouched():
-                return batch._replace(teacher=call(self.teacher, batch.inputs))
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    def _inner_optimizer(self) -> InnerOptimizer:
-        params = self._functional.trainable()
-        if isinstance(self.inner, GradientTransformation):
-            plain_sgd(self.optimizer, params)  # the optimizer must be the student's here too
-            transformation = repaired(self.inner)
-            return InnerOptimizer(transformation, transformation.init(self._functional.detached()))
-        return {"sgd": plain_sgd, "mirror": mirror}[self.inner](self.optimizer, params)
+        with self._functional.untouched():
+            return batch._replace(teacher=teacher_outputs(self.teacher, batch.inputs))
 
     def _check_parts(self) -> None:
+        if not isinstance(self.student, nn.Module) or not any(p.requires_grad for p in self.student.parameters()):
+            raise MetaKDError("student must be an nn.Module with a trainable parameter (requires_grad_(True))")
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise MetaKDError(f"optimizer must be the student's torch optimizer, got {type(self.optimizer).__name__}")
-        if not self._functional.trainable():
-            raise MetaKDError("the student has no trainable parameter; call student.requires_grad_(True)")
         if isinstance(self.estimator, str | type) or not callable(self.estimator):
             raise MetaKDError(f"estimator must be an object such as estimators.OneStep(), got {self.estimator!r}")
-        if not isinstance(self.inner, GradientTransformation) and self.inner not in ("sgd", "mirror"):
-            raise MetaKDError(f"inner must be 'sgd', 'mirror' or a torchopt GradientTransformation, got {self.inner!r}")
-        self._inner_optimizer()
 
     def _default_weighting(self, width: int | None) -> nn.Module:
         like = next(iter(self._functional.trainable().values()))
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        with self._functional.untouched():
             return LossMLP(width, len(self.terms)).to(like.device, like.dtype)
 
     @contextmanager

@@ -92,7 +92,9 @@ def check_hypergradient(
             "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) as hypergradient does, or "
             "(balancer, batches, meta_batch)"
         )
-    theta, phi, data, state = (map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state))
+    theta, phi, data, state = (
+        map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state)
+    )
     problem = build_problem(inner, outer, theta, phi, data, optimizer, state)
     with torch.enable_grad():
         return _compare(problem, estimator or Unroll(), directions, tolerance, seed)
@@ -139,7 +141,9 @@ def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
     params, state = problem.params, problem.optimizer_state
     for batch in problem.batches:
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = torch.autograd.grad(problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True)
+        found = torch.autograd.grad(
+            problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True
+        )
         with torch.no_grad():
             params, state = apply(problem.optimizer, dict(zip(theta, found, strict=True)), state, params)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from metakd.errors import MetaKDError
 _VARIABLE = ("weighting_optimizer.state", "pending")
 
 
-def check(saved: Any, own: Any, where: str) -> None:
+def check_state(saved: Any, own: Any, where: str) -> None:
     """Compare the keys, the tensors' shapes and the kinds of values of two nested states.
 
     Args:
@@ -25,7 +25,7 @@ def check(saved: Any, own: Any, where: str) -> None:
 
     Example:
         >>> import torch
-        >>> check({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, "the balancer")
+        >>> check_state({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, "the balancer")
         Traceback (most recent call last):
         ...
         metakd.errors.MetaKDError: the balancer's 'w' has shape (2,) in the saved state and (3,) here; ...
@@ -52,13 +52,17 @@ def _check(saved: Any, own: Any, where: str, key: str) -> None:
     elif isinstance(own, Tensor):
         shape = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         if not is_lazy(own) and shape != tuple(own.shape):
-            raise MetaKDError(f"{where}'s {key!r} has shape {shape} in the saved state and {tuple(own.shape)} here; {_CURE}")
+            raise MetaKDError(
+                f"{where}'s {key!r} has shape {shape} in the saved state and {tuple(own.shape)} here; {_CURE}"
+            )
     elif key == "terms" and list(saved) != own:
         raise MetaKDError(f"{where} was saved with the terms {list(saved)} and has {own} here; {_CURE}")
     elif key.endswith("param_groups"):
         sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
         if sizes[0] != sizes[1]:
-            raise MetaKDError(f"{where}'s {key!r} hold {sizes[0]} parameters in the saved state and {sizes[1]} here; {_CURE}")
+            raise MetaKDError(
+                f"{where}'s {key!r} hold {sizes[0]} parameters in the saved state and {sizes[1]} here; {_CURE}"
+            )
 
 
 _CURE = "build the balancer with the same terms, weight model and optimizer as when it was saved"

@@ -1,10 +1,23 @@
 """A gradient that is known already, handed on to the user's `loss.backward()`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def graph_nodes(loss: Tensor) -> Iterator[Any]:
+    """All nodes of the graph that a loss hangs on."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(function for function, _ in node.next_functions)
 
 
 def graph_leaves(loss: Tensor) -> list[Tensor]:
@@ -15,17 +28,8 @@ def graph_leaves(loss: Tensor) -> list[Tensor]:
         >>> graph_leaves((w * w.detach()).sum())[0] is w
         True
     """
-    leaves: dict[int, Tensor] = {}
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        waiting.extend(function for function, _ in node.next_functions)
-    return list(leaves.values())
+    variables = [node.variable for node in graph_nodes(loss) if hasattr(node, "variable")]
+    return list({id(variable): variable for variable in variables}.values())
 
 
 def hand_over(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
@@ -48,6 +52,6 @@ class _HandOver(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(None if g is None else g * scale for g in ctx.gradients)

@@ -1,11 +1,12 @@
 """The balancer's inner and outer loss, as pure functions of the student's and the weight model's parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -69,6 +70,9 @@ def checked_weights(weights: Any, losses: Tensor) -> Tensor:
     return weights
 
 
+InnerLoss = Callable[[Params, Params, int], Tensor]
+
+
 class Objective:
     """Inner and outer loss of one hypergradient: virtual passes of the student over K batches and a meta batch.
 
@@ -122,14 +126,18 @@ class Objective:
         return weighted_mean(weights, losses)
 
     def materialise(self) -> None:
-        """Call the weight model once, so that its lazy layers find out their sizes."""
+        """Where the weight model has lazy layers, call it once, so that they find out their sizes."""
+        if not any(is_lazy(p) for p in self.weighting.parameters()):
+            return
         outputs, losses = self._losses(self.student.detached(), 0)
         self.weighting(evaluate_features(self.features, losses, outputs, self.batches[0]), self.batches[0])
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
         outputs, _ = self.student.run(params, self.meta_batch.inputs, self._starts[len(self.batches)])
-        return checked_losses(self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch").mean()
+        return checked_losses(
+            self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch"
+        ).mean()
 
     def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
         batch = self.student.cast(self.batches[t])

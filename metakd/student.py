@@ -43,19 +43,23 @@ def call(module: nn.Module, inputs: Any, params: Params | None = None) -> Any:
     try:
         return module(*args, **kwargs) if params is None else functional_call(module, params, args, kwargs)
     except RuntimeError as error:
-        mismatch = _mismatch(module, inputs)
+        own = next(iter(params.values()) if params else module.parameters(), None)
+        mismatch = None if own is None else _mismatch(own, inputs)
         if mismatch is None:
             raise
         raise MetaKDError(f"{type(module).__name__} cannot be called: {mismatch}") from error
 
 
-def _mismatch(module: nn.Module, inputs: Any) -> str | None:
-    own = next(module.parameters(), None)
-    for tensor in tensors(inputs) if own is not None else ():
+def _mismatch(own: Tensor, inputs: Any) -> str | None:
+    for tensor in tensors(inputs):
         if tensor.device != own.device:
-            return f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
+            return (
+                f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
+            )
         if tensor.is_floating_point() and tensor.dtype != own.dtype:
-            return f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
+            return (
+                f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
+            )
     return None
 
 
@@ -160,7 +164,7 @@ class FunctionalStudent:
     @contextmanager
     def _differentiable_kernels(self) -> Iterator[None]:
         """Kernels with forward-mode and double-backward formulas: fused attention and RNNs have neither."""
-        backends = [torch.backends.mkldnn, torch.backends.cudnn] if self._has_rnn else []
+        backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if self._has_rnn else []
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -173,4 +177,5 @@ class FunctionalStudent:
 
 def _primal(buffer: Tensor) -> Tensor:
     """A buffer as the next pass reads it: a constant, without tangent or graph."""
-    return torch.autograd.forward_ad.unpack_dual(buffer).primal.detach()
+    primal: Tensor = torch.autograd.forward_ad.unpack_dual(buffer).primal
+    return primal.detach()

@@ -31,7 +31,9 @@ class Snapshot:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        self._weights = [(p, p.detach().clone(), p.grad) for p in step.weighting.parameters() if not is_lazy(p)]
+        self._weights = [
+            (p, p.detach().clone(), p.grad) for p in step.weighting.parameters() if not is_lazy(p)
+        ]
         self._rng = RngState.capture({p.device for p in student.parameters()})
 
     def keep_optimizer(self) -> None:

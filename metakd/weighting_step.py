@@ -17,7 +17,7 @@ class Pending(NamedTuple):
     """Hypergradients gathered since the weight model last moved: their sum by name, and their number."""
 
     total: Gradient
-    count: int
+    number: int
 
 
 class WeightingStep:
@@ -41,9 +41,13 @@ class WeightingStep:
         2.0
     """
 
-    def __init__(self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int) -> None:
+    def __init__(
+        self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int
+    ) -> None:
         if not isinstance(weighting, nn.Module):
-            raise MetaKDError(f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}")
+            raise MetaKDError(
+                f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}"
+            )
         params = list(weighting.parameters())
         if optimizer is None and params:
             optimizer = torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4)
@@ -56,7 +60,7 @@ class WeightingStep:
     @property
     def moves_next(self) -> bool:
         """Whether the next hypergradient makes the weight model move."""
-        return self.pending.count + 1 >= self.accumulate
+        return self.pending.number + 1 >= self.accumulate
 
     def params(self) -> dict[str, Tensor]:
         """The weight model's trainable parameters by name."""
@@ -74,9 +78,12 @@ class WeightingStep:
                 "the weights do not depend on any trainable parameter of the weight model, so there is no hypergradient; "
                 "pass meta_batch=None to use a frozen weight model"
             )
-        found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
+        found = torch.autograd.grad(
+            weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True
+        )
         gradient = {
-            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found, strict=True)
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(params.items(), found, strict=True)
         }
         if not any(bool(g.any()) for g in gradient.values()):
             raise MetaKDError(
@@ -99,18 +106,21 @@ class WeightingStep:
             The Euclidean norm of this hypergradient, a scalar tensor.
         """
         params = self.params()
-        total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
+        total = {
+            name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()
+        }
         if self.moves_next and self.optimizer is not None:
             for name, p in params.items():
-                p.grad = total[name] / (self.pending.count + 1)
+                p.grad = total[name] / (self.pending.number + 1)
             before_step()
             self.optimizer.step()
             self.pending = Pending({}, 0)
         else:
-            self.pending = Pending(total, self.pending.count + 1)
+            self.pending = Pending(total, self.pending.number + 1)
         for name, p in params.items():
             p.grad = gradient[name].clone()
-        return torch.stack([g.norm() for g in gradient.values()]).norm()
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """The weight model, its optimizer and what is pending, copied."""
@@ -119,9 +129,11 @@ class WeightingStep:
                 name: value if is_lazy(value) else value.detach().clone()
                 for name, value in self.weighting.state_dict().items()
             },
-            "weighting_optimizer": {} if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
+            "weighting_optimizer": {}
+            if self.optimizer is None
+            else copy.deepcopy(self.optimizer.state_dict()),
             "pending": {name: value.clone() for name, value in self.pending.total.items()},
-            "pending_count": self.pending.count,
+            "pending_count": self.pending.number,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

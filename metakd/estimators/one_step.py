@@ -3,14 +3,24 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Gradients, Hypergradient, Problem, answer, checked_scalar, gradients, leaves
+from metakd.estimators.problem import (
+    Gradients,
+    Hypergradient,
+    Problem,
+    answer,
+    checked_scalar,
+    gradients,
+    leaves,
+    second_order_gradients,
+)
 from metakd.inner import Params, apply
 
 
@@ -68,7 +78,10 @@ class OneStep:
             g = problem.first_gradient()
         reached = {name: value.detach().requires_grad_() for name, value in g.items() if value is not None}
         ahead, state = apply(
-            problem.optimizer, {name: reached.get(name) for name in g}, problem.optimizer_state, problem.params
+            problem.optimizer,
+            {name: reached.get(name) for name in g},
+            problem.optimizer_state,
+            problem.params,
         )
         lookahead = leaves(ahead)
         outer_loss = checked_scalar(problem.outer(lookahead, meta), "the outer loss")
@@ -114,9 +127,20 @@ def _pull_back(ahead: Params, v: Gradients, reached: Params) -> Params:
     return {name: value for name, value in zip(reached, u, strict=True) if value is not None}
 
 
+class _NoGradStopsTangents(TorchFunctionMode):
+    """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
+        return func(*args, **(kwargs or {}))
+
+
 def _forward(problem: Problem, meta: Params, u: Params) -> Gradients:
-    with forward_ad.dual_level():
-        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in problem.params.items()}
+    with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True), _NoGradStopsTangents():
+        dual = {
+            name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in problem.params.items()
+        }
         loss = problem.inner(dual, meta, problem.batches[0])
         slope = forward_ad.unpack_dual(loss).tangent
         return dict.fromkeys(meta) if slope is None else gradients(slope, meta)
@@ -126,7 +150,8 @@ def _reverse(problem: Problem, meta: Params, u: Params) -> Gradients:
     params = leaves({name: problem.params[name] for name in u})
     loss = problem.inner({**problem.params, **params}, meta, problem.batches[0])
     g = gradients(loss, params, create_graph=True)
-    return gradients(sum((g[name] * u[name]).sum() for name in u if g[name] is not None), meta)
+    slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None]
+    return second_order_gradients(torch.stack(slopes).sum(), meta) if slopes else dict.fromkeys(meta)
 
 
 def _lacks_forward_mode(error: BaseException) -> bool:

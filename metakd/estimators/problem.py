@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
+from metakd.handover import graph_nodes
 from metakd.inner import GradientTransformation, Params
 
 Gradients = dict[str, Tensor | None]
@@ -80,6 +81,29 @@ def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     return dict(zip(params, found, strict=True))
 
 
+def second_order_gradients(loss: Tensor, params: Params) -> Gradients:
+    """`gradients` of a scalar that was built from gradients.
+
+    Raises:
+        MetaKDError: an operation on the way has no second derivative.
+    """
+    # What hangs behind such an operation is lost without a word where autograd finds another way to a parameter.
+    if any(node.name().endswith("::Error") for node in graph_nodes(loss)):
+        raise MetaKDError(f"an operation of this model is marked @once_differentiable; {_NO_SECOND_ORDER}")
+    try:
+        return gradients(loss, params)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise MetaKDError(f"{str(error).splitlines()[0][:160]}; {_NO_SECOND_ORDER}") from error
+
+
+_NO_SECOND_ORDER = (
+    "reverse mode would have to differentiate it twice. Use another kernel (for attention "
+    "torch.nn.attention.SDPBackend.MATH), or estimators.OneStep(mode='forward')"
+)
+
+
 def checked_scalar(loss: Any, what: str) -> Tensor:
     """The loss itself, if it is one finite number.
 
@@ -125,4 +149,3 @@ def answer(
     }
     detached = {name: p.detach() for name, p in params.items()}
     return Hypergradient(outer_loss.detach(), filled, detached, map_tensors(Tensor.detach, optimizer_state))
-

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Hypergradient, Problem, answer, checked_scalar, gradients, leaves
+from metakd.estimators.problem import (
+    Hypergradient,
+    Problem,
+    answer,
+    checked_scalar,
+    gradients,
+    leaves,
+    second_order_gradients,
+)
 from metakd.inner import apply
 
 
@@ -33,11 +41,13 @@ class Unroll:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
-            raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
+            raise MetaKDError(
+                "Unroll needs at least one batch: the number of batches is the number of inner steps"
+            )
         params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
         for t, batch in enumerate(problem.batches):
             loss = checked_scalar(problem.inner(params, meta, batch), f"the inner loss of step {t}")
             g = gradients(loss, params, create_graph=True)
             params, state = apply(problem.optimizer, g, state, params)
         outer_loss = checked_scalar(problem.outer(params, meta), "the outer loss")
-        return answer(problem, outer_loss, gradients(outer_loss, meta), params, state)
+        return answer(problem, outer_loss, second_order_gradients(outer_loss, meta), params, state)

@@ -72,7 +72,7 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
         >>> apply(inner.transformation, {"w": torch.tensor([1.0])}, inner.state, {"w": w.detach()})[0]
         {'w': tensor([0.4000])}
     """
-    rule = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adam}.get(type(optimizer))
+    rule = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adamw}.get(type(optimizer))
     if rule is None:
         raise MetaKDError(
             f"inner='mirror' cannot follow {type(optimizer).__name__}; it supports {SUPPORTED}. "
@@ -91,6 +91,11 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
 def _sgd(group: Group) -> GradientTransformation:
     flags = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
     return torchopt.sgd(lr=float(group["lr"]), **{flag: group[flag] for flag in flags})
+
+
+def _adamw(group: Group) -> GradientTransformation:
+    # In older torch AdamW is a class of its own, whose groups do not say that their decay is decoupled.
+    return _adam({"decoupled_weight_decay": True, **group})
 
 
 def _adam(group: Group) -> GradientTransformation:
@@ -152,7 +157,7 @@ def _by_group(parts: Sequence[tuple[list[str], GradientTransformation]]) -> Grad
         return tuple(part.init({name: params[name] for name in names}) for names, part in parts)
 
     def update(
-        updates: dict[str, Any], state: tuple[Any, ...], *, params: Params, inplace: bool = True
+        updates: Any, state: Any, *, params: Any = None, inplace: bool = True
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:
         merged, states = {}, []
         for (names, part), part_state in zip(parts, state, strict=True):

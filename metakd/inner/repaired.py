@@ -8,7 +8,9 @@ import torch
 from torchopt import pytree
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 from torchopt.combine import chain_flat
+from torchopt.transform.add_decayed_weights import _masked
 from torchopt.transform.scale_by_adam import ScaleByAdamState
+from torchopt.transform.utils import tree_map_flat
 
 from metakd.inner.updates import adam_step, clip_norm, momentum_step
 
@@ -47,6 +49,9 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
     where = f"{update.__module__}.{update.__qualname__}".removesuffix(".<locals>.update_fn")
     if where == "torchopt.combine.chain_flat":
         return chain_flat(repaired(settings["inner"]))
+    if where == "torchopt.transform.add_decayed_weights._masked":
+        flat = settings["tree_map"] is tree_map_flat
+        transformation = _masked(repaired(settings["inner"]), settings["mask"], already_flattened=flat)
     return own(_REPLACEMENTS.get(where, _skipping_none)(transformation, settings))
 
 
@@ -98,7 +103,9 @@ def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
         if all(g is not None for g in gradients):
             return original.update(updates, state, params=params, inplace=inplace)
-        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)]
+        values = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)
+        ]
         new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
         kept = [None if g is None else n for g, n in zip(gradients, _leaves(new), strict=True)]
         return tree.unflatten(kept), state

@@ -6,12 +6,12 @@ Needs the extra ``examples`` (torchvision, torchmetrics, scikit-learn, matplotli
 from metakd.longtail import plots
 from metakd.longtail.augment import Augment, random_crop_flip
 from metakd.longtail.batches import Batches, LongTailed
-from metakd.longtail.checkpoint import Checkpoint, write_atomically
+from metakd.longtail.checkpoint import Checkpoint, fresh_folder
 from metakd.longtail.data import DATASETS, Images, load_images
 from metakd.longtail.learned import LearnedWeights, learned_weights
 from metakd.longtail.metrics import Groups, Scores, evaluate, group_classes
 from metakd.longtail.models import CifarResNet, build_model
-from metakd.longtail.results import provenance, table, write_json
+from metakd.longtail.results import Run, provenance, summary, table, write_report
 from metakd.longtail.splits import Split, largest_n_max, long_tail_counts, long_tailed_split
 
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "Images",
     "LearnedWeights",
     "LongTailed",
+    "Run",
     "Scores",
     "Split",
     "build_model",
     "evaluate",
+    "fresh_folder",
     "group_classes",
     "largest_n_max",
     "learned_weights",
@@ -37,7 +39,7 @@ __all__ = [
     "plots",
     "provenance",
     "random_crop_flip",
+    "summary",
     "table",
-    "write_atomically",
-    "write_json",
+    "write_report",
 ]

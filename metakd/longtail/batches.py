@@ -73,6 +73,7 @@ class LongTailed:
         test: the test images.
         counts: training images per class.
         classes: class names.
+        title: the data in a word or two.
         name: the data in words.
     """
 
@@ -81,6 +82,7 @@ class LongTailed:
     test: Batches
     counts: tuple[int, ...]
     classes: tuple[str, ...]
+    title: str
     name: str
 
     @classmethod
@@ -141,6 +143,7 @@ class LongTailed:
             batches(images.test, images.test_targets, batch_size, 2),
             split.counts,
             images.classes,
+            images.title,
             images.name,
         )
 

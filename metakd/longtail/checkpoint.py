@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,7 +114,41 @@ class Checkpoint:
         return content
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results.json") -> None:
+    """Make a folder ready for a run that starts anew.
+
+    Takes away the checkpoints ``<name>.pt`` and the record of an earlier run that was finished, so that nothing of it
+    is mistaken for the new run's; an unfinished run's are hours of work and stay.
+
+    Args:
+        folder: of the run; made if missing.
+        names: of the run's checkpoints.
+        finished: the file that a run writes last.
+
+    Raises:
+        MetaKDError: the folder holds an unfinished run.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({}, Path(folder) / "student.pt")
+        ...     fresh_folder(Path(folder), ["student"])
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [folder / f"{name}.pt" for name in names if (folder / f"{name}.pt").exists()]
+    if old and not (folder / finished).exists():
+        raise MetaKDError(
+            f"{folder} holds an unfinished run ({', '.join(path.name for path in old)}): continue it with --resume, "
+            "choose another --output, or delete these files"
+        )
+    for path in (*old, folder / finished):
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a temporary path beside ``path``, then put that file in ``path``'s place.
 
     Args:

@@ -22,6 +22,7 @@ class Images:
     """A labelled image data set as four tensors.
 
     Attributes:
+        title: which data set, in a word or two.
         name: which data set, in words fit for a report.
         classes: class names, in label order; for a long tail this order decides which are head and which tail.
         train: (N, C, H, W) raw training images, uint8.
@@ -33,6 +34,7 @@ class Images:
         flip: whether these images may be mirrored.
     """
 
+    title: str
     name: str
     classes: tuple[str, ...]
     train: Tensor
@@ -90,6 +92,7 @@ def _digits(test_per_class: int = 60) -> Images:
     rest = torch.ones(len(targets), dtype=torch.bool)
     rest[test] = False
     return Images(
+        "digits",
         f"handwritten digits bundled with scikit-learn (8x8 grey; {test_per_class} a class set aside as test images)",
         tuple(str(c) for c in range(10)),
         images[rest],
@@ -117,7 +120,8 @@ def _cifar(dataset: str, root: Path) -> Images:
             "test/<class>/*>, or use --dataset digits, which needs no network"
         ) from error
     train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
-    return Images({"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[dataset], tuple(parts[0].classes), *train, *test)
+    title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[dataset]
+    return Images(title, f"{title} (Krizhevsky, 2009)", tuple(parts[0].classes), *train, *test)
 
 
 def _folder(root: Path, size: int) -> Images:
@@ -134,7 +138,7 @@ def _folder(root: Path, size: int) -> Images:
             f"the folders below train and test in {root} differ: {sorted(set(classes) ^ set(test_classes))} "
             "are in one of them only"
         )
-    return Images(f"images in {root.name}/", classes, train, train_targets, test, test_targets)
+    return Images(root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets)
 
 
 def _image_folder(folder: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:

@@ -123,5 +123,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     for module, flag in flags:
         module.training = flag
     accuracy = 100 * per_class.compute().double().cpu()
-    means = [float(accuracy[list(group)].mean()) for group in groups[1:]]
-    return Scores(100 * float(overall.compute()), *means, tuple(accuracy.tolist()), loss / max(seen, 1))
+    means = [round(float(accuracy[list(group)].mean()), 4) for group in groups[1:]]
+    rounded = tuple(round(value, 4) for value in accuracy.tolist())  # float32 gives no more digits
+    return Scores(round(100 * float(overall.compute()), 4), *means, rounded, loss / max(seen, 1))

@@ -36,10 +36,10 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path
         path: the picture to write.
         title: above the figure.
     """
-    figure, axes = _figure(1, 3, (11, 3.9), title)
+    figure, axes = _figure(1, 3, (11, 4), title)
     panels = (
-        ("train_loss", "training loss, as weighted by each method"),
-        ("test_loss", "test cross-entropy"),
+        ("train_loss", "training loss (as weighted)"),
+        ("test_loss", "test cross-entropy (nats)"),
         ("test_accuracy", "test accuracy (%)"),
     )
     for panel, (key, label) in zip(axes[0], panels, strict=True):
@@ -200,8 +200,8 @@ def _name_classes(panel: Axes, classes: Sequence[str]) -> None:
 
 
 def _plain_log_ticks(panel: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""The record of a run: what was run with what on what, and the table that ends it."""
+"""The record of a run: what was run with what on what, the figures, and the table that ends it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,36 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from metakd.longtail import plots
+from metakd.longtail.batches import LongTailed
 from metakd.longtail.checkpoint import write_atomically
+from metakd.longtail.learned import LearnedWeights
+from metakd.longtail.metrics import Scores, group_classes
 
 _PACKAGES = ("metakd", "torch", "torchopt", "torchvision", "torchmetrics", "scikit-learn")
+_COLUMNS = ("overall", "many", "medium", "few")
+
+
+class Run(NamedTuple):
+    """One network's training.
+
+    Attributes:
+        history: one entry an epoch; ``seconds`` of training, ``train_loss``, and where it was evaluated ``test_loss``,
+            ``test_accuracy`` and ``validation_accuracy``.
+        scores: test scores after the last epoch.
+    """
+
+    history: list[dict[str, Any]]
+    scores: Scores
+
+    @property
+    def seconds(self) -> float:
+        """Training alone, without evaluation."""
+        return float(sum(entry["seconds"] for entry in self.history))
 
 
 def provenance() -> dict[str, Any]:
@@ -26,17 +49,78 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions,
-        "threads": torch.get_num_threads(),
+    return {"command": shlex.join(["python", *sys.argv]), "versions": versions, "threads": torch.get_num_threads()}
+
+
+def write_report(
+    folder: Path,
+    runs: Mapping[str, Run],
+    data: LongTailed,
+    *,
+    arguments: Mapping[str, Any],
+    learned: LearnedWeights | None = None,
+) -> list[Path]:
+    """Write ``results.json`` and the figures.
+
+    Args:
+        folder: where to.
+        runs: name -> run; one named ``teacher`` is in the record, but not in the figures.
+        data: what was trained on.
+        arguments: the settings of the runs; ``seed`` among them.
+        learned: the weights that a bilevel method learned.
+
+    Returns:
+        The files written.
+    """
+    groups = group_classes(data.counts)
+    record = provenance() | {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
+        "seed": arguments.get("seed"),
+        "data": {"description": data.describe(), "classes": data.classes, "counts": data.counts},
+        "groups": groups._asdict(),
+        "accuracy": "test accuracy in percent after the last epoch; no epoch was selected",
+        "runs": {
+            name: {"last_epoch": run.scores._asdict(), "seconds": run.seconds, "history": run.history}
+            for name, run in runs.items()
+        },
     }
+    students = {name: run for name, run in runs.items() if name != "teacher"}
+    title = f"long-tailed {data.title}, {max(data.counts):,} to {min(data.counts):,} training images a class"
+    written = [folder / "results.json"]
+
+    def figure(name: str) -> Path:
+        written.append(folder / name)
+        return folder / name
+
+    if students:
+        histories = {name: run.history for name, run in students.items()}
+        plots.training_curves(histories, figure("training_curves.png"), title=f"Training on {title}")
+        accuracy = {name: run.scores.per_class for name, run in students.items()}
+        path = figure("class_accuracy.png")
+        plots.class_accuracy(accuracy, data.counts, data.classes, path, title=f"Accuracy by class: {title}")
+    if learned is not None:
+        record["learned_weights"] = {
+            "terms": learned.terms,
+            "by_class": learned.by_class(len(data.classes)).tolist(),
+        }
+        path = figure("weights_by_class.png")
+        plots.weights_by_class(learned, data.counts, data.classes, path, title=f"Learned weights by class: {title}")
+        plots.weight_surface(learned, figure("weights_by_loss.png"), title=f"Learned weights by loss: {title}")
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return written
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=True) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def summary(runs: Mapping[str, Run], data: LongTailed) -> str:
+    """The table of a run: overall, many, medium and few accuracy, and the seconds of training."""
+    rows = {
+        name: {column: getattr(run.scores, column) for column in _COLUMNS} | {"seconds": run.seconds}
+        for name, run in runs.items()
+    }
+    return (
+        f"Test accuracy (%) after the last epoch, on {data.name}\n\n{table(rows)}\n\n"
+        f"{group_classes(data.counts).rule}; seconds: training alone"
+    )
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -47,14 +131,14 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
     Example:
         >>> print(table({"ce": {"overall": 80.0, "few": 61.234}, "bikd": {"overall": 82.1, "few": 70.0}}))
-              overall    few
-        ce      80.00  61.23
-        bikd    82.10  70.00
+              overall     few
+        ce      80.00   61.23
+        bikd    82.10   70.00
     """
-    columns = list(next(iter(rows.values())))
-    first = max(map(len, rows))
-    widths = [max(len(c), 6) for c in columns]
-    lines = [" " * first + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths, strict=True))]
+    columns = list(next(iter(rows.values()), {}))
+    first = max(map(len, rows), default=0)
+    widths = {column: max(len(column), 6) for column in columns}
+    lines = [" " * first + "".join(f"  {column:>{widths[column]}}" for column in columns)]
     for name, row in rows.items():
-        lines.append(f"{name:<{first}}" + "".join(f"  {row[c]:>{w}.2f}" for c, w in zip(columns, widths, strict=True)))
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append(f"{name:<{first}}" + "".join(f"  {row[column]:>{widths[column]}.2f}" for column in columns))
+    return "\n".join(lines)

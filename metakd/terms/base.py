@@ -14,18 +14,18 @@ from metakd.errors import MetaKDError
 from metakd.terms.reading import describe, tensor_in
 
 Term: TypeAlias = Callable[[Any, Batch], Tensor]
-"""A per-sample loss: called as ``term(outputs, batch)``, returns a ``(B,)`` tensor."""
+"""A per-sample loss: called as `term(outputs, batch)`, returns a `(B,)` tensor."""
 
 
 def named(terms: Mapping[str, Term] | Sequence[Term]) -> dict[str, Term]:
     """Give every term a name.
 
     A mapping keeps its names and its order. In a sequence, a term is named after its class or function in
-    snake case (``CrossEntropy()`` is ``cross_entropy``, a second one ``cross_entropy_2``); a lambda at
-    position ``i`` is ``term_i``.
+    snake case (`CrossEntropy()` is `cross_entropy`, a second one `cross_entropy_2`); a lambda at
+    position `i` is `term_i`.
 
     Args:
-        terms: a mapping name -> term (``nn.ModuleDict`` too), or a sequence of terms (``nn.ModuleList`` too).
+        terms: a mapping name -> term (`nn.ModuleDict` too), or a sequence of terms (`nn.ModuleList` too).
 
     Returns:
         The terms by name, in the order given.
@@ -70,15 +70,15 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
 
     Args:
         terms: name -> term, as `named` returns them; M of them.
-        outputs: the student's outputs for ``batch.inputs``.
+        outputs: the student's outputs for `batch.inputs`.
         batch: the batch of B samples.
 
     Returns:
-        The losses, shape ``(B, M)``, in the order of the terms. They are not checked for NaN here.
+        The losses, shape `(B, M)`, in the order of the terms. They are not checked for NaN here.
 
     Raises:
         MetaKDError: a term raised (the exception is chained), or returned something else than a floating
-            ``(B,)`` tensor, or the terms' losses are on different devices. The message names the term.
+            `(B,)` tensor, or the terms' losses are on different devices. The message names the term.
 
     Example:
         >>> import torch

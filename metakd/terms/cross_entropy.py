@@ -17,22 +17,22 @@ from metakd.terms.reading import class_indices, logits
 class CrossEntropy:
     """Cross-entropy of the student with the label of each sample.
 
-    With logits ``z``, label ``y``, C classes and label smoothing ``s``:
-    ``loss_i = -sum_c t_ic log softmax(z_i)_c`` where ``t_ic = (1 - s) [c = y_i] + s / C``.
+    With logits `z`, label `y`, C classes and label smoothing `s`:
+    `loss_i = -sum_c t_ic log softmax(z_i)_c` where `t_ic = (1 - s) [c = y_i] + s / C`.
 
-    Shapes: outputs ``(B, C)`` (a tensor or an object with ``.logits``), ``batch.targets`` ``(B,)`` integers,
-    result ``(B,)``.
+    Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
+    result `(B,)`.
 
     Source: label smoothing is from Szegedy et al., "Rethinking the Inception Architecture for Computer
-    Vision" (CVPR 2016). Ours differs from ``torch.nn.CrossEntropyLoss`` in that it never averages over the
-    batch and has no ignored label: a label outside ``[0, C)`` is an error.
+    Vision" (CVPR 2016). Ours differs from `torch.nn.CrossEntropyLoss` in that it never averages over the
+    batch and has no ignored label: a label outside `[0, C)` is an error.
 
     Args:
-        label_smoothing: the share ``s`` of the target spread evenly over the classes, in ``[0, 1)``.
+        label_smoothing: the share `s` of the target spread evenly over the classes, in `[0, 1)`.
 
     Raises:
-        MetaKDError: ``label_smoothing`` outside ``[0, 1)``; when called, targets that are missing, are not
-            ``(B,)`` integers, or are out of range.
+        MetaKDError: `label_smoothing` outside `[0, 1)`; when called, targets that are missing, are not
+            `(B,)` integers, or are out of range.
 
     Example:
         >>> import torch
@@ -54,7 +54,7 @@ class CrossEntropy:
             )
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the loss of each sample, shape ``(B,)``."""
+        """Return the loss of each sample, shape `(B,)`."""
         z = logits(outputs)
         return F.cross_entropy(
             z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing

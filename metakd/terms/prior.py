@@ -18,11 +18,11 @@ from metakd.terms.reading import class_indices, logits
 class LogitAdjusted:
     """Cross-entropy of logits shifted by the class prior.
 
-    ``loss_i = CE(z_i + tau log pi, y_i)`` with ``pi_c = n_c / sum_c n_c``, the share of class c in the
+    `loss_i = CE(z_i + tau log pi, y_i)` with `pi_c = n_c / sum_c n_c`, the share of class c in the
     training set. The shift is for training only: predict with the plain logits.
 
-    Shapes: outputs ``(B, C)`` (a tensor or an object with ``.logits``), ``batch.targets`` ``(B,)`` integers,
-    result ``(B,)``.
+    Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
+    result `(B,)`.
 
     Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), the adjusted loss. Ours
     differs in nothing but being per sample.
@@ -32,7 +32,7 @@ class LogitAdjusted:
         tau: strength, finite and at least 0; 0 is plain cross-entropy.
 
     Raises:
-        MetaKDError: counts that are not positive finite numbers, ``tau`` negative or not finite; when called,
+        MetaKDError: counts that are not positive finite numbers, `tau` negative or not finite; when called,
             other than C logits, and all that `CrossEntropy` raises.
 
     Example:
@@ -53,7 +53,7 @@ class LogitAdjusted:
         self._shifts: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the loss of each sample, shape ``(B,)``."""
+        """Return the loss of each sample, shape `(B,)`."""
         z = logits(outputs)
         if len(self.counts) != z.shape[1]:
             raise MetaKDError(
@@ -78,11 +78,11 @@ class LogitAdjusted:
 class BalancedSoftmax(LogitAdjusted):
     """Balanced softmax: cross-entropy of logits shifted by the log class prior.
 
-    ``loss_i = CE(z_i + log pi, y_i)`` with ``pi_c = n_c / sum_c n_c``, which makes the plain logits fit a
-    balanced test set. It is `LogitAdjusted` with ``tau = 1``, under the name of its own paper.
+    `loss_i = CE(z_i + log pi, y_i)` with `pi_c = n_c / sum_c n_c`, which makes the plain logits fit a
+    balanced test set. It is `LogitAdjusted` with `tau = 1`, under the name of its own paper.
 
-    Shapes: outputs ``(B, C)`` (a tensor or an object with ``.logits``), ``batch.targets`` ``(B,)`` integers,
-    result ``(B,)``.
+    Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
+    result `(B,)`.
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition" (NeurIPS 2020). Ours is the
     loss alone, without the paper's meta sampler.

@@ -12,13 +12,13 @@ from metakd.errors import MetaKDError
 
 
 def logits(outputs: Any) -> Tensor:
-    """Return the ``(B, C)`` logits in a model's output.
+    """Return the `(B, C)` logits in a model's output.
 
     Args:
-        outputs: a tensor, or an object with a ``logits`` attribute (the Hugging Face convention).
+        outputs: a tensor, or an object with a `logits` attribute (the Hugging Face convention).
 
     Returns:
-        The logits, shape ``(B, C)``. Half precision is raised to float32, since losses need its digits.
+        The logits, shape `(B, C)`. Half precision is raised to float32, since losses need its digits.
 
     Raises:
         MetaKDError: there is no floating tensor of two dimensions to be found.
@@ -41,7 +41,7 @@ def logits(outputs: Any) -> Tensor:
 
 
 def class_indices(student: Tensor, batch: Batch) -> Tensor:
-    """Return ``batch.targets`` as int64 class indices ``(B,)`` that fit the ``(B, C)`` logits, or raise."""
+    """Return `batch.targets` as int64 class indices `(B,)` that fit the `(B, C)` logits, or raise."""
     size, classes = student.shape
     targets = batch.targets
     if targets is None:
@@ -72,7 +72,7 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
 
 
 def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
-    """Return the teacher's detached ``(B, C)`` logits in the student's dtype, or raise."""
+    """Return the teacher's detached `(B, C)` logits in the student's dtype, or raise."""
     if batch.teacher is None:
         raise MetaKDError(
             "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
@@ -90,10 +90,10 @@ def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
 
 
 def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
-    """Raise where an index is outside ``[0, size)``.
+    """Raise where an index is outside `[0, size)`.
 
     That takes a look at the values, so it is skipped where none can be taken: while a CUDA graph is captured,
-    under ``torch.compile``, on the meta device.
+    under `torch.compile`, on the meta device.
     """
     capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
@@ -104,7 +104,7 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """Return the tensor that a value is or carries as ``.logits``, or None."""
+    """Return the tensor that a value is or carries as `.logits`, or None."""
     found = value if isinstance(value, Tensor) else getattr(value, "logits", None)
     return found if isinstance(found, Tensor) else None
 

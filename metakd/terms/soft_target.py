@@ -38,28 +38,28 @@ class _Softened:
         return F.log_softmax(z / self.temperature, dim=1).clamp(min=torch.finfo(z.dtype).min)
 
     def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        """``T^2 KL(of || given)`` of each row, both as log probabilities."""
+        """`T^2 KL(of || given)` of each row, both as log probabilities."""
         return self.temperature**2 * F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
 
 
 class SoftTarget(_Softened):
     """Knowledge distillation: divergence of the student from the teacher, both softened.
 
-    ``loss_i = T^2 KL(p_i || q_i) = T^2 sum_c p_ic (log p_ic - log q_ic)`` with the teacher's
-    ``p = softmax(z_teacher / T)`` and the student's ``q = softmax(z_student / T)``. The factor ``T^2`` keeps
-    the size of the gradient when ``T`` changes. It covers every class the teacher gives mass to.
+    `loss_i = T^2 KL(p_i || q_i) = T^2 sum_c p_ic (log p_ic - log q_ic)` with the teacher's
+    `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. The factor `T^2` keeps
+    the size of the gradient when `T` changes. It covers every class the teacher gives mass to.
 
-    Shapes: outputs and ``batch.teacher`` ``(B, C)`` (tensors or objects with ``.logits``), result ``(B,)``.
+    Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015). Ours differs in that
     it is the divergence, not the cross-entropy (same gradient, and zero where the student equals the
     teacher), and that no gradient ever flows into the teacher.
 
     Args:
-        temperature: ``T > 0``.
+        temperature: `T > 0`.
 
     Raises:
-        MetaKDError: ``temperature`` not positive; when called, the teacher's outputs missing or of another
+        MetaKDError: `temperature` not positive; when called, the teacher's outputs missing or of another
             shape than the student's.
 
     Example:
@@ -72,7 +72,7 @@ class SoftTarget(_Softened):
     """
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the loss of each sample, shape ``(B,)``."""
+        """Return the loss of each sample, shape `(B,)`."""
         student, teacher = self._log_probabilities(outputs, batch)
         return self._divergence(of=teacher, given=student)
 
@@ -80,21 +80,21 @@ class SoftTarget(_Softened):
 class ReverseSoftTarget(_Softened):
     """Reverse divergence: of the teacher from the student, both softened.
 
-    ``loss_i = T^2 KL(q_i || p_i) = T^2 sum_c q_ic (log q_ic - log p_ic)`` with the teacher's
-    ``p = softmax(z_teacher / T)`` and the student's ``q = softmax(z_student / T)``. It punishes mass the
+    `loss_i = T^2 KL(q_i || p_i) = T^2 sum_c q_ic (log q_ic - log p_ic)` with the teacher's
+    `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. It punishes mass the
     student puts where the teacher has none.
 
-    Shapes: outputs and ``batch.teacher`` ``(B, C)`` (tensors or objects with ``.logits``), result ``(B,)``.
+    Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
     Source: one of the two divergences that Sepahvand, Meyer, Gross, BD-KD (2022, arXiv 2212.12965) balance.
     Ours differs in that the balance between them is no part of the term, and that no gradient ever flows into
     the teacher.
 
     Args:
-        temperature: ``T > 0``.
+        temperature: `T > 0`.
 
     Raises:
-        MetaKDError: ``temperature`` not positive; when called, the teacher's outputs missing or of another
+        MetaKDError: `temperature` not positive; when called, the teacher's outputs missing or of another
             shape than the student's.
 
     Example:
@@ -107,6 +107,6 @@ class ReverseSoftTarget(_Softened):
     """
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the loss of each sample, shape ``(B,)``."""
+        """Return the loss of each sample, shape `(B,)`."""
         student, teacher = self._log_probabilities(outputs, batch)
         return self._divergence(of=student, given=teacher)

@@ -1,4 +1,4 @@
-"""Weight models: any ``nn.Module`` ``(features (B, F), batch) -> (B, M)``; these are the usual ones."""
+"""Weight models: any `nn.Module` `(features (B, F), batch) -> (B, M)`; these are the usual ones."""
 
 from metakd.weighting.loss_mlp import LossMLP
 from metakd.weighting.rectified import Rectified

@@ -16,7 +16,7 @@ from metakd.errors import MetaKDError
 
 @dataclass(frozen=True)
 class OutputMap:
-    """A differentiable map from free numbers ``(..., M)`` to weights ``(..., M)``.
+    """A differentiable map from free numbers `(..., M)` to weights `(..., M)`.
 
     Attributes:
         apply: the map.
@@ -44,8 +44,8 @@ def output_map(output: str) -> OutputMap:
     """Look an output map up by name.
 
     Args:
-        output: ``"sigmoid"`` (each weight in (0, 1), on its own), ``"softplus"`` (each positive),
-            ``"softmax"`` (positive, summing to one over the terms) or ``"identity"`` (any number).
+        output: `"sigmoid"` (each weight in (0, 1), on its own), `"softplus"` (each positive),
+            `"softmax"` (positive, summing to one over the terms) or `"identity"` (any number).
 
     Raises:
         MetaKDError: there is no such map.
@@ -60,7 +60,7 @@ def output_map(output: str) -> OutputMap:
 
 
 def starting_point(init: float | None, output: str) -> float:
-    """Return the free number whose weight is ``init``.
+    """Return the free number whose weight is `init`.
 
     Raises:
         MetaKDError: no number maps to that weight.

@@ -19,10 +19,10 @@ from metakd.weighting.base import output_map, positive_int
 class LossMLP(nn.Module):
     """Weights of a sample as a function of its features, by default of its losses.
 
-    ``w_i = map(W_L tanh(... tanh(W_1 x_i + b_1) ...) + b_L)``: a multilayer perceptron shared by all samples,
+    `w_i = map(W_L tanh(... tanh(W_1 x_i + b_1) ...) + b_L)`: a multilayer perceptron shared by all samples,
     so that it also answers for samples it has never seen.
 
-    Shapes: features ``(B, F)``, result ``(B, M)``.
+    Shapes: features `(B, F)`, result `(B, M)`.
 
     Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose weight model has tanh layers of 64 units and
     independent sigmoids, with no sum-to-one constraint; the idea of a network from losses to weights is Shu
@@ -36,12 +36,12 @@ class LossMLP(nn.Module):
         features: F, or None to find it in the first batch.
         terms: M, the number of weights a sample.
         hidden: units of each hidden layer; empty for a linear model.
-        output: the map to weights: ``"sigmoid"``, ``"softplus"``, ``"softmax"`` over the terms, or
-            ``"identity"``.
+        output: the map to weights: `"sigmoid"`, `"softplus"`, `"softmax"` over the terms, or
+            `"identity"`.
 
     Raises:
         MetaKDError: a size that is not a positive integer, or an unknown output map; when called, features
-            that are not ``(B, F)``.
+            that are not `(B, F)`.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ class LossMLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return the weights, shape ``(B, M)``."""
+        """Return the weights, shape `(B, M)`."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         known = None if is_lazy(first.weight) else first.weight.shape[1]

@@ -13,14 +13,14 @@ from metakd.weighting.base import positive_int
 class Rectified(nn.Module):
     """Weights in proportion to how much each sample's term lowers the meta loss, and none below zero.
 
-    ``w_ik = B max(0, -I_ik) / sum_jl max(0, -I_jl)`` with the influence ``I_ik``, the derivative of the meta
-    loss with respect to ``w_ik`` at ``w = 0`` up to a positive factor. The weights of a batch sum to B, so
-    that the balancer's ``(1/B) sum_ik w_ik l_ik`` weights its losses with numbers that sum to one. Where no
+    `w_ik = B max(0, -I_ik) / sum_jl max(0, -I_jl)` with the influence `I_ik`, the derivative of the meta
+    loss with respect to `w_ik` at `w = 0` up to a positive factor. The weights of a batch sum to B, so
+    that the balancer's `(1/B) sum_ik w_ik l_ik` weights its losses with numbers that sum to one. Where no
     sample helps, all weights are zero.
 
     It has no parameters. Where no influence is known, in calls without a hypergradient, every weight is one.
 
-    Shapes: influence ``(B, M)``, result ``(B, M)``.
+    Shapes: influence `(B, M)`, result `(B, M)`.
 
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (ICML 2018). Ours differs in
     weighting several terms at once; with one term it is the paper's rule.
@@ -29,7 +29,7 @@ class Rectified(nn.Module):
         terms: M, the number of terms.
 
     Raises:
-        MetaKDError: ``terms`` not a positive integer; when called, an influence that is not ``(B, M)``.
+        MetaKDError: `terms` not a positive integer; when called, an influence that is not `(B, M)`.
 
     Example:
         >>> import torch
@@ -46,20 +46,20 @@ class Rectified(nn.Module):
         self.terms = positive_int(terms, "terms")
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return equal weights of one, shape ``(B, M)``: the answer where no influence is known."""
+        """Return equal weights of one, shape `(B, M)`: the answer where no influence is known."""
         return features.new_ones(features.shape[0], self.terms)
 
     def lookahead_weights(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return the weights at which the influence is taken, zeros of shape ``(B, M)``."""
+        """Return the weights at which the influence is taken, zeros of shape `(B, M)`."""
         return features.new_zeros(features.shape[0], self.terms)
 
     def from_influence(self, influence: Tensor) -> Tensor:
-        """Return the weights that an influence ``(B, M)`` asks for, same shape, detached."""
+        """Return the weights that an influence `(B, M)` asks for, same shape, detached."""
         if influence.ndim != 2 or influence.shape[1] != self.terms:
             raise MetaKDError(
                 f"the influence has shape {tuple(influence.shape)}, expected (B, {self.terms}); build the "
                 "weight model with one column a term: Rectified(terms=...)"
             )
-        helpful = influence.detach().neg().clamp(min=0.0)
+        helpful = influence.detach().clamp(max=0.0).abs()
         total = helpful.sum()
         return helpful / torch.where(total > 0, total, 1.0) * influence.shape[0]

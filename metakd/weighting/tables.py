@@ -43,9 +43,9 @@ class _Table(nn.Module):
 class ClassTable(_Table):
     """One weight a class and term, looked up by the label.
 
-    ``w_ik = map(A[y_i, k])`` with a table ``A`` of free numbers.
+    `w_ik = map(A[y_i, k])` with a table `A` of free numbers.
 
-    Shapes: features ``(B, F)`` (only B is used), ``batch.targets`` ``(B,)`` integers, result ``(B, M)``.
+    Shapes: features `(B, F)` (only B is used), `batch.targets` `(B,)` integers, result `(B, M)`.
 
     Source: the class-wise weights that long-tailed recognition sets by hand from class counts, e.g. Cui et
     al., "Class-Balanced Loss Based on Effective Number of Samples" (CVPR 2019). Ours differs in learning
@@ -54,13 +54,13 @@ class ClassTable(_Table):
     Args:
         classes: the number of classes, the table's rows.
         terms: M, the number of terms.
-        init: the weight every class and term starts with; without effect with ``"softmax"``.
-        output: the map to weights: ``"softplus"``, ``"sigmoid"``, ``"softmax"`` over the terms, or
-            ``"identity"``.
+        init: the weight every class and term starts with; without effect with `"softmax"`.
+        output: the map to weights: `"softplus"`, `"sigmoid"`, `"softmax"` over the terms, or
+            `"identity"`.
 
     Raises:
         MetaKDError: a size that is not a positive integer, an unknown output map, or a start that it cannot
-            give; when called, targets missing, not ``(B,)`` integers, or out of range.
+            give; when called, targets missing, not `(B,)` integers, or out of range.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ class ClassTable(_Table):
         super().__init__(positive_int(classes, "classes"), terms, init, output)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return the weights, shape ``(B, M)``."""
+        """Return the weights, shape `(B, M)`."""
         cure = "give the class of each sample as Batch(targets=...)"
         return self._weights(batch.targets, features.shape[0], "batch.targets", "class", cure)
 
@@ -86,9 +86,9 @@ class ClassTable(_Table):
 class SampleTable(_Table):
     """One weight a training sample and term, looked up by the sample's position in the training set.
 
-    ``w_ik = map(A[index_i, k])`` with a table ``A`` of free numbers.
+    `w_ik = map(A[index_i, k])` with a table `A` of free numbers.
 
-    Shapes: features ``(B, F)`` (only B is used), ``batch.index`` ``(B,)`` integers, result ``(B, M)``.
+    Shapes: features `(B, F)` (only B is used), `batch.index` `(B,)` integers, result `(B, M)`.
 
     Source: Sivasubramanian et al., AMAL ("Adaptive mixing of auxiliary losses in supervised learning", AAAI
     2023), a table of weights clamped to [0, 2]. Ours differs in that an output map keeps the weights in range
@@ -96,19 +96,19 @@ class SampleTable(_Table):
     parameters, not of its last layer.
 
     A row learns only when its sample is in the batch. An optimizer with momentum or weight decay, the
-    balancer's default Adam among them, moves the other rows too; give ``torch.optim.SGD`` where that is not
+    balancer's default Adam among them, moves the other rows too; give `torch.optim.SGD` where that is not
     wanted.
 
     Args:
         samples: the number of training samples, the table's rows.
         terms: M, the number of terms.
-        init: the weight every sample and term starts with; without effect with ``"softmax"``.
-        output: the map to weights: ``"softplus"``, ``"sigmoid"``, ``"softmax"`` over the terms, or
-            ``"identity"``.
+        init: the weight every sample and term starts with; without effect with `"softmax"`.
+        output: the map to weights: `"softplus"`, `"sigmoid"`, `"softmax"` over the terms, or
+            `"identity"`.
 
     Raises:
         MetaKDError: a size that is not a positive integer, an unknown output map, or a start that it cannot
-            give; when called, the index missing, not ``(B,)`` integers, or out of range.
+            give; when called, the index missing, not `(B,)` integers, or out of range.
 
     Example:
         >>> import torch
@@ -126,6 +126,6 @@ class SampleTable(_Table):
         super().__init__(positive_int(samples, "samples"), terms, init, output)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return the weights, shape ``(B, M)``."""
+        """Return the weights, shape `(B, M)`."""
         cure = "let the loader yield (inputs, targets, index), or give the positions as Batch(index=...)"
         return self._weights(batch.index, features.shape[0], "batch.index", "training sample", cure)

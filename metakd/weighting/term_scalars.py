@@ -12,23 +12,23 @@ from metakd.weighting.base import output_map, positive_int, starting_point
 class TermScalars(nn.Module):
     """One weight a term, the same for every sample.
 
-    ``w_ik = map(a_k)`` with a free number ``a_k`` a term.
+    `w_ik = map(a_k)` with a free number `a_k` a term.
 
-    Shapes: features ``(B, F)`` (only B is used), result ``(B, M)``.
+    Shapes: features `(B, F)` (only B is used), result `(B, M)`.
 
     Source: Liu et al., "Auto-lambda: Disentangling Dynamic Task Relationships" (TMLR 2022), which learns one
     scalar a task by the same one-step lookahead. Ours differs in that the meta loss is the balancer's
-    ``meta_loss`` on its meta batch, not the primary tasks' training loss, and that the output map keeps
+    `meta_loss` on its meta batch, not the primary tasks' training loss, and that the output map keeps
     weights in range instead of clamping.
 
     Args:
         terms: M, the number of terms.
-        init: the weight each term starts with; without effect with ``"softmax"``, which starts uniform.
-        output: the map to weights: ``"softplus"``, ``"sigmoid"``, ``"softmax"`` over the terms, or
-            ``"identity"``.
+        init: the weight each term starts with; without effect with `"softmax"`, which starts uniform.
+        output: the map to weights: `"softplus"`, `"sigmoid"`, `"softmax"` over the terms, or
+            `"identity"`.
 
     Raises:
-        MetaKDError: ``terms`` not a positive integer, an unknown output map, or a start that it cannot give.
+        MetaKDError: `terms` not a positive integer, an unknown output map, or a start that it cannot give.
 
     Example:
         >>> import torch
@@ -47,5 +47,5 @@ class TermScalars(nn.Module):
         self.free = nn.Parameter(torch.full((self.terms,), starting_point(init, output)))
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return the weights, shape ``(B, M)``."""
+        """Return the weights, shape `(B, M)`."""
         return output_map(self.output).apply(self.free).expand(features.shape[0], self.terms)

@@ -1,0 +1,33 @@
+"""The teacher's outputs, without a trace on the teacher."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from metakd.student import call
+
+
+def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:
+    """Run the teacher in eval mode and without gradients; its modes are put back.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
+        (False, True)
+    """
+    with _in_eval_mode(teacher), torch.no_grad():
+        return call(teacher, inputs)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

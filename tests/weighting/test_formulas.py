@@ -1,0 +1,261 @@
+"""Every weight model against its formula, and through the derivatives the library takes of it."""
+
+import math
+import pickle
+import warnings
+from copy import deepcopy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from metakd.batch import Batch
+from metakd.weighting import ClassTable, LossMLP, Rectified, SampleTable, TermScalars
+
+MAPS = {
+    "sigmoid": lambda a: 1 / (1 + (-a).exp()),
+    "softplus": lambda a: (1 + a.exp()).log(),
+    "softmax": lambda a: a.exp() / a.exp().sum(1, keepdim=True),
+    "identity": lambda a: a,
+}
+ROWS, TERMS = st.integers(1, 6), st.integers(1, 4)
+EMPTY = Batch(None)
+
+
+def batch_of(rows, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pick = torch.randint(size, (2, rows), generator=generator)
+    return Batch(None, targets=pick[0], index=pick[1])
+
+
+def models(output="softplus"):
+    return [
+        LossMLP(2, 3, hidden=(4,), output=output),
+        TermScalars(3, init=0.5, output=output),
+        ClassTable(5, 3, init=0.5, output=output),
+        SampleTable(5, 3, init=0.5, output=output),
+    ]
+
+
+@given(
+    ROWS,
+    st.integers(1, 5),
+    TERMS,
+    st.sampled_from(list(MAPS)),
+    st.sampled_from([(), (3,), (4, 2), (2, 3, 4)]),
+)
+def test_the_mlp_is_linear_tanh_layers_and_a_map(rows, features, terms, output, hidden):
+    model = LossMLP(features, terms, hidden, output=output).double()
+    x = torch.randn(rows, features, dtype=torch.float64)
+    parameters = list(model.parameters())
+    assert [tuple(p.shape) for p in parameters[::2]] == list(
+        zip((*hidden, terms), (features, *hidden), strict=True)
+    )
+    a = x
+    for layer in range(0, len(parameters), 2):
+        a = a @ parameters[layer].T + parameters[layer + 1]
+        if layer < len(parameters) - 2:
+            a = (a.exp() - (-a).exp()) / (a.exp() + (-a).exp())
+    torch.testing.assert_close(model(x, EMPTY), MAPS[output](a), rtol=1e-10, atol=1e-12)
+
+
+def test_the_mlp_is_the_papers_by_default():
+    sizes = [tuple(p.shape) for p in LossMLP(2, 2).parameters()]
+    assert sizes == [(64, 2), (64,), (64, 64), (64,), (2, 64), (2,)]
+    model = LossMLP(2, 2)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(model(torch.rand(3, 2), EMPTY), torch.full((3, 2), 0.5))
+
+
+@given(ROWS, TERMS, st.sampled_from(list(MAPS)), st.integers(0, 99))
+def test_rows_are_looked_up(rows, terms, output, seed):
+    batch, features = batch_of(rows, 7, seed), torch.zeros(rows, 1)
+    for table, index in ((ClassTable(7, terms, init=0.5, output=output), batch.targets),
+                         (SampleTable(7, terms, init=0.5, output=output), batch.index)):  # fmt: skip
+        torch.nn.init.normal_(table.free)
+        torch.testing.assert_close(table(features, batch), MAPS[output](table.free[index]))
+    scalars = TermScalars(terms, init=0.5, output=output)
+    torch.nn.init.normal_(scalars.free)
+    torch.testing.assert_close(scalars(features, batch), MAPS[output](scalars.free[None]).expand(rows, terms))
+
+
+@given(st.floats(1e-6, 1e4))
+def test_a_softplus_starts_where_it_is_told(init):
+    starts_at(init, "softplus")
+
+
+@given(st.floats(1e-6, 1 - 1e-6))
+def test_a_sigmoid_starts_where_it_is_told(init):
+    starts_at(init, "sigmoid")
+
+
+@given(st.floats(-1e4, 1e4))
+def test_an_identity_starts_where_it_is_told(init):
+    starts_at(init, "identity")
+
+
+def starts_at(init, output):
+    for model in (f(init=init, output=output) for f in (scalars, classes, samples)):
+        weights = model(torch.zeros(2, 1), batch_of(2, 4))
+        torch.testing.assert_close(weights, torch.full((2, 3), init), rtol=1e-5, atol=1e-9)
+
+
+def scalars(**kwargs):
+    return TermScalars(3, **kwargs)
+
+
+def classes(**kwargs):
+    return ClassTable(4, 3, **kwargs)
+
+
+def samples(**kwargs):
+    return SampleTable(4, 3, **kwargs)
+
+
+@pytest.mark.parametrize("build", [scalars, classes, samples])
+def test_the_default_start_is_one(build):
+    torch.testing.assert_close(build()(torch.zeros(2, 1), batch_of(2, 4)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("build", [scalars, classes, samples])
+@pytest.mark.parametrize("init", [None, 0.2, 7.0])
+def test_a_softmax_starts_uniform(build, init):
+    weights = build(init=init, output="softmax")(torch.zeros(2, 1), batch_of(2, 4))
+    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("output", list(MAPS))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_derivatives_of_first_and_second_order(which, output, rows):
+    torch.manual_seed(0)
+    model = models(output)[which].double()
+    names = [name for name, _ in model.named_parameters()]
+    features, batch = torch.rand(rows, 2, dtype=torch.float64), batch_of(rows, 5)
+
+    def weights(*values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (features, batch))
+
+    parameters = [p.detach().normal_().requires_grad_() for p in model.parameters()]
+    assert gradcheck(weights, parameters, check_forward_ad=True)
+    assert gradgradcheck(weights, parameters)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_the_dtype_is_the_models(which):
+    model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
+    narrow = model(features, batch)
+    assert narrow.shape == (2, 3) and narrow.dtype == torch.float32
+    wide = model.double()(features, batch)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_another_dtype_are_taken(dtype):
+    model, features = LossMLP(2, 3), torch.rand(4, 2).to(dtype)
+    torch.testing.assert_close(model(features, EMPTY), model(features.float(), EMPTY), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_autocast_does_not_cost_digits(which):
+    model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = model(features, batch)
+    torch.testing.assert_close(weights, model(features, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_models_are_copied_and_pickled(which):
+    model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(features, batch), model(features, batch), rtol=0, atol=0)
+
+
+def test_indices_of_any_integer_dtype():
+    table, batch = SampleTable(5, 2), batch_of(3, 5)
+    torch.nn.init.normal_(table.free)
+    found = table(torch.zeros(3, 1), batch._replace(index=batch.index.to(torch.int32)))
+    torch.testing.assert_close(found, table(torch.zeros(3, 1), batch), rtol=0, atol=0)
+
+
+def test_only_the_rows_of_the_batch_have_a_gradient():
+    table = SampleTable(5, 2)
+    table(torch.zeros(2, 1), Batch(None, index=torch.tensor([3, 1]))).sum().backward()
+    assert (table.free.grad != 0).any(1).tolist() == [False, True, False, True, False]
+
+
+class TestLazyFeatures:
+    def test_an_optimizer_may_be_built_first(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = LossMLP(None, 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+        model(torch.rand(3, 5), EMPTY).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        assert before[0].shape == (64, 5)
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+    def test_the_first_batch_leaves_the_random_numbers_alone(self):
+        model, features = LossMLP(None, 2), torch.rand(3, 5)
+        before = torch.get_rng_state()
+        model(features, EMPTY)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_seed_decides_the_weights(self):
+        weights = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            weights.append(LossMLP(None, 2)(torch.ones(3, 5), EMPTY))
+        assert torch.equal(*weights)
+        first = torch.nn.utils.parameters_to_vector(LossMLP(None, 2).layers[2].parameters())
+        assert first.std() > 0
+
+    def test_a_state_dict_fills_it(self):
+        trained, fresh = LossMLP(5, 2), LossMLP(None, 2)
+        fresh.load_state_dict(trained.state_dict())
+        x = torch.rand(3, 5)
+        assert torch.equal(fresh(x, EMPTY), trained(x, EMPTY))
+
+    def test_float64(self):
+        assert LossMLP(None, 2).double()(torch.rand(3, 5), EMPTY).dtype == torch.float64
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 999))
+def test_rectified_is_rens_rule(rows, terms, seed):
+    influence = torch.randn(rows, terms, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights = Rectified(terms).from_influence(influence)
+    helpful = [[max(0.0, -value) for value in row] for row in influence.tolist()]
+    total = math.fsum(map(math.fsum, helpful))
+    expected = [[rows * value / total if total else 0.0 for value in row] for row in helpful]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    if total:
+        assert weights.sum().item() == pytest.approx(rows)
+
+
+@pytest.mark.parametrize("influence", [torch.zeros(3, 1), torch.ones(3, 1)])
+def test_rectified_answers_zeros_where_nothing_helps(influence):
+    assert torch.equal(Rectified().from_influence(influence), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30])
+def test_rectified_does_not_depend_on_the_size_of_the_influence(size):
+    weights = Rectified().from_influence(torch.tensor([[-size], [-size], [size]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.5], [1.5], [0.0]]))
+
+
+def test_rectified_has_no_graph_and_no_parameters():
+    assert list(Rectified().parameters()) == []
+    assert not Rectified().from_influence(torch.randn(3, 1, requires_grad=True)).requires_grad
+
+
+def test_rectified_without_an_influence():
+    features = torch.rand(4, 2, dtype=torch.float64)
+    assert torch.equal(Rectified(3)(features, EMPTY), torch.ones(4, 3, dtype=torch.float64))
+    zeros = Rectified(3).lookahead_weights(features, EMPTY)
+    assert torch.equal(zeros, torch.zeros(4, 3, dtype=torch.float64))

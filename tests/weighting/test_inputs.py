@@ -1,0 +1,123 @@
+"""What a weight model refuses, and that the message says what was wrong and what to do."""
+
+import pytest
+import torch
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.weighting import ClassTable, LossMLP, Rectified, SampleTable, TermScalars
+
+X = torch.zeros(3, 1)
+
+
+def message(function, *args, **kwargs):
+    with pytest.raises(MetaKDError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def builders():
+    return [
+        lambda terms=2, **kw: LossMLP(2, terms, **kw),
+        lambda terms=2, **kw: TermScalars(terms, **kw),
+        lambda terms=2, **kw: ClassTable(3, terms, **kw),
+        lambda terms=2, **kw: SampleTable(3, terms, **kw),
+    ]
+
+
+@pytest.mark.parametrize("build", builders())
+@pytest.mark.parametrize("output", ["Sigmoid", "relu", "", None])
+def test_an_unknown_output_map(build, output):
+    found = message(build, output=output)
+    assert repr(output) in found and "'sigmoid', 'softplus', 'softmax', 'identity'" in found
+
+
+@pytest.mark.parametrize("build", [*builders(), Rectified])
+@pytest.mark.parametrize("terms", [0, -1, 2.0, True, None, "2"])
+def test_terms_that_are_no_count(build, terms):
+    found = message(build, terms=terms)
+    assert f"terms is {terms!r}" in found and "integer of at least 1" in found
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.5, True])
+def test_sizes_that_are_no_count(bad):
+    assert f"features is {bad!r}" in message(LossMLP, bad, 2)
+    assert f"hidden[1] is {bad!r}" in message(LossMLP, 2, 2, (4, bad))
+    assert f"classes is {bad!r}" in message(ClassTable, bad, 2)
+    assert f"samples is {bad!r}" in message(SampleTable, bad, 2)
+
+
+@pytest.mark.parametrize("hidden", [64, None, "64"])
+def test_hidden_layers_that_are_no_sequence(hidden):
+    found = message(LossMLP, 2, 2, hidden)
+    assert f"hidden is {hidden!r}" in found and "hidden=(64,)" in found
+
+
+@pytest.mark.parametrize("build", builders()[1:])
+@pytest.mark.parametrize(
+    ("output", "init", "bounds"),
+    [
+        ("sigmoid", 1.0, "(0, 1)"),
+        ("sigmoid", 0.0, "(0, 1)"),
+        ("softplus", 0.0, "(0, inf)"),
+        ("softplus", -1.0, "(0, inf)"),
+        ("softplus", None, "(0, inf)"),
+        ("identity", float("nan"), "(-inf, inf)"),
+        ("identity", float("inf"), "(-inf, inf)"),
+    ],
+)
+def test_a_start_that_the_map_cannot_give(build, output, init, bounds):
+    found = message(build, output=output, init=init)
+    assert f"init={init}" in found and repr(output) in found and bounds in found and "change init" in found
+
+
+TABLES = [(ClassTable(3, 2), "targets", "class"), (SampleTable(3, 2), "index", "training sample")]
+
+
+@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+def test_a_missing_index(table, field, row):
+    found = message(table, X, Batch(None))
+    assert (
+        f"{type(table).__name__} needs batch.{field}, which is None" in found
+        and f"Batch({field}=...)" in found
+    )
+
+
+@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+def test_an_index_that_is_no_tensor(table, field, row):
+    assert f"batch.{field}, which is list" in message(table, X, Batch(None)._replace(**{field: [0, 1, 2]}))
+
+
+@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2).long(), torch.zeros(3, 1).long()]
+)
+def test_an_index_that_is_no_row_of_integers(table, field, row, wrong):
+    found = message(table, X, Batch(None)._replace(**{field: wrong}))
+    assert f"batch.{field} as integers of shape (3,)" in found
+    assert f"got {wrong.dtype} of shape {tuple(wrong.shape)}" in found
+
+
+@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+@pytest.mark.parametrize("value", [3, 99, -1])
+def test_an_index_out_of_range(table, field, row, value):
+    found = message(table, X, Batch(None)._replace(**{field: torch.tensor([0, value, 2])}))
+    assert f"batch.{field} {value} is out of range [0, 3)" in found
+    assert "the table has 3 rows" in found and f"each {row}" in found
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 2, 1)])
+def test_features_of_a_wrong_shape(shape):
+    found = message(LossMLP(2, 2), torch.zeros(shape), Batch(None))
+    assert f"shape {shape}, expected (B, 2)" in found
+    assert ("LossMLP(features=4, ...)" in found) == (shape == (3, 4))
+
+
+def test_features_of_a_wrong_shape_before_their_number_is_known():
+    assert "shape (3,), expected (B, F)" in message(LossMLP(None, 2), torch.zeros(3), Batch(None))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 1)])
+def test_an_influence_of_a_wrong_shape(shape):
+    found = message(Rectified(2).from_influence, torch.zeros(shape))
+    assert f"shape {shape}, expected (B, 2)" in found and "Rectified(terms=...)" in found
