@@ -22,8 +22,8 @@ class Check(NamedTuple):
     """What `check_hypergradient` found.
 
     Attributes:
-        relative_error: for each meta-parameter, |estimated - finite differences| / |finite differences|, Euclidean norms over the
-            directions.
+        relative_error: for each meta-parameter, |estimated - finite differences| / |finite differences|,
+            Euclidean norms over the directions; 1e-12 of the outer loss is rounding and counts as no difference.
         estimated: for each meta-parameter, the directional derivatives that the estimator's hypergradient gives.
         finite_differences: the same ones by central differences.
     """
@@ -120,7 +120,8 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
 
             estimated[name].append(float((g * direction).sum()))
             differences[name].append(derivative(along))
-    errors = {name: _relative(estimated[name], differences[name], _norm(gradient)) for name in gradient}
+    scale, rounding = _norm(gradient), 1e-12 * abs(_outer_after_inner(problem, problem.meta_params))
+    errors = {name: _relative(estimated[name], differences[name], scale, rounding) for name in gradient}
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         lines = [
@@ -150,9 +151,12 @@ def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
         return float(problem.outer(params, meta_params))
 
 
-def _relative(estimated: list[float], differences: list[float], scale: float) -> float:
-    """|e - d| / |d| over a tensor's directions; a derivative of nothing beside the whole gradient's counts as 1e-9 of that."""
-    error = math.dist(estimated, differences)
+def _relative(estimated: list[float], differences: list[float], scale: float, rounding: float) -> float:
+    """|e - d| / |d| over a tensor's directions, beyond what rounding alone does to d.
+
+    A derivative of nothing beside the whole gradient's counts as 1e-9 of that.
+    """
+    error = max(math.dist(estimated, differences) - rounding, 0.0)
     return error / max(math.hypot(*differences), 1e-9 * scale, 1e-300)
 
 

@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from metakd.errors import MetaKDError
 
-# Their entries come and go while training: an optimizer's state is empty before its first step.
-_VARIABLE = ("weighting_optimizer.state", "pending")
 
-
-def check_state(saved: Any, own: Any, where: str) -> None:
+def check_state(saved: Any, own: Mapping[str, Any], where: str) -> None:
     """Compare the keys, the tensors' shapes and the kinds of values of two nested states.
 
     Args:
@@ -31,6 +27,9 @@ def check_state(saved: Any, own: Any, where: str) -> None:
         metakd.errors.MetaKDError: the balancer's 'w' has shape (2,) in the saved state and (3,) here; ...
     """
     _check(saved, own, where, "")
+    if weights := own.get("weighting"):
+        pending = saved["pending"]
+        _check(pending, {name: weights.get(name) for name in pending}, where, "pending")
 
 
 def _check(saved: Any, own: Any, where: str, key: str) -> None:
@@ -39,7 +38,8 @@ def _check(saved: Any, own: Any, where: str, key: str) -> None:
             raise MetaKDError(
                 f"{where}'s {key or 'state'!r} is {type(saved).__name__} in the saved state, not a mapping; {_CURE}"
             )
-        if key in _VARIABLE:
+        # An optimizer's state is empty before its first step, a weight model's before its lazy layers know their size.
+        if key in ("weighting", "weighting_optimizer.state", "pending") and not (saved and own):
             return
         missing, foreign = sorted(set(own) - set(saved), key=str), sorted(set(saved) - set(own), key=str)
         if missing or foreign:
@@ -51,18 +51,22 @@ def _check(saved: Any, own: Any, where: str, key: str) -> None:
             _check(saved[name], own[name], where, f"{key}.{name}" if key else str(name))
     elif isinstance(own, Tensor):
         shape = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
-        if not is_lazy(own) and shape != tuple(own.shape):
+        if shape != tuple(own.shape):
             raise MetaKDError(
                 f"{where}'s {key!r} has shape {shape} in the saved state and {tuple(own.shape)} here; {_CURE}"
             )
-    elif key == "terms" and list(saved) != own:
-        raise MetaKDError(f"{where} was saved with the terms {list(saved)} and has {own} here; {_CURE}")
     elif key.endswith("param_groups"):
         sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
         if sizes[0] != sizes[1]:
             raise MetaKDError(
                 f"{where}'s {key!r} hold {sizes[0]} parameters in the saved state and {sizes[1]} here; {_CURE}"
             )
+    elif key == "terms" and list(saved) != own:
+        raise MetaKDError(f"{where} was saved with the terms {list(saved)} and has {own} here; {_CURE}")
+    elif own is None or (isinstance(own, int) and not isinstance(saved, int)):
+        raise MetaKDError(
+            f"{where}'s {key!r} is {saved!r} in the saved state, which has no meaning here; {_CURE}"
+        )
 
 
 _CURE = "build the balancer with the same terms, weight model and optimizer as when it was saved"

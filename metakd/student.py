@@ -53,13 +53,9 @@ def call(module: nn.Module, inputs: Any, params: Params | None = None) -> Any:
 def _mismatch(own: Tensor, inputs: Any) -> str | None:
     for tensor in tensors(inputs):
         if tensor.device != own.device:
-            return (
-                f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
-            )
+            return f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
         if tensor.is_floating_point() and tensor.dtype != own.dtype:
-            return (
-                f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
-            )
+            return f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
     return None
 
 

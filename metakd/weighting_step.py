@@ -119,31 +119,38 @@ class WeightingStep:
             self.pending = Pending(total, self.pending.number + 1)
         for name, p in params.items():
             p.grad = gradient[name].clone()
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+        norm: Tensor = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()])
+        )
         return norm
 
     def state_dict(self) -> dict[str, Any]:
         """The weight model, its optimizer and what is pending, copied."""
+        weights = self.weighting.state_dict()
         return {
-            "weighting": {
-                name: value if is_lazy(value) else value.detach().clone()
-                for name, value in self.weighting.state_dict().items()
-            },
+            # A model with lazy layers that has not seen a batch has nothing to save yet.
+            "weighting": {} if any(map(is_lazy, weights.values())) else clones(weights),
             "weighting_optimizer": {}
             if self.optimizer is None
             else copy.deepcopy(self.optimizer.state_dict()),
-            "pending": {name: value.clone() for name, value in self.pending.total.items()},
+            "pending": clones(self.pending.total),
             "pending_count": self.pending.number,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
-        self.weighting.load_state_dict(state["weighting"])
+        if state["weighting"]:
+            self.weighting.load_state_dict(state["weighting"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(state["weighting_optimizer"]))
         params = self.params()
         total = {name: value.detach().to(params[name], copy=True) for name, value in state["pending"].items()}
         self.pending = Pending(total, int(state["pending_count"]))
+
+
+def clones(values: Mapping[str, Tensor]) -> Gradient:
+    """Detached copies, by name."""
+    return {name: value.detach().clone() for name, value in values.items()}
 
 
 def _check_optimizer(optimizer: Any, params: list[nn.Parameter]) -> None:

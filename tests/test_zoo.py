@@ -70,7 +70,9 @@ def test_one_step_agrees_with_finite_differences(name):
     assert max(found.relative_error.values()) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["inplace_relu", "batch_norm", "lstm_dropout", "multihead_attention", "moving_centre"])
+@pytest.mark.parametrize(
+    "name", ["inplace_relu", "batch_norm", "lstm_dropout", "multihead_attention", "moving_centre"]
+)
 def test_three_steps_agree_with_finite_differences(name):
     student, batch, meta_batch = meet(name)
     balancer = balanced(student, OPTIMIZERS["adam"](student.parameters()), estimators.Unroll())

@@ -128,7 +128,9 @@ def tokens(size: int) -> Tensor:
 
 
 def conv(*middle: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)
+    )
 
 
 def mlp(*middle: nn.Module) -> nn.Module:
@@ -161,7 +163,9 @@ ZOO: dict[str, Animal] = {
     "fused_attention": Animal(lambda: Attention(fused=True), sequences),
     "transformer_layer": Animal(
         lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True), nn.Flatten(), nn.Linear(12, CLASSES)
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True),
+            nn.Flatten(),
+            nn.Linear(12, CLASSES),
         ),
         sequences,
     ),
@@ -175,7 +179,9 @@ ZOO: dict[str, Animal] = {
 }
 
 
-def meet(name: str, size: int = 5, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def meet(
+    name: str, size: int = 5, seed: int = 0
+) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The student of that name, a training batch and a meta batch."""
     torch.manual_seed(seed)
     animal = ZOO[name]

@@ -77,8 +77,9 @@ def adam_step(
         m = b1 * first[i] + (1.0 - b1) * g
         v = b2 * second[i] + (1.0 - b2) * g * g
         power = count.to(torch.float64)
-        m_hat, v_hat = m / (1.0 - b1**power), v / (1.0 - b2**power) + eps_root
-        updates.append(m_hat / (_sqrt(v_hat) + eps))
+        # The cast back is for parameters without dimensions, which the power would promote to float64.
+        m_hat, v_hat = (m / (1.0 - b1**power)).to(m.dtype), (v / (1.0 - b2**power)).to(v.dtype)
+        updates.append(m_hat / (_sqrt(v_hat + eps_root) + eps))
         new_first[i], new_second[i], new_counts[i] = m, v, count
     return updates, new_first, new_second, new_counts
 
@@ -95,14 +96,14 @@ def clip_norm(
     present = [g for g in gradients if g is not None]
     if not present:
         return list(gradients)
-    norms = torch.stack([torch.linalg.vector_norm(g, norm_type) for g in present])
+    norms = torch.stack([torch.linalg.vector_norm(g, norm_type).to(present[0].device) for g in present])
     norm = torch.linalg.vector_norm(norms, norm_type)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"the gradients' norm of order {norm_type} is {norm.item()}, so it cannot be clipped"
         )
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return [None if g is None else g * factor for g in gradients]
+    return [None if g is None else g * factor.to(g) for g in gradients]
 
 
 def _sqrt(v: Tensor) -> Tensor:

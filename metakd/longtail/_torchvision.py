@@ -1,8 +1,9 @@
 """The one place where torchvision is imported.
 
-torchvision wheels built for CUDA cannot load their compiled operators beside a CPU-only torch; the plain import then
-fails with ``operator torchvision::nms does not exist``, although datasets, transforms and models need none of these
-operators. Declaring the two schemas that the import looks for makes everything but the detection operators work.
+torchvision wheels built for CUDA cannot load their compiled operators beside a CPU-only torch; the plain
+import then fails with ``operator torchvision::nms does not exist``, although datasets, transforms and models
+need none of these operators. Declaring the two schemas that the import looks for makes everything but the
+detection operators work.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def import_torchvision() -> ModuleType:
         MetaKDError: If torchvision is not installed.
 
     Example:
-        >>> import_torchvision().__name__  # doctest: +SKIP
+        >>> import_torchvision().__name__
         'torchvision'
     """
     try:
         return _import()
     except ImportError as error:
         raise MetaKDError(
-            f"torchvision is needed here and could not be imported ({error}). "
-            'Install it with `pip install "metakd[examples]"`.'
+            f"torchvision is needed here and could not be imported ({error}); "
+            'install it with `pip install "metakd[examples]"`'
         ) from error
     except RuntimeError as error:
         if _SYMPTOM not in str(error):

@@ -1,7 +1,7 @@
 """Random crop, flip and normalisation of a whole batch at once, with its own draw for every image.
 
-torchvision's transforms draw one crop for a whole batch tensor; drawing per image there means one call per image. Here a
-single gather moves every image of the batch by its own offset.
+torchvision's transforms draw one crop for a whole batch tensor; drawing per image there means one call per
+image. Here a single gather moves every image of the batch by its own offset.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
+def random_crop_flip(
+    images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None
+) -> Tensor:
     """Shift every image by its own random offset (zero padding) and mirror it with probability one half.
 
-    The same as padding by ``padding`` on all sides and cropping at random to the old size, then flipping horizontally.
+    The same as padding by ``padding`` on all sides and cropping at random to the old size, then flipping
+    horizontally.
 
     Args:
         images: (B, C, H, W), any dtype.
-        padding: Largest shift in pixels, in both directions; 0 for none.
-        flip: Whether to mirror half of the images from left to right.
-        generator: Source of the random numbers (CPU); default: the global one.
+        padding: largest shift in pixels, in both directions; 0 for none.
+        flip: whether to mirror half of the images from left to right.
+        generator: source of the random numbers (CPU); default: the global one.
 
     Returns:
         (B, C, H, W), same dtype.
@@ -50,11 +53,11 @@ class Augment:
     """What happens to a batch of raw images before the network sees it.
 
     Attributes:
-        mean: Mean per channel, on the scale of the raw images divided by ``scale``.
-        std: Standard deviation per channel, likewise.
-        padding: Largest random shift in pixels.
-        flip: Whether to mirror at random. Not for digits: a mirrored digit is none.
-        scale: The raw images' largest value.
+        mean: mean per channel, on the scale of the raw images divided by ``scale``.
+        std: standard deviation per channel, likewise.
+        padding: largest random shift in pixels.
+        flip: whether to mirror at random. Not for digits: a mirrored digit is none.
+        scale: the raw images' largest value.
 
     Example:
         >>> augment = Augment(mean=(0.5,), std=(0.25,), padding=4, flip=True)

@@ -16,7 +16,7 @@ from metakd.longtail.splits import Split, long_tailed_split
 
 @dataclass(frozen=True)
 class Batches:
-    """A data loader over images in memory, whose order and augmentation are a function of (seed, epoch) alone.
+    """A loader of images in memory, whose order and augmentation are a function of (seed, epoch) alone.
 
     An interrupted run that is resumed at an epoch therefore sees the very batches it would have seen.
 
@@ -102,8 +102,8 @@ class LongTailed:
             images: the whole data set.
             imbalance: largest class over smallest class; None keeps the data's own class sizes.
             batch_size: of training and validation batches.
-            validation_per_class: default: 1000 / C images a class, as in the CIFAR-LT protocol, but at most three
-                quarters of the smallest class.
+            validation_per_class: default: 1000 / C images a class, as in the CIFAR-LT protocol, but at most
+                three quarters of the smallest class.
             seed: of the split, the batches' order and the augmentation.
             device: where the batches go.
 
@@ -124,8 +124,8 @@ class LongTailed:
         )
         if len(split.train) < batch_size:
             raise MetaKDError(
-                f"the long-tailed training set has {len(split.train)} images, less than one batch of {batch_size}; "
-                "use a smaller batch size"
+                f"the long-tailed training set has {len(split.train)} images, less than one batch of "
+                f"{batch_size}; use a smaller batch size"
             )
         augment = Augment.fitted(
             images.train[split.train], padding=images.padding, flip=images.flip, scale=images.scale
@@ -152,8 +152,10 @@ class LongTailed:
 
         Example:
             >>> from metakd.longtail import load_images
-            >>> print(LongTailed.cut(load_images("digits"), 20, validation_per_class=10).describe().split(": ")[1])
-            363 long-tailed training images (108 to 5 a class), 100 balanced validation images, 600 test images
+            >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
+            >>> data.describe().split(": ")[1].split(", ")
+            ['363 long-tailed training images (108 to 5 a class)', '100 balanced validation images',
+             '600 test images']
         """
         return (
             f"{self.name}: {len(self.train.targets)} long-tailed training images ({max(self.counts)} to "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +26,8 @@ class Stateful(Protocol):
 class Checkpoint:
     """One training run's file: the states of its parts, its history, the random state and the settings.
 
-    Written to a temporary file that then replaces the old one, so that a run killed at any moment leaves a whole
-    checkpoint behind. Read with ``weights_only=True``: a checkpoint cannot run code.
+    Written to a temporary file that then replaces the old one, so that a run killed at any moment leaves a
+    whole checkpoint behind. Read with ``weights_only=True``: a checkpoint cannot run code.
 
     Args:
         path: the file.
@@ -105,7 +104,7 @@ class Checkpoint:
             content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             for key in ("settings", "history", "random", "parts"):
                 content[key]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise MetaKDError(
                 f"the checkpoint {self.path} cannot be read ({type(error).__name__}: {first_line}); "
@@ -117,8 +116,8 @@ class Checkpoint:
 def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results.json") -> None:
     """Make a folder ready for a run that starts anew.
 
-    Takes away the checkpoints ``<name>.pt`` and the record of an earlier run that was finished, so that nothing of it
-    is mistaken for the new run's; an unfinished run's are hours of work and stay.
+    Takes away the checkpoints ``<name>.pt`` and the record of an earlier run that was finished, so that
+    nothing of it is mistaken for the new run's; an unfinished run's are hours of work and stay.
 
     Args:
         folder: of the run; made if missing.
@@ -141,8 +140,8 @@ def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results
     old = [folder / f"{name}.pt" for name in names if (folder / f"{name}.pt").exists()]
     if old and not (folder / finished).exists():
         raise MetaKDError(
-            f"{folder} holds an unfinished run ({', '.join(path.name for path in old)}): continue it with --resume, "
-            "choose another --output, or delete these files"
+            f"{folder} holds an unfinished run ({', '.join(path.name for path in old)}): continue it with "
+            "--resume, choose another --output, or delete these files"
         )
     for path in (*old, folder / finished):
         path.unlink(missing_ok=True)

@@ -24,7 +24,8 @@ class Images:
     Attributes:
         title: which data set, in a word or two.
         name: which data set, in words fit for a report.
-        classes: class names, in label order; for a long tail this order decides which are head and which tail.
+        classes: class names, in label order; for a long tail this order decides which are head and which
+            tail.
         train: (N, C, H, W) raw training images, uint8.
         train_targets: (N,) labels.
         test: (M, C, H, W) raw test images, uint8.
@@ -50,9 +51,9 @@ def load_images(dataset: str, root: str | Path | None = None, *, size: int = 32)
     """Load a data set into memory.
 
     Args:
-        dataset: ``"digits"`` (scikit-learn's bundled 8x8 handwritten digits, no network needed), ``"cifar10"`` or
-            ``"cifar100"`` (through torchvision, downloaded where missing), or ``"folder"`` (a tree
-            ``train/<class>/*``, ``test/<class>/*`` of pictures).
+        dataset: ``"digits"`` (scikit-learn's bundled 8x8 handwritten digits, no network needed),
+            ``"cifar10"`` or ``"cifar100"`` (through torchvision, downloaded where missing), or ``"folder"``
+            (a tree ``train/<class>/*``, ``test/<class>/*`` of pictures).
         root: folder of the data; default for CIFAR: ``data``.
         size: height and width to which a folder's pictures are brought.
 
@@ -93,7 +94,8 @@ def _digits(test_per_class: int = 60) -> Images:
     rest[test] = False
     return Images(
         "digits",
-        f"handwritten digits bundled with scikit-learn (8x8 grey; {test_per_class} a class set aside as test images)",
+        f"handwritten digits bundled with scikit-learn (8x8 grey; {test_per_class} a class set aside as "
+        "test images)",
         tuple(str(c) for c in range(10)),
         images[rest],
         targets[rest],
@@ -115,11 +117,14 @@ def _cifar(dataset: str, root: Path) -> Images:
     except (OSError, RuntimeError) as error:  # no network; or a broken download
         raise MetaKDError(
             f"{dataset} is not in {root.resolve()} and could not be downloaded ({error}). Either put "
-            f"{kind.filename} (from {kind.url}) into that folder, point --data-root to a folder that has "  # type: ignore[attr-defined]
-            "it, use pictures of your own with --dataset folder --data-root <tree of train/<class>/* and "
-            "test/<class>/*>, or use --dataset digits, which needs no network"
+            f"{getattr(kind, 'filename', 'its archive')} (from {getattr(kind, 'url', 'its site')}) into that "
+            "folder, point --data-root to a folder that has it, use pictures of your own with --dataset "
+            "folder --data-root <folder that holds train/<class>/* and test/<class>/*>, or use --dataset "
+            "digits, which needs no network"
         ) from error
-    train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
+    train, test = (
+        (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
+    )
     title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[dataset]
     return Images(title, f"{title} (Krizhevsky, 2009)", tuple(parts[0].classes), *train, *test)
 
@@ -128,8 +133,8 @@ def _folder(root: Path, size: int) -> Images:
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise MetaKDError(
-                f"there is no folder {root / part}; --data-root must name a folder that holds train/<class>/* and "
-                "test/<class>/*, one picture a file"
+                f"there is no folder {root / part}; --data-root must name a folder that holds "
+                "train/<class>/* and test/<class>/*, one picture a file"
             )
     train, train_targets, classes = _image_folder(root / "train", size)
     test, test_targets, test_classes = _image_folder(root / "test", size)
@@ -138,7 +143,9 @@ def _folder(root: Path, size: int) -> Images:
             f"the folders below train and test in {root} differ: {sorted(set(classes) ^ set(test_classes))} "
             "are in one of them only"
         )
-    return Images(root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets)
+    return Images(
+        root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets
+    )
 
 
 def _image_folder(folder: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:

@@ -13,7 +13,9 @@ from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
 
 _FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"
-_THIRDS_RULE = "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
+_THIRDS_RULE = (
+    "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
+)
 
 
 class Groups(NamedTuple):
@@ -35,8 +37,9 @@ class Groups(NamedTuple):
 def group_classes(counts: Sequence[int]) -> Groups:
     """Sort classes into many, medium and few.
 
-    By the rule of the field (Liu et al., *OLTR*, 2019; over 100, 20 to 100, under 20 training images) where that gives
-    every group at least two classes, else by thirds of the classes (33/34/33 %) in order of their counts, as LTKD does.
+    By the rule of the field (Liu et al., *OLTR*, 2019; over 100, 20 to 100, under 20 training images) where
+    that gives every group at least two classes, else by thirds of the classes (33/34/33 %) in order of their
+    counts, as LTKD does.
 
     Args:
         counts: training images per class.
@@ -60,7 +63,10 @@ def group_classes(counts: Sequence[int]) -> Groups:
         return Groups(_FIELD_RULE, many, medium, few)
     third = max(round(0.33 * len(counts)), 1)
     return Groups(
-        _THIRDS_RULE, tuple(order[:third]), tuple(order[third : len(order) - third]), tuple(order[len(order) - third :])
+        _THIRDS_RULE,
+        tuple(order[:third]),
+        tuple(order[third : len(order) - third]),
+        tuple(order[len(order) - third :]),
     )
 
 
@@ -105,7 +111,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
         from torchmetrics.classification import MulticlassAccuracy
     except ImportError as error:
         raise MetaKDError(
-            f'accuracies are computed by torchmetrics, which could not be imported ({error}); install it with '
+            f"accuracies are computed by torchmetrics, which could not be imported ({error}); install it "
+            "with "
             '`pip install "metakd[examples]"`'
         ) from error
     classes = len(groups.many) + len(groups.medium) + len(groups.few)
@@ -123,6 +130,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     for module, flag in flags:
         module.training = flag
     accuracy = 100 * per_class.compute().double().cpu()
-    means = [round(float(accuracy[list(group)].mean()), 4) for group in groups[1:]]
+    many, medium, few = (round(float(accuracy[list(group)].mean()), 4) for group in groups[1:])
     rounded = tuple(round(value, 4) for value in accuracy.tolist())  # float32 gives no more digits
-    return Scores(round(100 * float(overall.compute()), 4), *means, rounded, loss / max(seen, 1))
+    return Scores(round(100 * float(overall.compute()), 4), many, medium, few, rounded, loss / max(seen, 1))

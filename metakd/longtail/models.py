@@ -1,25 +1,25 @@
-"""Small networks of the long-tailed literature: CIFAR ResNets of any depth and width, and networks for 8x8 digits."""
+"""Small networks: CIFAR ResNets of any depth and width, and networks for 8x8 digits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakd.errors import MetaKDError
 
-_NAMES = "resnet<6n+2> (resnet8, resnet14, resnet20, resnet32), resnet<6n+2>x<widening>, mlp<hidden>, convnet<width>"
+_NAMES = "resnet<6n+2> (resnet8, resnet20, ...), resnet<6n+2>x<widening>, mlp<hidden>, convnet<width>"
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut (He et al., 2016); a 1x1 convolution where the shape changes.
 
     Args:
-        inputs: Input channels.
-        outputs: Output channels.
-        stride: Stride of the first convolution.
+        inputs: input channels.
+        outputs: output channels.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -45,12 +45,12 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 6n + 2.
-        widths: Channels of the stem and of the three stages.
-        classes: Number of classes.
-        channels: Channels of the images.
+        widths: channels of the stem and of the three stages.
+        classes: number of classes.
+        channels: channels of the images.
 
     Raises:
-        MetaKDError: If the depth is not 6n + 2, or there are not four widths.
+        MetaKDError: if the depth is not 6n + 2, or there are not four widths.
 
     Example:
         >>> import torch
@@ -82,7 +82,8 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) images to (B, classes) logits."""
-        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+        logits: Tensor = self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 def mlp(hidden: Sequence[int], classes: int, inputs: int) -> nn.Sequential:
@@ -95,7 +96,7 @@ def mlp(hidden: Sequence[int], classes: int, inputs: int) -> nn.Sequential:
 
 
 def convnet(width: int, classes: int, channels: int = 1) -> nn.Sequential:
-    """Two 3x3 convolutions with batch normalisation, one pooling step and a linear classifier, for small images."""
+    """Two 3x3 convolutions with batch normalisation and pooling, and a linear classifier."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -113,18 +114,18 @@ def convnet(width: int, classes: int, channels: int = 1) -> nn.Sequential:
 def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -> nn.Module:
     """Build a network by name.
 
-    ``resnet20`` has widths 16-16-32-64, ``resnet8x4`` 32-64-128-256 (the stem twice, the stages four times as wide: the
-    usual teacher and student of distillation papers); ``mlp64`` and ``mlp64-32`` are perceptrons, ``convnet16`` two
-    convolutions.
+    ``resnet20`` has widths 16-16-32-64, ``resnet8x4`` 32-64-128-256 (the stem twice, the stages four times
+    as wide: the usual teacher and student of distillation papers); ``mlp64`` and ``mlp64-32`` are
+    perceptrons, ``convnet16`` two convolutions.
 
     Args:
-        name: See above; depth, widening and widths may be any number that fits.
-        classes: Number of classes.
-        channels: Channels of the images.
-        size: Height and width of the images (perceptrons only).
+        name: see above; depth, widening and widths may be any number that fits.
+        classes: number of classes.
+        channels: channels of the images.
+        size: height and width of the images (perceptrons only).
 
     Raises:
-        MetaKDError: If there is no such network.
+        MetaKDError: if there is no such network.
 
     Example:
         >>> sum(p.numel() for p in build_model("resnet20", classes=10).parameters())

@@ -17,7 +17,7 @@ class Split(NamedTuple):
     Attributes:
         train: (N,) long tensor, long-tailed; classes in order.
         validation: (C * validation_per_class,) long tensor, balanced; disjoint from ``train``.
-        counts: Training images per class, in class order.
+        counts: training images per class, in class order.
     """
 
     train: Tensor
@@ -28,16 +28,16 @@ class Split(NamedTuple):
 def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
     """Training images per class of an exponential long tail.
 
-    ``n_c = int(n_max * imbalance ** (-c / (C - 1)))`` for class ``c`` of ``C``: class 0 keeps ``n_max`` images, the last
-    one ``n_max / imbalance`` (Cui et al., *Class-balanced loss*, 2019).
+    ``n_c = int(n_max * imbalance ** (-c / (C - 1)))`` for class ``c`` of ``C``: class 0 keeps ``n_max``
+    images, the last one ``n_max / imbalance`` (Cui et al., *Class-balanced loss*, 2019).
 
     Args:
-        classes: Number of classes C.
-        n_max: Images of the largest class.
-        imbalance: Largest class over smallest class, at least 1.
+        classes: number of classes C.
+        n_max: images of the largest class.
+        imbalance: largest class over smallest class, at least 1.
 
     Raises:
-        MetaKDError: If an argument is out of range, or the smallest class would be left without an image.
+        MetaKDError: if an argument is out of range, or the smallest class would be left without an image.
 
     Example:
         >>> long_tail_counts(4, n_max=100, imbalance=8)
@@ -47,14 +47,14 @@ def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
     """
     if classes < 1 or n_max < 1 or not imbalance >= 1:
         raise MetaKDError(
-            f"A long tail needs at least one class, n_max >= 1 and imbalance >= 1, "
-            f"but got classes={classes}, n_max={n_max}, imbalance={imbalance}."
+            f"a long tail needs at least one class, n_max >= 1 and imbalance >= 1, "
+            f"but got classes={classes}, n_max={n_max}, imbalance={imbalance}"
         )
     counts = [int(n_max * imbalance ** (-c / max(classes - 1, 1))) for c in range(classes)]
     if counts[-1] < 1:
         raise MetaKDError(
-            f"With n_max={n_max} and imbalance={imbalance:g} the smallest class is left without a single image. "
-            f"Use an imbalance of at most {n_max}."
+            f"with n_max={n_max} and imbalance={imbalance:g} the smallest class is left without a single "
+            f"image; use an imbalance of at most {n_max}"
         )
     return counts
 
@@ -63,8 +63,8 @@ def largest_n_max(available: Sequence[int], imbalance: float) -> int:
     """Largest ``n_max`` for which every class has as many images as the long tail wants of it.
 
     Args:
-        available: Images per class that may be used for training, in class order.
-        imbalance: Largest class over smallest class, at least 1.
+        available: images per class that may be used for training, in class order.
+        imbalance: largest class over smallest class, at least 1.
 
     Returns:
         At most ``available[0]``; 0 if there is no feasible long tail.
@@ -91,20 +91,21 @@ def long_tailed_split(
     """Cut a labelled training set to a long tail, after setting balanced validation images aside.
 
     Within each class the images are shuffled (a function of ``seed`` and the class alone), the first
-    ``validation_per_class`` become validation images and the next ``n_c`` training images. ``n_max`` is counted after
-    the validation images are taken, as BiKD (arXiv 2605.17839) does. The classes' own order decides which are head and
-    which are tail. With one seed, the training images of a larger imbalance are a subset of those of a smaller one.
+    ``validation_per_class`` become validation images and the next ``n_c`` training images. ``n_max`` is
+    counted after the validation images are taken, as BiKD (arXiv 2605.17839) does. The classes' own order
+    decides which are head and which are tail. With one seed, the training images of a larger imbalance are a
+    subset of those of a smaller one.
 
     Args:
         targets: (N,) class labels 0..C-1, every class present.
-        imbalance: Largest class over smallest class, or None to keep every image that is not a validation image
-            (for data with a long tail of its own).
-        validation_per_class: Validation images per class.
-        n_max: Training images of the largest class; default: as many as the classes allow.
-        seed: Which images are chosen.
+        imbalance: largest class over smallest class, or None to keep every image that is not a validation
+            image (for data with a long tail of its own).
+        validation_per_class: validation images per class.
+        n_max: training images of the largest class; default: as many as the classes allow.
+        seed: which images are chosen.
 
     Raises:
-        MetaKDError: If a class has too few images, or a label is missing.
+        MetaKDError: if a class has too few images, or a label is missing.
 
     Example:
         >>> split = long_tailed_split(torch.arange(400) % 4, 8, validation_per_class=10)
@@ -113,18 +114,18 @@ def long_tailed_split(
     """
     sizes = torch.bincount(targets).tolist()
     if 0 in sizes or not sizes:
-        raise MetaKDError(f"Class {sizes.index(0) if sizes else 0} has no image; labels must be 0..C-1, each present.")
+        raise MetaKDError(
+            f"class {sizes.index(0) if sizes else 0} has no image; labels must be 0..C-1, each present"
+        )
     available = [size - validation_per_class for size in sizes]
     smallest = min(range(len(sizes)), key=sizes.__getitem__)
     if available[smallest] < 1:
         raise MetaKDError(
-            f"Class {smallest} has {sizes[smallest]} images: too few for {validation_per_class} validation images and at "
-            f"least one training image. Ask for at most {sizes[smallest] - 1} validation images a class."
+            f"class {smallest} has {sizes[smallest]} images: too few for {validation_per_class} validation "
+            f"images and at least one training image; ask for at most {sizes[smallest] - 1} validation "
+            "images a class"
         )
-    if imbalance is None:
-        counts = available
-    else:
-        counts = _cut(available, imbalance, n_max)
+    counts = available if imbalance is None else _cut(available, imbalance, n_max)
     train, validation = [], []
     for c, count in enumerate(counts):
         members = (targets == c).nonzero().squeeze(1)
@@ -141,7 +142,7 @@ def _cut(available: list[int], imbalance: float, n_max: int | None) -> list[int]
     for c, (wanted, has) in enumerate(zip(counts, available, strict=True)):
         if wanted > has:
             raise MetaKDError(
-                f"Class {c} has {has} images left for training, but an imbalance of {imbalance:g} with n_max={n_max} "
-                f"wants {wanted}. Use n_max of at most {feasible}, or leave it out."
+                f"class {c} has {has} images left for training, but an imbalance of {imbalance:g} with "
+                f"n_max={n_max} wants {wanted}; use n_max of at most {feasible}, or leave it out"
             )
     return counts

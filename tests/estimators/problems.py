@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
 import torchopt
+from hypothesis import assume
 from torch import Tensor
 
 from metakd.batch import map_tensors
@@ -202,6 +203,18 @@ def central_differences(function, at, direction, h=2e-3):
         return function(ahead) - function(behind)
 
     return (45 * difference(1) - 9 * difference(2) + difference(3)) / (60 * h)
+
+
+def assert_slope(gradient, problem, tolerance=1e-6):
+    """A hypergradient against central differences along a direction, relative to its own norm."""
+    direction, norm = some_direction(problem.meta_params), flat(gradient).norm().item()
+    coarse, slope = (
+        central_differences(problem.after_torch_steps, problem.meta_params, direction, h)
+        for h in (1e-3, 2e-4)
+    )
+    # Adam's |g| has a kink where a gradient changes its sign; differences across it say little.
+    assume(abs(coarse - slope) < 0.2 * tolerance * norm)
+    assert abs((flat(gradient) * flat(direction)).sum().item() - slope) < tolerance * norm
 
 
 def some_direction(like, seed=0):

@@ -1,0 +1,545 @@
+"""What the balancer does, call by call; closed forms; resuming."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchopt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from metakd import Batch, BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms, weighting
+from tests.test_no_trace import assert_same
+
+TERMS = {
+    "hard": terms.CrossEntropy(),
+    "smooth": terms.CrossEntropy(label_smoothing=0.3),
+    "adjusted": terms.LogitAdjusted([5, 3, 2]),
+    "margin": lambda outputs, batch: outputs.square().sum(1),
+    "entropy": lambda outputs, batch: -(outputs.softmax(1) * outputs.log_softmax(1)).sum(1),
+}
+
+
+def data(size, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(3, (size,), generator=generator)
+
+
+def network(dtype=torch.float64):
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def build(student=None, names=("hard", "smooth"), lr=0.3, **options):
+    student = network() if student is None else student
+    if "weighting" not in options and "features" not in options:
+        options["weighting"] = weighting.LossMLP(len(names), len(names), hidden=(3,)).double()
+    options.setdefault(
+        "optimizer", torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr)
+    )
+    return BilevelLossBalancer(student, {name: TERMS[name] for name in names}, **options)
+
+
+def phi_gradient(balancer):
+    return torch.cat([p.grad.flatten() for p in balancer.weighting.parameters()])
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, dampening=0.1, weight_decay=1e-2),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.8, nesterov=True, maximize=False),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+}
+
+
+@given(
+    size=st.integers(1, 6),
+    meta_size=st.integers(1, 4),
+    names=st.lists(st.sampled_from(sorted(TERMS)), min_size=1, max_size=5, unique=True),
+    rule=st.sampled_from(sorted(OPTIMIZERS)),
+    inner=st.sampled_from(["sgd", "mirror"]),
+    frozen=st.sampled_from([None, "0.weight", "2.bias"]),
+    warm=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=20)
+def test_exact_estimators_agree(size, meta_size, names, rule, inner, frozen, warm, seed):
+    batch, meta_batch = data(size, seed=seed), data(meta_size, seed=seed + 1)
+    found = []
+    for estimator in (estimators.OneStep("forward"), estimators.OneStep("reverse"), estimators.Unroll()):
+        torch.manual_seed(seed)
+        student = network()
+        if frozen is not None:
+            student.get_parameter(frozen).requires_grad_(False)
+        optimizer = OPTIMIZERS[rule]([p for p in student.parameters() if p.requires_grad])
+        if warm:
+            F.cross_entropy(student(batch[0]), batch[1]).backward()
+            optimizer.step()
+        balancer = build(student, names, optimizer=optimizer, inner=inner, estimator=estimator)
+        balancer(batch, meta_batch)
+        found.append((phi_gradient(balancer), balancer.report.influence))
+    (gradient, influence), *others = found
+    for other_gradient, other_influence in others:
+        assert (other_gradient - gradient).norm() <= 1e-10 * gradient.norm()
+        assert (other_influence - influence).norm() <= 1e-10 * influence.norm()
+    if (size + meta_size + seed) % 3 == 0:  # finite differences take their time
+        check_hypergradient(build(student, names, optimizer=optimizer, inner=inner), [batch], meta_batch, directions=1)
+
+
+@given(steps=st.integers(1, 4), rule=st.sampled_from(sorted(OPTIMIZERS)), seed=st.integers(0, 1000))
+@settings(max_examples=6)
+def test_meta_step_agrees_with_finite_differences(steps, rule, seed):
+    torch.manual_seed(seed)
+    student = network()
+    optimizer = OPTIMIZERS[rule](student.parameters())
+    balancer = build(student, optimizer=optimizer, inner="mirror", estimator=estimators.Unroll())
+    batches = [data(3, seed=seed + t) for t in range(steps)]
+    check_hypergradient(balancer, batches, data(4, seed=seed - 1), directions=1)
+
+
+def test_meta_step_ends_where_real_steps_end():
+    """K virtual steps with fixed weights are K real steps of the user's loop, batch statistics included."""
+    torch.manual_seed(0)
+    student = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
+    ).double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    balancer = build(student, optimizer=optimizer, inner="mirror", estimator=estimators.Unroll())
+    batches, meta_batch = [data(6, seed=t) for t in range(3)], data(5, seed=9)
+    torch.manual_seed(4)
+    frozen = copy.deepcopy(balancer.weighting.state_dict())
+    meta_loss = balancer.meta_step(batches, meta_batch).meta_loss
+    balancer.weighting.load_state_dict(frozen)
+    torch.manual_seed(4)
+    for batch in batches:
+        loss = balancer.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = F.cross_entropy(student(meta_batch[0]), meta_batch[1])
+    torch.testing.assert_close(meta_loss, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_report_after_every_kind_of_step():
+    balancer = build(every=2, estimator=estimators.Unroll())
+    batch, meta_batch = data(5), data(4, seed=1)
+    balancer(batch, meta_batch)
+    report = balancer.report
+    assert report.losses.shape == report.weights.shape == (5, 2)
+    assert report.influence is report.meta_loss is report.hypergradient_norm is None
+    balancer(batch, meta_batch)
+    report = balancer.report
+    assert report.influence.shape == (5, 2)
+    torch.testing.assert_close(report.hypergradient_norm, phi_gradient(balancer).norm())
+    assert report.meta_loss.shape == ()
+    assert balancer.meta_step([batch] * 2, meta_batch) is balancer.report
+    assert balancer.report.influence is None and balancer.report.hypergradient_norm > 0
+
+
+def test_influence_is_the_effect_of_a_weight_on_the_meta_loss():
+    """(1/B) influence_ik = d meta_loss(theta - lr grad) / d w_ik, by finite differences on a plain loop."""
+    torch.manual_seed(0)
+    student = network()
+    (x, y), (meta_x, meta_y) = data(4), data(3, seed=1)
+    balancer = build(student)
+    weights = balancer.weights((x, y))
+
+    def meta_loss(weights):
+        twin = copy.deepcopy(student)
+        losses = torch.stack([TERMS[n](twin(x), Batch(x, y)) for n in ("hard", "smooth")], dim=1)
+        ((weights * losses).sum() / 4).backward()
+        torch.optim.SGD(twin.parameters(), lr=0.3).step()
+        return F.cross_entropy(twin(meta_x), meta_y).item()
+
+    balancer((x, y), (meta_x, meta_y))
+    step = torch.zeros_like(weights)
+    step[2, 1] = 1e-4
+    slope = (meta_loss(weights + step) - meta_loss(weights - step)) / 2e-4
+    assert balancer.report.influence[2, 1].item() / 4 == pytest.approx(slope, rel=1e-6)
+
+
+def test_accumulate_averages_before_each_step():
+    torch.manual_seed(0)
+    model = weighting.LossMLP(2, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    balancer = build(weighting=model, weighting_optimizer=optimizer, accumulate=3)
+    batch, metas = data(5), [data(4, seed=t) for t in range(3)]
+    start, gathered = copy.deepcopy(model.state_dict()), []
+    for t, meta_batch in enumerate(metas):
+        balancer(batch, meta_batch)
+        gathered.append(phi_gradient(balancer))
+        moved = any(not torch.equal(p, start[n]) for n, p in model.state_dict().items())
+        assert moved == (t == 2)
+    expected = torch.cat([p.flatten() for p in start.values()]) - torch.stack(gathered).mean(0)
+    torch.testing.assert_close(torch.cat([p.flatten() for p in model.state_dict().values()]), expected)
+    assert not torch.equal(gathered[0], gathered[2])
+
+
+def test_every_takes_the_nth_calls():
+    balancer = build(every=3)
+    taken = []
+    for _ in range(7):
+        balancer(data(5), data(4))
+        taken.append(balancer.report.meta_loss is not None)
+    assert taken == [False, False, True, False, False, True, False]
+
+
+def test_one_step_shares_the_train_forward_and_hands_the_gradient_on():
+    """Passes of the student in a call, and backward passes in the user's loop, counted."""
+    student = network()
+    passes = []
+    student.register_forward_hook(lambda module, args, out: passes.append(out.requires_grad))
+    backward = []
+
+    def count_backward(module, args, out):
+        if out.requires_grad:
+            out.register_hook(backward.append)
+
+    student.register_forward_hook(count_backward)
+    balancer = build(student, accumulate=2)
+    loss = balancer(data(5), data(4))
+    assert passes == [
+        True,
+        True,
+        False,
+    ]  # training forward, meta forward, forward-mode pass: no graph in the student
+    count = len(backward)
+    loss.backward()
+    assert len(backward) == count  # handed on: the weight model did not move
+    loss = balancer(data(5), data(4))
+    count = len(backward)
+    loss.backward()
+    assert len(backward) == count + 1  # it moved: the real gradient is another one
+
+
+def test_one_step_builds_no_second_order_graph(monkeypatch):
+    grad, asked = torch.autograd.grad, []
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs.get("create_graph", False))
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    build()(data(5), data(4))
+    assert asked and not any(asked)
+
+
+def test_one_forward_mode_pass_serves_all_terms():
+    student, passes = network(), []
+    student.register_forward_hook(lambda *a: passes.append(1))
+    for names in (["hard"], sorted(TERMS)):
+        passes.clear()
+        build(student, names)(data(5), data(4))
+        assert len(passes) == 3
+
+
+def test_learning_rate_groups_and_schedulers_are_followed():
+    """The lookahead with per-group rates equals one where the groups are scaled by hand."""
+    torch.manual_seed(0)
+    student = network()
+    groups = [{"params": student[0].parameters(), "lr": 0.0}, {"params": student[2].parameters(), "lr": 0.4}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step()
+    scheduler.step()
+    balancer = build(student, optimizer=optimizer)
+    balancer(data(5), data(4, seed=1))
+    student[0].requires_grad_(False)
+    reference = build(student, optimizer=torch.optim.SGD(student[2].parameters(), lr=0.2))
+    reference.weighting.load_state_dict(balancer.weighting.state_dict())
+    reference._step.optimizer.param_groups[0]["lr"] = 0.0
+    torch.testing.assert_close(reference(data(5), data(4, seed=1)), balancer.loss(data(5)))
+    torch.testing.assert_close(reference.report.influence, balancer_influence(student, balancer, 0.2))
+
+
+def balancer_influence(student, balancer, lr):
+    fresh = build(student, optimizer=torch.optim.SGD(student[2].parameters(), lr=lr))
+    fresh.weighting.load_state_dict(balancer.weighting.state_dict())
+    fresh(data(5), data(4, seed=1))
+    return fresh.report.influence
+
+
+def test_torchopt_transformation_as_inner():
+    torch.manual_seed(0)
+    student = network()
+    chain = torchopt.combine.chain(torchopt.clip.clip_grad_norm(0.05), torchopt.adam(lr=0.01))
+    balancer = build(student, inner=chain)
+    check_hypergradient(balancer, [data(5)], data(4, seed=1))
+    student_sgd = build(student, inner=torchopt.sgd(lr=0.3))
+    mine = build(student, inner="sgd")
+    mine.weighting.load_state_dict(student_sgd.weighting.state_dict())
+    student_sgd(data(5), data(4)), mine(data(5), data(4))
+    torch.testing.assert_close(student_sgd.report.influence, mine.report.influence, rtol=1e-12, atol=0)
+
+
+def test_teacher_runs_once_a_batch_and_not_for_a_meta_loss_without_it():
+    calls = []
+    teacher = network()
+    teacher.register_forward_hook(lambda *a: calls.append(1))
+    student = network()
+    balancer = BilevelLossBalancer(
+        student,
+        {"hard": terms.CrossEntropy(), "soft": terms.SoftTarget()},
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        teacher=teacher,
+    )
+    balancer(data(5), data(4))
+    assert len(calls) == 1
+    balancer.meta_loss = terms.SoftTarget()
+    balancer(data(5), data(4))
+    assert len(calls) == 3
+    x, y = data(5)
+    balancer(Batch(x, y, teacher=torch.zeros(5, 3).double()), data(4))
+    assert len(calls) == 4
+    losses = balancer.report.losses[:, 0]
+    torch.testing.assert_close(losses, F.cross_entropy(student(x), y, reduction="none").detach())
+
+
+def test_default_features_are_bikds():
+    seen = []
+
+    class Watch(weighting.LossMLP):
+        def forward(self, features, batch):
+            seen.append(features)
+            return super().forward(features, batch)
+
+    student, teacher = network(), network()
+    balancer = BilevelLossBalancer(
+        student,
+        [terms.CrossEntropy(), terms.SoftTarget(), terms.ReverseSoftTarget()],
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        teacher=teacher,
+        weighting=Watch(2, 3).double(),
+    )
+    x, y = data(5)
+    expected = torch.stack([F.cross_entropy(net(x), y, reduction="none") for net in (student, teacher)], 1)
+    balancer((x, y), data(4))
+    torch.testing.assert_close(seen[0], expected.detach())
+    assert not seen[0].requires_grad
+    assert balancer.report.weights.shape == (5, 3)
+
+
+def test_own_features_need_no_width():
+    balancer = build(features=lambda losses, outputs, batch: torch.cat([losses, outputs], 1))
+    fresh = copy.deepcopy(balancer.state_dict())
+    assert fresh["weighting"] == {}
+    balancer(data(5), data(4))
+    assert balancer.weighting.layers[0].in_features == 5
+    other = build(features=lambda losses, outputs, batch: torch.cat([losses, outputs], 1))
+    other.load_state_dict(balancer.state_dict())
+    assert_same(other.state_dict(), balancer.state_dict())
+    other = build(features=lambda l, z, b: z, estimator=estimators.Unroll())
+    other.meta_step([data(5)] * 2, data(4))
+
+
+# Closed forms ----------------------------------------------------------------------------------------------------
+
+
+def test_linear_model_with_one_quadratic_term():
+    """x_i = 1: theta' = theta - lr mean_i w_i (theta - y_i); d meta / d w_i = -(lr / B)(theta - y_i)(theta' - m)."""
+    student = nn.Linear(1, 1, bias=False).double()
+    theta, lr, y, m = 0.7, 0.25, torch.tensor([0.2, -1.0, 2.0]).double(), 0.4
+    student.weight.data.fill_(theta)
+    quadratic = lambda outputs, batch: (outputs[:, 0] - batch.targets) ** 2 / 2  # noqa: E731
+    table = weighting.SampleTable(3, 1, init=0.5, output="identity").double()
+    balancer = BilevelLossBalancer(
+        student,
+        [quadratic],
+        optimizer=torch.optim.SGD(student.parameters(), lr=lr),
+        weighting=table,
+        weighting_optimizer=torch.optim.SGD(table.parameters(), lr=2.0),
+        meta_loss=quadratic,
+    )
+    ones = torch.ones(3, 1).double()
+    loss = balancer((ones, y, torch.arange(3)), (ones[:1], torch.tensor([m], dtype=torch.float64)))
+    ahead = theta - lr * (0.5 * (theta - y)).mean()
+    expected = -(lr / 3) * (theta - y) * (ahead - m)
+    torch.testing.assert_close(balancer.report.influence[:, 0] / 3, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(balancer.report.weights[:, 0], 0.5 - 2.0 * expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loss, ((0.5 - 2.0 * expected) * (theta - y) ** 2 / 2).mean(), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(balancer.report.meta_loss, (ahead - m) ** 2 / 2, rtol=1e-12, atol=0)
+
+
+def test_rectified_is_learning_to_reweight():
+    """Ren et al., 2018: w = max(0, -d meta / d eps at eps = 0), normalised to sum to one over the batch."""
+    torch.manual_seed(0)
+    student = network()
+    (x, y), (meta_x, meta_y) = data(6), data(4, seed=1)
+    balancer = build(student, ["hard"], weighting=weighting.Rectified())
+    loss = balancer((x, y), (meta_x, meta_y))
+    params = dict(student.named_parameters())
+    eps = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    inner = (eps * F.cross_entropy(student(x), y, reduction="none")).sum()
+    grads = torch.autograd.grad(inner, list(params.values()), create_graph=True)
+    ahead = {n: p - 0.3 * g for (n, p), g in zip(params.items(), grads, strict=True)}
+    (g,) = torch.autograd.grad(
+        F.cross_entropy(torch.func.functional_call(student, ahead, (meta_x,)), meta_y), eps
+    )
+    expected = (-g).clamp(min=0)
+    expected = expected / expected.sum()
+    assert 0 < (expected > 0).sum() < 6
+    torch.testing.assert_close(balancer.report.weights[:, 0] / 6, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(loss, (expected * F.cross_entropy(student(x), y, reduction="none")).sum())
+    assert balancer.weighting_optimizer is None
+    torch.testing.assert_close(balancer.loss((x, y)), F.cross_entropy(student(x), y))
+    with pytest.raises(MetaKDError, match="no trainable parameters"):
+        balancer.meta_step([(x, y)], (meta_x, meta_y))
+
+
+def test_one_term_with_a_loss_mlp_is_meta_weight_nets_step():
+    """Shu et al., 2019: lookahead, meta gradient, Adam step of the net, loss with the new weights; by hand."""
+    torch.manual_seed(0)
+    student = network()
+    (x, y), (meta_x, meta_y) = data(6), data(4, seed=1)
+    net = weighting.LossMLP(1, 1, hidden=(100,)).double()
+    twin = copy.deepcopy(net)
+    balancer = build(
+        student, ["hard"], weighting=net, weighting_optimizer=torch.optim.Adam(net.parameters(), lr=1e-2)
+    )
+    loss = balancer((x, y), (meta_x, meta_y))
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    params = dict(student.named_parameters())
+    costs = F.cross_entropy(student(x), y, reduction="none")
+    weights = twin(costs.detach()[:, None], Batch(x, y))[:, 0]
+    grads = torch.autograd.grad((weights * costs).mean(), list(params.values()), create_graph=True)
+    ahead = {n: p - 0.3 * g for (n, p), g in zip(params.items(), grads, strict=True)}
+    F.cross_entropy(torch.func.functional_call(student, ahead, (meta_x,)), meta_y).backward()
+    adam.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    new = twin(costs.detach()[:, None], Batch(x, y))[:, 0].detach()
+    torch.testing.assert_close(loss, (new * costs).mean(), rtol=1e-9, atol=1e-12)
+
+
+# It learns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [estimators.OneStep(), estimators.Unroll()], ids=str)
+def test_wrong_labels_lose_their_weight(estimator):
+    """Half of the training labels are wrong; a table of weights finds out which."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 4).double()
+    truth = (x @ torch.randn(4, 3).double()).argmax(1)
+    y = truth.clone()
+    y[:30] = (y[:30] + 1) % 3
+    student = nn.Linear(4, 3).double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    table = weighting.SampleTable(60, 1, init=0.5, output="sigmoid").double()
+    balancer = BilevelLossBalancer(
+        student,
+        [terms.CrossEntropy()],
+        optimizer=optimizer,
+        weighting=table,
+        weighting_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
+        estimator=estimator,
+    )
+    meta = torch.randn(60, 4).double()
+    meta_batch = (meta, student_truth(x, truth, meta))
+    for _ in range(40):
+        loss = balancer((x, y, torch.arange(60)), meta_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = balancer.report.weights[:, 0]
+    assert weights[:30].mean() < 0.35 < 0.65 < weights[30:].mean()
+
+
+def student_truth(x, truth, meta):
+    """Labels of the meta inputs by a classifier fitted to the true labels."""
+    model = nn.Linear(4, 3).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), truth)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model(meta).argmax(1)
+
+
+# Resuming --------------------------------------------------------------------------------------------------------
+
+
+def training(steps, seed=0, state=None, **options):
+    torch.manual_seed(seed)
+    student = network(torch.float32)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    balancer = build(student, optimizer=optimizer, **options)
+    if state is not None:
+        loaded = torch.load(io.BytesIO(state), weights_only=True)
+        student.load_state_dict(loaded["student"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        balancer.load_state_dict(loaded["balancer"])
+    losses = []
+    for step in steps:
+        loss = balancer(data(5, torch.float32, seed=step), data(4, torch.float32, seed=100 + step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    parts = {
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "balancer": balancer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    return losses, parts, buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 3}, {"every": 2}, {"inner": "mirror", "accumulate": 2}], ids=str
+)
+def test_resuming_gives_the_same_numbers_bit_for_bit(options):
+    losses, parts, _ = training(range(8), **options)
+    first, _, state = training(range(4), **options)
+    second, resumed, _ = training(range(4, 8), seed=1, state=state, **options)
+    assert first + second == losses
+    assert_same(resumed, parts)
+
+
+def test_a_state_is_a_copy():
+    balancer = build()
+    state = balancer.state_dict()
+    saved = copy.deepcopy(state)
+    balancer(data(5), data(4))
+    assert_same(state, saved)
+
+
+BROKEN = {
+    "missing key": (lambda s: s.pop("weighting"), r"missing \['weighting'\]"),
+    "foreign key": (lambda s: s.update(epoch=3), r"not known here \['epoch'\]"),
+    "other terms": (lambda s: s.update(terms=["hard", "soft"]), r"terms \['hard', 'soft'\].*\['hard', 'smooth'\]"),
+    "other shape": (lambda s: s["weighting"].update({"layers.0.weight": torch.zeros(7, 3)}), r"layers.0.weight.*\(7, 3\).*\(3, 2\)"),
+    "not a tensor": (lambda s: s["weighting"].update({"layers.0.weight": 1}), r"layers.0.weight"),
+    "other optimizer": (lambda s: s["weighting_optimizer"]["param_groups"].append({"params": []}), r"param_groups"),
+    "pending of another": (lambda s: s.update(pending={"x": torch.ones(1)}), r"pending.*'x'|'x'.*pending"),
+    "calls": (lambda s: s.update(calls="many"), r"calls"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_state_that_does_not_fit_says_where_and_changes_nothing(case):
+    balancer = build(accumulate=2)
+    balancer(data(5), data(4))
+    before, state = balancer.state_dict(), balancer.state_dict()
+    spoil, message = BROKEN[case]
+    spoil(state)
+    with pytest.raises(MetaKDError, match=message):
+        balancer.load_state_dict(state)
+    assert_same(balancer.state_dict(), before)
+
+
+@pytest.mark.parametrize("state", [None, 3, [], {}])
+def test_a_foreign_object_is_no_state(state):
+    with pytest.raises(MetaKDError, match="saved state"):
+        build().load_state_dict(state)
