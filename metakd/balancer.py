@@ -107,9 +107,7 @@ class BilevelLossBalancer:
         inner_optimizer(inner, optimizer, self._functional.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
-                raise MetaKDError(
-                    "weighting_optimizer was given without weighting; pass its weight model as well"
-                )
+                raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             weighting = self._default_weighting(None if features else 2 if teacher else len(self.terms))
         self.weighting = weighting
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
@@ -146,9 +144,7 @@ class BilevelLossBalancer:
             calls = self._calls + 1
             learns = meta_batch is not None and calls % self.every == 0
             if learns and not torch.is_grad_enabled():
-                raise MetaKDError(
-                    "a hypergradient needs gradients; call the balancer outside torch.no_grad()"
-                )
+                raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
             start = self._functional.start()
             train = TrainPass(self.student, self._functional, train_batch)
@@ -261,9 +257,7 @@ class BilevelLossBalancer:
     ) -> Objective:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        return Objective(
-            student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **ends
-        )
+        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **ends)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
@@ -307,20 +301,12 @@ class BilevelLossBalancer:
             return batch._replace(teacher=teacher_outputs(self.teacher, batch.inputs))
 
     def _check_parts(self) -> None:
-        if not isinstance(self.student, nn.Module) or not any(
-            p.requires_grad for p in self.student.parameters()
-        ):
-            raise MetaKDError(
-                "student must be an nn.Module with a trainable parameter (requires_grad_(True))"
-            )
+        if not isinstance(self.student, nn.Module) or not any(p.requires_grad for p in self.student.parameters()):
+            raise MetaKDError("student must be an nn.Module with a trainable parameter (requires_grad_(True))")
         if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise MetaKDError(
-                f"optimizer must be the student's torch optimizer, got {type(self.optimizer).__name__}"
-            )
+            raise MetaKDError(f"optimizer must be the student's torch optimizer, got {type(self.optimizer).__name__}")
         if isinstance(self.estimator, str | type) or not callable(self.estimator):
-            raise MetaKDError(
-                f"estimator must be an object such as estimators.OneStep(), got {self.estimator!r}"
-            )
+            raise MetaKDError(f"estimator must be an object such as estimators.OneStep(), got {self.estimator!r}")
 
     def _default_weighting(self, width: int | None) -> nn.Module:
         like = next(iter(self._functional.trainable().values()))

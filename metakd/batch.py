@@ -131,9 +131,7 @@ def batch_size(batch: Batch, what: str) -> int:
     """
     found = tensors(batch.targets) or tensors(batch.inputs)
     if not found or found[0].ndim == 0:
-        raise MetaKDError(
-            f"{what} holds no tensor with a batch dimension; give inputs and targets of shape (B, ...)"
-        )
+        raise MetaKDError(f"{what} holds no tensor with a batch dimension; give inputs and targets of shape (B, ...)")
     size = found[0].shape[0]
     if size == 0:
         raise MetaKDError(f"{what} is empty (batch size 0); its loader must yield at least one sample")

@@ -50,11 +50,14 @@ def check_hypergradient(
     r"""Compare a hypergradient with central finite differences in float64, along random directions.
 
     For each meta-parameter tensor and each of `directions` random directions $d$ of unit norm it compares
-    $\langle \nabla_\phi, d \rangle$ with $\big(F(\phi + h d) - F(\phi - h d)\big) / 2h$, extrapolated to $h \to 0$ (Ridders, 1982), where
+    $\langle \nabla_\phi, d \rangle$ with $\big(F(\phi + h d) - F(\phi - h d)\big) / 2h$, extrapolated to $h \to 0$
+    (Ridders, 1982), where
     $F(\phi)$ runs the K inner steps and the outer loss in float64 with first-order gradients alone.
 
-    Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)`, the arguments of
-    `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's hypergradient through
+    Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)`, the
+    arguments of
+    `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's
+    hypergradient through
     K = len(batches) steps in its weight model's parameters, and leaves no trace on it.
 
     Args:
@@ -80,7 +83,8 @@ def check_hypergradient(
         >>> import torchopt
         >>> found = check_hypergradient(
         ...     lambda p, m, batch: (m["phi"] * p["w"] ** 2).sum(), lambda p, m: (p["w"] ** 3).sum(),
-        ...     {"w": torch.tensor([1.0, 2.0])}, {"phi": torch.tensor([0.3, 0.2])}, range(4), optimizer=torchopt.adam(lr=0.1))
+        ...     {"w": torch.tensor([1.0, 2.0])}, {"phi": torch.tensor([0.3, 0.2])}, range(4),
+        ...     optimizer=torchopt.adam(lr=0.1))
         >>> found.relative_error["phi"] < 1e-6
         True
     """
@@ -89,8 +93,8 @@ def check_hypergradient(
             return _compare(problem, estimator or inner.estimator, directions, tolerance, seed)
     if meta_params is None or batches is None or optimizer is None:
         raise MetaKDError(
-            "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) as hypergradient does, or "
-            "(balancer, batches, meta_batch)"
+            "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) "
+            "as hypergradient does, or (balancer, batches, meta_batch)"
         )
     theta, phi, data, state = (
         map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state)
@@ -125,13 +129,15 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
         lines = [
-            f"  {name}: relative error {error:.1e}; estimated {_numbers(estimated[name])}, finite differences {_numbers(differences[name])}"
+            f"  {name}: relative error {error:.1e}; estimated {_numbers(estimated[name])}, finite "
+            f"differences {_numbers(differences[name])}"
             for name, error in wrong.items()
         ]
         raise MetaKDError(
             f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}:\n"
             + "\n".join(lines)
-            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable here (a kink, a detached "
+            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable "
+            "here (a kink, a detached "
             "tensor, a stop-gradient, float32 inside), or the estimator is an approximation: give it its tolerance="
         )
     return Check(errors, estimated, differences)
@@ -142,9 +148,7 @@ def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
     params, state = problem.params, problem.optimizer_state
     for batch in problem.batches:
         theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = torch.autograd.grad(
-            problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True
-        )
+        found = torch.autograd.grad(problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True)
         with torch.no_grad():
             params, state = apply(problem.optimizer, dict(zip(theta, found, strict=True)), state, params)
     with torch.no_grad():

@@ -64,9 +64,7 @@ def _check(saved: Any, own: Any, where: str, key: str) -> None:
     elif key == "terms" and list(saved) != own:
         raise MetaKDError(f"{where} was saved with the terms {list(saved)} and has {own} here; {_CURE}")
     elif own is None or (isinstance(own, int) and not isinstance(saved, int)):
-        raise MetaKDError(
-            f"{where}'s {key!r} is {saved!r} in the saved state, which has no meaning here; {_CURE}"
-        )
+        raise MetaKDError(f"{where}'s {key!r} is {saved!r} in the saved state, which has no meaning here; {_CURE}")
 
 
 _CURE = "build the balancer with the same terms, weight model and optimizer as when it was saved"

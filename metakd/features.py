@@ -64,16 +64,9 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
                 "features(losses (B, M), outputs, batch) and returns (B, F)"
             ) from error
     size = losses.shape[0]
-    if (
-        not isinstance(found, Tensor)
-        or found.ndim != 2
-        or found.shape[0] != size
-        or not found.is_floating_point()
-    ):
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != size or not found.is_floating_point():
         got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise MetaKDError(
-            f"features function {name!r} must return floating-point (B, F) with B = {size}, got {got}"
-        )
+        raise MetaKDError(f"features function {name!r} must return floating-point (B, F) with B = {size}, got {got}")
     if not bool(found.isfinite().all()):
         bad = (~found.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise MetaKDError(

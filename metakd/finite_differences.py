@@ -4,9 +4,7 @@ import sys
 from collections.abc import Callable
 
 
-def derivative(
-    function: Callable[[float], float], *, step: float = 5e-2, shrink: float = 2.0, rows: int = 8
-) -> float:
+def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink: float = 2.0, rows: int = 8) -> float:
     """The derivative at 0 by central differences, extrapolated to a step of zero.
 
     A tableau of (f(h) - f(-h)) / 2h at shrinking h, of which Richardson's extrapolation removes the errors in h^2,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
@@ -19,6 +18,7 @@ def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors.
 
     Example:
+        >>> import torch
         >>> weighted_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor(11.)
     """
@@ -32,6 +32,7 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         MetaKDError: a term failed, or a loss is NaN or infinite.
 
     Example:
+        >>> import torch
         >>> checked_losses({"half": lambda z, batch: z / 2}, torch.ones(2), Batch(torch.ones(2)), "the batch")
         tensor([[0.5000],
                 [0.5000]])
@@ -42,8 +43,10 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         names = list(terms)
         row, column = (~finite).nonzero()[0].tolist()
         raise MetaKDError(
-            f"term {names[column]!r} is {losses[row, column].item()} for sample {row} of {where} ({int((~finite).sum())} of "
-            f"{losses.numel()} losses are not finite); look for invalid inputs or teacher outputs, or lower the learning rate"
+            f"term {names[column]!r} is {losses[row, column].item()} for sample {row} of {where} "
+            f"({int((~finite).sum())} of "
+            f"{losses.numel()} losses are not finite); look for invalid inputs or teacher outputs, or "
+            "lower the learning rate"
         )
     return losses
 
@@ -55,17 +58,20 @@ def checked_weights(weights: Any, losses: Tensor) -> Tensor:
         MetaKDError: it is not.
 
     Example:
+        >>> import torch
         >>> checked_weights(torch.ones(2, 1), torch.zeros(2, 1)).shape
         torch.Size([2, 1])
     """
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise MetaKDError(
-            f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight for each sample and term"
+            f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight "
+            "for each sample and term"
         )
     if not bool(weights.detach().isfinite().all()):
         raise MetaKDError(
-            "the weight model returned NaN or infinite weights; lower its learning rate, or bound its features or its output"
+            "the weight model returned NaN or infinite weights; lower its learning rate, or bound "
+            "its features or its output"
         )
     return weights
 
@@ -77,7 +83,8 @@ class Objective:
     """Inner and outer loss of one hypergradient: virtual passes of the student over K batches and a meta batch.
 
     Step t starts with the buffers and generators that step t - 1 left behind, and is repeated identically when it is
-    evaluated again. The features of a step are computed when it is first evaluated and constant from then on: the weight
+    evaluated again. The features of a step are computed when it is first evaluated and constant from then on: the
+    weight
     model's inputs are always detached.
 
     Args:
@@ -135,9 +142,7 @@ class Objective:
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
         outputs, _ = self.student.run(params, self.meta_batch.inputs, self._starts[len(self.batches)])
-        return checked_losses(
-            self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch"
-        ).mean()
+        return checked_losses(self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch").mean()
 
     def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
         batch = self.student.cast(self.batches[t])

@@ -13,7 +13,8 @@ class Report:
         losses: (B, M), each sample's loss in each term, in the order of the terms.
         weights: (B, M), the weights in the returned loss.
         influence: (B, M), the directional derivative of each loss along u: how the meta loss moves when that
-            sample's term counts more (negative: more weight helps). None where no hypergradient was taken, or where it went
+            sample's term counts more (negative: more weight helps). None where no hypergradient was taken, or where
+            it went
             through several inner steps.
         meta_loss: scalar, the meta loss after the lookahead; None where no hypergradient was taken.
         hypergradient_norm: scalar, the Euclidean norm of this step's hypergradient (of the influence, for a weight

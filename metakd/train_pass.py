@@ -49,10 +49,7 @@ class TrainPass:
     def can_hand_over(self) -> bool:
         """Whether the gradient may stand in for the real backward pass: exact, and with no one else to notice."""
         # A gradient scaler lifts half precision out of underflow by scaling the loss before the backward pass.
-        half = (
-            torch.is_autocast_enabled(self._device)
-            and torch.get_autocast_dtype(self._device) == torch.float16
-        )
+        half = torch.is_autocast_enabled(self._device) and torch.get_autocast_dtype(self._device) == torch.float16
         return not (self._hooked or self._upstream or half)
 
     def gradient(self, loss: Tensor, *, keep_graph: bool) -> dict[str, Tensor | None]:
@@ -61,9 +58,7 @@ class TrainPass:
             return dict.fromkeys(self._variables)
         self._leaves = list(self._variables.values()) if self._hooked else graph_leaves(loss)
         keep_graph = keep_graph or not self.can_hand_over
-        self._gradients = list(
-            torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True)
-        )
+        self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: found.get(id(p)) for name, p in self._variables.items()}
 

@@ -31,9 +31,7 @@ class Snapshot:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        self._weights = [
-            (p, p.detach().clone(), p.grad) for p in step.weighting.parameters() if not is_lazy(p)
-        ]
+        self._weights = [(p, p.detach().clone(), p.grad) for p in step.weighting.parameters() if not is_lazy(p)]
         self._rng = RngState.capture({p.device for p in student.parameters()})
 
     def keep_optimizer(self) -> None:
@@ -65,7 +63,7 @@ def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
         >>> norm, table = nn.BatchNorm1d(2), nn.Linear(1, 1)
         >>> try:
         ...     with all_or_nothing(Snapshot(norm, WeightingStep(table, None, 1))):
-        ...         norm(torch.randn(4, 2))
+        ...         _ = norm(torch.randn(4, 2))
         ...         raise KeyboardInterrupt
         ... except KeyboardInterrupt:
         ...     print(norm.running_mean)

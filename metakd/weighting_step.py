@@ -41,9 +41,7 @@ class WeightingStep:
         2.0
     """
 
-    def __init__(
-        self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int
-    ) -> None:
+    def __init__(self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int) -> None:
         if not isinstance(weighting, nn.Module):
             raise MetaKDError(
                 f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}"
@@ -75,20 +73,20 @@ class WeightingStep:
         params = self.params()
         if not params or not weights.requires_grad:
             raise MetaKDError(
-                "the weights do not depend on any trainable parameter of the weight model, so there is no hypergradient; "
+                "the weights do not depend on any trainable parameter of the weight model, so there "
+                "is no hypergradient; "
                 "pass meta_batch=None to use a frozen weight model"
             )
-        found = torch.autograd.grad(
-            weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True
-        )
+        found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
         gradient = {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(params.items(), found, strict=True)
+            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found, strict=True)
         }
         if not any(bool(g.any()) for g in gradient.values()):
             raise MetaKDError(
-                "the hypergradient of the weight model is exactly zero although its weights influence the meta loss; its output "
-                "is saturated or constant: restart it with weights away from the ends of their range, or (softmax over one "
+                "the hypergradient of the weight model is exactly zero although its weights "
+                "influence the meta loss; its output "
+                "is saturated or constant: restart it with weights away from the ends of their "
+                "range, or (softmax over one "
                 "term) use output='sigmoid'"
             )
         return gradient
@@ -106,9 +104,7 @@ class WeightingStep:
             The Euclidean norm of this hypergradient, a scalar tensor.
         """
         params = self.params()
-        total = {
-            name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()
-        }
+        total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
         if self.moves_next and self.optimizer is not None:
             for name, p in params.items():
                 p.grad = total[name] / (self.pending.number + 1)
@@ -119,9 +115,7 @@ class WeightingStep:
             self.pending = Pending(total, self.pending.number + 1)
         for name, p in params.items():
             p.grad = gradient[name].clone()
-        norm: Tensor = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()])
-        )
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,9 +124,7 @@ class WeightingStep:
         return {
             # A model with lazy layers that has not seen a batch has nothing to save yet.
             "weighting": {} if any(map(is_lazy, weights.values())) else clones(weights),
-            "weighting_optimizer": {}
-            if self.optimizer is None
-            else copy.deepcopy(self.optimizer.state_dict()),
+            "weighting_optimizer": {} if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
             "pending": clones(self.pending.total),
             "pending_count": self.pending.number,
         }

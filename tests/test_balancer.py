@@ -37,9 +37,7 @@ def build(student=None, names=("hard", "smooth"), lr=0.3, **options):
     student = network() if student is None else student
     if "weighting" not in options and "features" not in options:
         options["weighting"] = weighting.LossMLP(len(names), len(names), hidden=(3,)).double()
-    options.setdefault(
-        "optimizer", torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr)
-    )
+    options.setdefault("optimizer", torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr))
     return BilevelLossBalancer(student, {name: TERMS[name] for name in names}, **options)
 
 
@@ -104,9 +102,7 @@ def test_meta_step_agrees_with_finite_differences(steps, rule, seed):
 def test_meta_step_ends_where_real_steps_end():
     """K virtual steps with fixed weights are K real steps of the user's loop, batch statistics included."""
     torch.manual_seed(0)
-    student = nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
-    ).double()
+    student = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     balancer = build(student, optimizer=optimizer, inner="mirror", estimator=estimators.Unroll())
     batches, meta_batch = [data(6, seed=t) for t in range(3)], data(5, seed=9)
@@ -332,7 +328,7 @@ def test_own_features_need_no_width():
     other = build(features=lambda losses, outputs, batch: torch.cat([losses, outputs], 1))
     other.load_state_dict(balancer.state_dict())
     assert_same(other.state_dict(), balancer.state_dict())
-    other = build(features=lambda l, z, b: z, estimator=estimators.Unroll())
+    other = build(features=lambda losses, outputs, batch: outputs, estimator=estimators.Unroll())
     other.meta_step([data(5)] * 2, data(4))
 
 
@@ -360,9 +356,7 @@ def test_linear_model_with_one_quadratic_term():
     expected = -(lr / 3) * (theta - y) * (ahead - m)
     torch.testing.assert_close(balancer.report.influence[:, 0] / 3, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(balancer.report.weights[:, 0], 0.5 - 2.0 * expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        loss, ((0.5 - 2.0 * expected) * (theta - y) ** 2 / 2).mean(), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(loss, ((0.5 - 2.0 * expected) * (theta - y) ** 2 / 2).mean(), rtol=1e-12, atol=0)
     torch.testing.assert_close(balancer.report.meta_loss, (ahead - m) ** 2 / 2, rtol=1e-12, atol=0)
 
 
@@ -378,9 +372,7 @@ def test_rectified_is_learning_to_reweight():
     inner = (eps * F.cross_entropy(student(x), y, reduction="none")).sum()
     grads = torch.autograd.grad(inner, list(params.values()), create_graph=True)
     ahead = {n: p - 0.3 * g for (n, p), g in zip(params.items(), grads, strict=True)}
-    (g,) = torch.autograd.grad(
-        F.cross_entropy(torch.func.functional_call(student, ahead, (meta_x,)), meta_y), eps
-    )
+    (g,) = torch.autograd.grad(F.cross_entropy(torch.func.functional_call(student, ahead, (meta_x,)), meta_y), eps)
     expected = (-g).clamp(min=0)
     expected = expected / expected.sum()
     assert 0 < (expected > 0).sum() < 6
@@ -399,9 +391,7 @@ def test_one_term_with_a_loss_mlp_is_meta_weight_nets_step():
     (x, y), (meta_x, meta_y) = data(6), data(4, seed=1)
     net = weighting.LossMLP(1, 1, hidden=(100,)).double()
     twin = copy.deepcopy(net)
-    balancer = build(
-        student, ["hard"], weighting=net, weighting_optimizer=torch.optim.Adam(net.parameters(), lr=1e-2)
-    )
+    balancer = build(student, ["hard"], weighting=net, weighting_optimizer=torch.optim.Adam(net.parameters(), lr=1e-2))
     loss = balancer((x, y), (meta_x, meta_y))
     adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
     params = dict(student.named_parameters())

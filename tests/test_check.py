@@ -35,9 +35,7 @@ class Scaled:
 @pytest.mark.parametrize(("steps", "estimator"), [(1, OneStep()), (1, OneStep("reverse")), (3, None)])
 def test_what_is_right_passes(rule, steps, estimator):
     problem = Bilevel(rule=rule, steps=steps, unused=True, direct=steps == 3)
-    found = check_hypergradient(
-        *problem.arguments(), optimizer=problem.torchopt(), estimator=estimator, directions=2
-    )
+    found = check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=estimator, directions=2)
     assert set(found.relative_error) == {"mix", "offset"}
     assert all(error < 1e-8 for error in found.relative_error.values())
     for name in found.relative_error:
@@ -50,9 +48,7 @@ def test_float32_is_cast():
     object.__setattr__(problem, "meta_batch", tuple(t.double() for t in problem.meta_batch))
     found = check_hypergradient(*problem.arguments(), optimizer=problem.torchopt())
     assert all(error < 1e-8 for error in found.relative_error.values())
-    assert {t.dtype for t in tensors((problem.params, problem.meta_params, problem.batches))} == {
-        torch.float32
-    }
+    assert {t.dtype for t in tensors((problem.params, problem.meta_params, problem.batches))} == {torch.float32}
 
 
 def test_from_a_warm_state():
@@ -83,9 +79,7 @@ def test_one_wrong_by_a_thousandth_fails_with_the_numbers():
 def test_only_the_wrong_ones_are_named():
     problem = Bilevel(steps=2)
     with pytest.raises(MetaKDError) as error:
-        check_hypergradient(
-            *problem.arguments(), optimizer=problem.torchopt(), estimator=Scaled(1.001, ("mix",))
-        )
+        check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=Scaled(1.001, ("mix",)))
     assert "mix: relative" in str(error.value) and "offset: relative" not in str(error.value)
 
 
@@ -105,9 +99,7 @@ def test_an_inner_loss_that_draws_random_numbers_fails(estimator):
     def noisy(params, meta_params, batch):
         return inner(params, meta_params, batch) * (1 + 0.01 * torch.rand((), dtype=torch.float64))
 
-    with pytest.raises(
-        MetaKDError, match=r"relative error .*\n.*\n.*not a pure function \(random numbers, state\)"
-    ):
+    with pytest.raises(MetaKDError, match=r"relative error .*\n.*\n.*not a pure function \(random numbers, state\)"):
         check_hypergradient(noisy, *others, optimizer=problem.torchopt(), estimator=estimator)
 
 
@@ -172,8 +164,7 @@ def test_tiny_derivatives_are_judged_by_what_float64_can_tell():
 def test_other_directions_for_other_seeds():
     problem = Bilevel()
     one, same, other = (
-        check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), seed=seed)
-        for seed in (0, 0, 1)
+        check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), seed=seed) for seed in (0, 0, 1)
     )
     assert one == same
     assert one.estimated["mix"] != other.estimated["mix"]
@@ -181,9 +172,7 @@ def test_other_directions_for_other_seeds():
 
 def test_arguments_that_are_missing_are_an_error():
     inner, outer, params, meta_params, batches = Bilevel().arguments()
-    with pytest.raises(
-        MetaKDError, match=r"\(inner, outer, params, meta_params, batches, optimizer=\.\.\.\)"
-    ):
+    with pytest.raises(MetaKDError, match=r"\(inner, outer, params, meta_params, batches, optimizer=\.\.\.\)"):
         check_hypergradient(inner, outer, params, meta_params, batches)
     with pytest.raises(MetaKDError, match=r"\(balancer, batches, meta_batch\)"):
         check_hypergradient(inner, outer, params)

@@ -69,9 +69,9 @@ CALLS = {
     "item not understood": ({}, "a string", GOOD, r"item of type str is not understood"),
     "meta loss fails": (dict(meta_loss=lambda z, b: z["x"]), GOOD, GOOD, r"'meta_loss' raised"),
     "meta loss nan": (dict(meta_loss=nan_term), GOOD, GOOD, r"'meta_loss' is nan for sample 4 of the meta batch"),
-    "features of wrong shape": (dict(features=lambda l, z, b: l.sum()), GOOD, GOOD, r"features function.*\(B, F\)"),
-    "features raise": (dict(features=lambda l, z, b: 1 / 0), GOOD, GOOD, r"raised ZeroDivisionError"),
-    "features nan": (dict(features=lambda l, z, b: l / 0 - l / 0), GOOD, GOOD, r"NaN or infinity for samples"),
+    "features of wrong shape": (dict(features=lambda losses, z, b: losses.sum()), GOOD, GOOD, r"features function.*\(B, F\)"),
+    "features raise": (dict(features=lambda losses, z, b: 1 / 0), GOOD, GOOD, r"raised ZeroDivisionError"),
+    "features nan": (dict(features=lambda losses, z, b: losses / 0 - losses / 0), GOOD, GOOD, r"NaN or infinity for samples"),
     "weights of wrong shape": (dict(weighting=Answers(lambda p, f: p)), GOOD, GOOD, r"expected \(B, M\) = \(5, 1\)"),
     "weights nan": (dict(weighting=Answers(lambda p, f: p * f / 0)), GOOD, GOOD, r"NaN or infinite weights"),
     "weights constant": (dict(weighting=Answers(lambda p, f: 0 * p + f)), GOOD, GOOD, r"exactly zero"),
@@ -166,7 +166,7 @@ def test_a_failing_meta_step_changes_nothing():
 def test_a_learning_rate_of_zero_is_named():
     student, _, batch, meta_batch = parts()
     balancer = BilevelLossBalancer(student, HARD, optimizer=torch.optim.SGD(student.parameters(), lr=0.0))
-    with pytest.raises(MetaKDError, match="learning rate of 0.*meta_batch=None"):
+    with pytest.raises(MetaKDError, match=r"learning rate of 0.*meta_batch=None"):
         balancer(batch, meta_batch)
     assert balancer(batch, None).requires_grad
 
@@ -174,7 +174,7 @@ def test_a_learning_rate_of_zero_is_named():
 def test_no_grad_is_named():
     student, optimizer, batch, meta_batch = parts()
     balancer = BilevelLossBalancer(student, HARD, optimizer=optimizer)
-    with torch.no_grad(), pytest.raises(MetaKDError, match="outside torch.no_grad"):
+    with torch.no_grad(), pytest.raises(MetaKDError, match=r"outside torch.no_grad"):
         balancer(batch, meta_batch)
     with torch.no_grad():
         assert not balancer.loss(batch).requires_grad
@@ -218,16 +218,14 @@ def test_default_features_say_how_to_do_without_labels():
     student, optimizer, (x, _), meta_batch = parts()
     teacher = copy.deepcopy(student)
     balancer = BilevelLossBalancer(student, [terms.SoftTarget()], optimizer=optimizer, teacher=teacher)
-    with pytest.raises(MetaKDError, match="default features.*features=lambda"):
+    with pytest.raises(MetaKDError, match=r"default features.*features=lambda"):
         balancer(Batch(x), meta_batch)
 
 
 def test_one_step_does_not_pretend_to_take_more():
     student, optimizer, batch, meta_batch = parts()
     balancer = BilevelLossBalancer(student, HARD, optimizer=optimizer)
-    with pytest.raises(MetaKDError, match="exactly one inner step, got 2 batches.*Unroll"):
+    with pytest.raises(MetaKDError, match=r"exactly one inner step, got 2 batches.*Unroll"):
         balancer.meta_step([batch, batch], meta_batch)
     with pytest.raises(MetaKDError, match="at least one batch"):
-        BilevelLossBalancer(student, HARD, optimizer=optimizer, estimator=estimators.Unroll()).meta_step(
-            [], meta_batch
-        )
+        BilevelLossBalancer(student, HARD, optimizer=optimizer, estimator=estimators.Unroll()).meta_step([], meta_batch)

@@ -66,7 +66,5 @@ def test_a_function_without_a_number_has_no_derivative():
 
 def test_rounding_decides_beside_a_large_constant():
     """Steps that are too small agree with each other by chance only."""
-    errors = [
-        abs(derivative(lambda h, at=k / 50: 1e6 + math.sin(h + at)) - math.cos(k / 50)) for k in range(300)
-    ]
+    errors = [abs(derivative(lambda h, at=k / 50: 1e6 + math.sin(h + at)) - math.cos(k / 50)) for k in range(300)]
     assert max(errors) < 2e-8

@@ -34,9 +34,7 @@ def command(output, *arguments):
 
 
 def run(output, *arguments):
-    return subprocess.run(
-        command(output, *arguments), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
+    return subprocess.run(command(output, *arguments), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
 
 
 def record(output):
@@ -170,9 +168,7 @@ def test_a_folder_of_pictures(tmp_path):
     assert record(tmp_path / "out")["data"]["counts"] == [26, 15, 8]
 
 
-@pytest.mark.skipif(
-    "METAKD_CIFAR10" not in os.environ, reason="METAKD_CIFAR10 names no folder of real CIFAR-10"
-)
+@pytest.mark.skipif("METAKD_CIFAR10" not in os.environ, reason="METAKD_CIFAR10 names no folder of real CIFAR-10")
 def test_real_cifar10(tmp_path):
     arguments = ["--dataset", "folder", "--data-root", os.environ["METAKD_CIFAR10"], "--imbalance", "100"]
     arguments += ["--teacher", "convnet4", "--student", "convnet2", "--teacher-epochs", "1", "--epochs", "1"]

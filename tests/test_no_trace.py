@@ -29,8 +29,7 @@ def trace_of(student, optimizer, *others):
         "identities": [id(p) for p in student.parameters()],
         "flags": [part.training for part in modules],
         "hooks": [
-            (list(part._forward_hooks), list(part._forward_pre_hooks), list(part._backward_hooks))
-            for part in modules
+            (list(part._forward_hooks), list(part._forward_pre_hooks), list(part._backward_hooks)) for part in modules
         ],
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "torch": torch.get_rng_state(),
@@ -212,9 +211,7 @@ def test_inputs_that_need_gradients_get_them():
 def test_building_a_balancer_draws_no_random_numbers():
     student, *_ = meet("mlp")
     before = torch.get_rng_state()
-    BilevelLossBalancer(
-        student, [terms.CrossEntropy()], optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
-    )
+    BilevelLossBalancer(student, [terms.CrossEntropy()], optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -222,7 +219,7 @@ def test_memory_of_old_graphs_is_not_kept():
     import gc
     import weakref
 
-    student, _, balancer, batch, meta_batch = set_up("mlp", estimators.Unroll())
+    _, _, balancer, batch, meta_batch = set_up("mlp", estimators.Unroll())
     loss = balancer(batch, meta_batch)
     graph = weakref.ref(loss)
     loss.backward()

@@ -70,9 +70,7 @@ def test_one_step_agrees_with_finite_differences(name):
     assert max(found.relative_error.values()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "name", ["inplace_relu", "batch_norm", "lstm_dropout", "multihead_attention", "moving_centre"]
-)
+@pytest.mark.parametrize("name", ["inplace_relu", "batch_norm", "lstm_dropout", "multihead_attention", "moving_centre"])
 def test_three_steps_agree_with_finite_differences(name):
     student, batch, meta_batch = meet(name)
     balancer = balanced(student, OPTIMIZERS["adam"](student.parameters()), estimators.Unroll())
@@ -83,9 +81,7 @@ def test_three_steps_agree_with_finite_differences(name):
 @pytest.mark.parametrize("name", ["mlp", "batch_norm", "tied_embedding", "gru", "unused_and_frozen"])
 def test_agrees_with_double_backward_written_by_hand(name):
     student, (x, y), (meta_x, meta_y) = meet(name)
-    balancer = balanced(
-        student, torch.optim.SGD(student.parameters(), lr=0.3), estimators.OneStep(), inner="sgd"
-    )
+    balancer = balanced(student, torch.optim.SGD(student.parameters(), lr=0.3), estimators.OneStep(), inner="sgd")
     params = {n: p for n, p in student.named_parameters() if p.requires_grad}
     buffers = {n: b.clone() for n, b in student.named_buffers()}
     torch.backends.mkldnn.enabled = name != "gru"  # oneDNN's recurrent layers have no double backward

@@ -128,9 +128,7 @@ def tokens(size: int) -> Tensor:
 
 
 def conv(*middle: nn.Module) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)
-    )
+    return nn.Sequential(nn.Conv2d(2, 4, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
 
 
 def mlp(*middle: nn.Module) -> nn.Module:
@@ -138,9 +136,7 @@ def mlp(*middle: nn.Module) -> nn.Module:
 
 
 def weight_norm() -> nn.Module:
-    return nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES)
-    )
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
 ZOO: dict[str, Animal] = {
@@ -179,9 +175,7 @@ ZOO: dict[str, Animal] = {
 }
 
 
-def meet(
-    name: str, size: int = 5, seed: int = 0
-) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def meet(name: str, size: int = 5, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The student of that name, a training batch and a meta batch."""
     torch.manual_seed(seed)
     animal = ZOO[name]

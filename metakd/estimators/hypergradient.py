@@ -1,6 +1,6 @@
 """`hypergradient`: the pure function under the balancer, for any bilevel problem."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ def build_problem(
     if not isinstance(optimizer, GradientTransformation):
         raise MetaKDError(
             f"optimizer must be a torchopt GradientTransformation such as torchopt.sgd(lr=0.1), got "
-            f"{type(optimizer).__name__}; torch.optim optimizers go to BilevelLossBalancer(optimizer=..., inner='mirror')"
+            f"{type(optimizer).__name__}; torch.optim optimizers go to "
+            "BilevelLossBalancer(optimizer=..., inner='mirror')"
         )
     batches = list(batches)
     if not batches:
@@ -88,8 +89,9 @@ def build_problem(
 
 
 def _detached(values: Params, what: str) -> Params:
-    if not values:
-        raise MetaKDError(f"{what} is empty; give a dict of name -> tensor")
+    if not isinstance(values, Mapping) or not values:
+        found = "empty" if isinstance(values, Mapping) else f"a {type(values).__name__}"
+        raise MetaKDError(f"{what} is {found}; give a dict of name -> tensor")
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

@@ -105,20 +105,21 @@ class OneStep:
                 raise
             if self.mode == "forward":
                 raise MetaKDError(
-                    f"OneStep(mode='forward') met an operation without a forward-mode derivative ({_first_line(error)}); "
-                    "use mode='auto' or 'reverse'"
+                    "OneStep(mode='forward') met an operation without a forward-mode derivative "
+                    f"({_first_line(error)}); use mode='auto' or 'reverse'"
                 ) from error
             problem.memory["forward_mode"] = False
             warnings.warn(
-                f"an operation of this model has no forward-mode derivative ({_first_line(error)}); OneStep uses reverse "
-                "mode for it from now on: as exact, with more time and memory. OneStep(mode='reverse') silences this.",
+                f"an operation of this model has no forward-mode derivative ({_first_line(error)}); OneStep uses "
+                "reverse mode for it from now on, as exact, with more time and memory; OneStep(mode='reverse') "
+                "silences this",
                 stacklevel=2,
             )
             return _reverse(problem, meta, u)
 
 
 def _pull_back(ahead: Params, v: Gradients, reached: Params) -> Params:
-    """u = (d theta' / d g)^T v, for the parameters that have a gradient."""
+    """Return u = (d theta' / d g)^T v, for the parameters that have a gradient."""
     pairs = [(p, v[name]) for name, p in ahead.items() if v[name] is not None and p.requires_grad]
     if not pairs or not reached:
         return {}
@@ -138,9 +139,7 @@ class _NoGradStopsTangents(TorchFunctionMode):
 
 def _forward(problem: Problem, meta: Params, u: Params) -> Gradients:
     with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True), _NoGradStopsTangents():
-        dual = {
-            name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in problem.params.items()
-        }
+        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in problem.params.items()}
         loss = problem.inner(dual, meta, problem.batches[0])
         slope = forward_ad.unpack_dual(loss).tangent
         return dict.fromkeys(meta) if slope is None else gradients(slope, meta)

@@ -114,9 +114,7 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise MetaKDError(f"{what} must be a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
     if not bool(loss.detach().isfinite()):
-        raise MetaKDError(
-            f"{what} is {loss.item()}; lower the learning rate, or look for invalid inputs in its batch"
-        )
+        raise MetaKDError(f"{what} is {loss.item()}; lower the learning rate, or look for invalid inputs in its batch")
     return loss.reshape(())
 
 
@@ -139,13 +137,14 @@ def answer(
     for name, g in gradient.items():
         if g is not None and not bool(g.isfinite().all()):
             raise MetaKDError(
-                f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite entries of {g.numel()}; "
-                "an inner step through a square root at zero does that (RMSprop, Adagrad: set their eps inside the root), "
+                f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite "
+                f"entries of {g.numel()}; "
+                "an inner step through a square root at zero does that (RMSprop, Adagrad: set their "
+                "eps inside the root), "
                 "as does an inner loss without second derivatives"
             )
     filled = {
-        name: torch.zeros_like(problem.meta_params[name]) if g is None else g.detach()
-        for name, g in gradient.items()
+        name: torch.zeros_like(problem.meta_params[name]) if g is None else g.detach() for name, g in gradient.items()
     }
     detached = {name: p.detach() for name, p in params.items()}
     return Hypergradient(outer_loss.detach(), filled, detached, map_tensors(Tensor.detach, optimizer_state))

@@ -41,9 +41,7 @@ class Unroll:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
-            raise MetaKDError(
-                "Unroll needs at least one batch: the number of batches is the number of inner steps"
-            )
+            raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
         params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
         for t, batch in enumerate(problem.batches):
             loss = checked_scalar(problem.inner(params, meta, batch), f"the inner loss of step {t}")

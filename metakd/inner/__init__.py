@@ -1,7 +1,8 @@
 """The differentiable inner optimizer: the only door to TorchOpt.
 
 An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
-student's torch optimizer, `inner_optimizer` chooses, `repaired` mends what TorchOpt gets wrong in its own, `apply` takes one
+student's torch optimizer, `inner_optimizer` chooses, `repaired` mends what TorchOpt gets wrong in its own, `apply`
+takes one
 differentiable step.
 """
 

@@ -101,14 +101,13 @@ def _adamw(group: Group) -> GradientTransformation:
 def _adam(group: Group) -> GradientTransformation:
     if group["amsgrad"]:
         raise MetaKDError(
-            f"inner='mirror' does not support amsgrad=True; it supports {SUPPORTED}. Switch amsgrad off, or use inner='sgd'"
+            f"inner='mirror' does not support amsgrad=True; it supports {SUPPORTED}. Switch amsgrad "
+            "off, or use inner='sgd'"
         )
     b1, b2 = group["betas"]
     factory = torchopt.adamw if group.get("decoupled_weight_decay") else torchopt.adam
     flags = ("eps", "weight_decay", "maximize")
-    return factory(
-        lr=float(group["lr"]), betas=(float(b1), float(b2)), **{flag: group[flag] for flag in flags}
-    )
+    return factory(lr=float(group["lr"]), betas=(float(b1), float(b2)), **{flag: group[flag] for flag in flags})
 
 
 def _warm(state: Any, own: Sequence[Mapping[str, Any]]) -> Any:

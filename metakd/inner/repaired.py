@@ -45,7 +45,7 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
     update = transformation.update
     if getattr(update, "_metakd_own", False) or not inspect.isfunction(update):
         return transformation
-    settings = inspect.getclosurevars(update).nonlocals
+    settings = dict(inspect.getclosurevars(update).nonlocals)
     where = f"{update.__module__}.{update.__qualname__}".removesuffix(".<locals>.update_fn")
     if where == "torchopt.combine.chain_flat":
         return chain_flat(repaired(settings["inner"]))
@@ -73,8 +73,8 @@ def _momentum(original: GradientTransformation, settings: dict[str, Any]) -> Gra
             # TorchOpt's own state cannot say whether it has started; a buffer that has is hardly all zero.
             state = MomentumState(state.trace, pytree.tree_map(lambda b: bool(b.any()), state.trace))
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        new, *parts = momentum_step(gradients, _leaves(state.trace), _leaves(state.started), **rule)
-        return tree.unflatten(new), MomentumState(*map(tree.unflatten, parts))
+        new, trace, started = momentum_step(gradients, _leaves(state.trace), _leaves(state.started), **rule)
+        return tree.unflatten(new), MomentumState(tree.unflatten(trace), tree.unflatten(started))
 
     return GradientTransformation(init, update)
 
@@ -103,9 +103,7 @@ def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
         if all(g is not None for g in gradients):
             return original.update(updates, state, params=params, inplace=inplace)
-        values = [
-            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)
-        ]
+        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)]
         new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
         kept = [None if g is None else n for g, n in zip(gradients, _leaves(new), strict=True)]
         return tree.unflatten(kept), state

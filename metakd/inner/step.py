@@ -10,9 +10,7 @@ Params = dict[str, Tensor]
 Gradients = Mapping[str, Tensor | None]
 
 
-def apply(
-    optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params
-) -> tuple[Params, Any]:
+def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:
     """One step, differentiable in gradients, state and parameters: theta' = theta + update(g, state, theta).
 
     A parameter whose gradient is None keeps its value and its state, as in torch.optim.

@@ -71,15 +71,11 @@ def draw_counts(panel: Axes, counts: Sequence[int]) -> None:
     panel.grid(False, axis="x")
 
 
-def draw_by_class(
-    panel: Axes, values: Sequence[float], name: str, colour: str, marker: str, dash: str
-) -> None:
+def draw_by_class(panel: Axes, values: Sequence[float], name: str, colour: str, marker: str, dash: str) -> None:
     """One line over the classes; dots and a running mean where there are many."""
     positions = range(len(values))
     if len(values) <= 20:
-        panel.plot(
-            positions, values, dash, marker=marker, color=colour, label=name, markersize=6, linewidth=1.6
-        )
+        panel.plot(positions, values, dash, marker=marker, color=colour, label=name, markersize=6, linewidth=1.6)
         return
     panel.plot(positions, values, linestyle="", marker=marker, color=colour, markersize=3, alpha=0.35)
     window = 2 * (len(values) // 24) + 1  # so many classes are read by their running mean
@@ -98,9 +94,7 @@ def name_classes(panel: Axes, classes: Sequence[str]) -> None:
     """Label the axis of classes."""
     if len(classes) <= 20:
         long = max(map(len, classes)) > 3
-        panel.set_xticks(
-            range(len(classes)), classes, rotation=30 if long else 0, ha="right" if long else "center"
-        )
+        panel.set_xticks(range(len(classes)), classes, rotation=30 if long else 0, ha="right" if long else "center")
         panel.set_xlabel("class, from head to tail")
     else:
         panel.set_xlabel("class, from head to tail (lines: running mean)")

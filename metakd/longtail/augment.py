@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_crop_flip(
-    images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None
-) -> Tensor:
+def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
     """Shift every image by its own random offset (zero padding) and mirror it with probability one half.
 
     The same as padding by ``padding`` on all sides and cropping at random to the old size, then flipping

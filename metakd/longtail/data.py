@@ -94,8 +94,7 @@ def _digits(test_per_class: int = 60) -> Images:
     rest[test] = False
     return Images(
         "digits",
-        f"handwritten digits bundled with scikit-learn (8x8 grey; {test_per_class} a class set aside as "
-        "test images)",
+        f"handwritten digits bundled with scikit-learn (8x8 grey; {test_per_class} a class set aside as test images)",
         tuple(str(c) for c in range(10)),
         images[rest],
         targets[rest],
@@ -122,9 +121,7 @@ def _cifar(dataset: str, root: Path) -> Images:
             "folder --data-root <folder that holds train/<class>/* and test/<class>/*>, or use --dataset "
             "digits, which needs no network"
         ) from error
-    train, test = (
-        (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
-    )
+    train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts)
     title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[dataset]
     return Images(title, f"{title} (Krizhevsky, 2009)", tuple(parts[0].classes), *train, *test)
 
@@ -143,9 +140,7 @@ def _folder(root: Path, size: int) -> Images:
             f"the folders below train and test in {root} differ: {sorted(set(classes) ^ set(test_classes))} "
             "are in one of them only"
         )
-    return Images(
-        root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets
-    )
+    return Images(root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets)
 
 
 def _image_folder(folder: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:

@@ -13,9 +13,7 @@ from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
 
 _FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"
-_THIRDS_RULE = (
-    "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
-)
+_THIRDS_RULE = "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
 
 
 class Groups(NamedTuple):

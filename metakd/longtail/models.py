@@ -30,9 +30,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
@@ -71,9 +69,7 @@ class CifarResNet(nn.Module):
             for i in range((depth - 2) // 6):
                 blocks.append(BasicBlock(inputs, outputs, stride=2 if stage and not i else 1))
                 inputs = outputs
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU())
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(inputs, classes)
         for module in self.modules():

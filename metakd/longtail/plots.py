@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def training_curves(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, title: str
-) -> Figure:
+def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, title: str) -> Figure:
     """Draw training loss, test loss and test accuracy over the epochs, one line a method.
 
     Args:

@@ -78,9 +78,7 @@ def write_report(
     """
     groups = group_classes(data.counts)
     record = provenance() | {
-        "arguments": {
-            key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()
-        },
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
         "seed": arguments.get("seed"),
         "data": {"description": data.describe(), "classes": data.classes, "counts": data.counts},
         "groups": groups._asdict(),
@@ -110,12 +108,8 @@ def write_report(
             "by_class": learned.by_class(len(data.classes)).tolist(),
         }
         path = figure("weights_by_class.png")
-        plots.weights_by_class(
-            learned, data.counts, data.classes, path, title=f"Learned weights by class: {title}"
-        )
-        plots.weight_surface(
-            learned, figure("weights_by_loss.png"), title=f"Learned weights by loss: {title}"
-        )
+        plots.weights_by_class(learned, data.counts, data.classes, path, title=f"Learned weights by class: {title}")
+        plots.weight_surface(learned, figure("weights_by_loss.png"), title=f"Learned weights by loss: {title}")
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return written
@@ -150,7 +144,5 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     widths = {column: max(len(column), 6) for column in columns}
     lines = [" " * first + "".join(f"  {column:>{widths[column]}}" for column in columns)]
     for name, row in rows.items():
-        lines.append(
-            f"{name:<{first}}" + "".join(f"  {row[column]:>{widths[column]}.2f}" for column in columns)
-        )
+        lines.append(f"{name:<{first}}" + "".join(f"  {row[column]:>{widths[column]}.2f}" for column in columns))
     return "\n".join(lines)

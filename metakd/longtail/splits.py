@@ -114,9 +114,7 @@ def long_tailed_split(
     """
     sizes = torch.bincount(targets).tolist()
     if 0 in sizes or not sizes:
-        raise MetaKDError(
-            f"class {sizes.index(0) if sizes else 0} has no image; labels must be 0..C-1, each present"
-        )
+        raise MetaKDError(f"class {sizes.index(0) if sizes else 0} has no image; labels must be 0..C-1, each present")
     available = [size - validation_per_class for size in sizes]
     smallest = min(range(len(sizes)), key=sizes.__getitem__)
     if available[smallest] < 1:

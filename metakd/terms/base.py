@@ -117,9 +117,7 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
 
 def _callable(term: Any, where: str) -> Term:
     if isinstance(term, type):
-        raise MetaKDError(
-            f"term {where} is the class {term.__name__}, not an object of it; write {term.__name__}()"
-        )
+        raise MetaKDError(f"term {where} is the class {term.__name__}, not an object of it; write {term.__name__}()")
     if not callable(term):
         raise MetaKDError(
             f"term {where} cannot be called, it is {type(term).__name__}; a term is any callable (outputs, "
@@ -138,8 +136,7 @@ def _stem(term: Term, position: int) -> str:
 def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise MetaKDError(
-            f"term {name!r} returned {describe(loss)}, not a tensor; return one of shape ({size},): one loss "
-            "per sample"
+            f"term {name!r} returned {describe(loss)}, not a tensor; return one of shape ({size},): one loss per sample"
         )
     if loss.shape != (size,):
         raise MetaKDError(
@@ -148,9 +145,7 @@ def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
             "every other dimension with .sum(dim) or .mean(dim)"
         )
     if not loss.is_floating_point():
-        raise MetaKDError(
-            f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor"
-        )
+        raise MetaKDError(f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor")
     return loss
 
 

@@ -56,6 +56,4 @@ class CrossEntropy:
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         z = logits(outputs)
-        return F.cross_entropy(
-            z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing)

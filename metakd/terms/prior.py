@@ -110,13 +110,11 @@ def _positive(counts: Sequence[float] | Tensor) -> tuple[float, ...]:
         values = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise MetaKDError(
-            f"class counts must be numbers, one a class, got {type(counts).__name__}: {error}; pass a list "
-            "or a tensor"
+            f"class counts must be numbers, one a class, got {type(counts).__name__}: {error}; pass a list or a tensor"
         ) from error
     if values.ndim != 1 or values.numel() == 0:
         raise MetaKDError(
-            f"class counts have shape {tuple(values.shape)}, expected (C,): one number a class, in label "
-            "order"
+            f"class counts have shape {tuple(values.shape)}, expected (C,): one number a class, in label order"
         )
     numbers = tuple(values.tolist())
     for label, count in enumerate(numbers):

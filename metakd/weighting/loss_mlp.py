@@ -62,9 +62,7 @@ class LossMLP(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise MetaKDError(
-                f"hidden is {hidden!r}, it must be a sequence of layer sizes; write hidden=(64,)"
-            )
+            raise MetaKDError(f"hidden is {hidden!r}, it must be a sequence of layer sizes; write hidden=(64,)")
         self.terms = positive_int(terms, "terms")
         self.output = output
         output_map(output)

@@ -72,9 +72,7 @@ class ClassTable(_Table):
                 [0.5000, 0.5000]])
     """
 
-    def __init__(
-        self, classes: int, terms: int, *, init: float | None = 1.0, output: str = "softplus"
-    ) -> None:
+    def __init__(self, classes: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
         super().__init__(positive_int(classes, "classes"), terms, init, output)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
@@ -120,9 +118,7 @@ class SampleTable(_Table):
                 [0.5000]])
     """
 
-    def __init__(
-        self, samples: int, terms: int, *, init: float | None = 1.0, output: str = "softplus"
-    ) -> None:
+    def __init__(self, samples: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
         super().__init__(positive_int(samples, "samples"), terms, init, output)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:

@@ -133,8 +133,7 @@ class Bilevel:
             self.params["unused"] = draw(2)
         self.meta_params.update(mix=draw(self.losses, 2), offset=draw(self.losses))
         self.batches.extend(
-            (draw(self.batch_size, 3), draw(self.batch_size, 2), draw(self.batch_size, 2))
-            for _ in range(self.steps)
+            (draw(self.batch_size, 3), draw(self.batch_size, 2), draw(self.batch_size, 2)) for _ in range(self.steps)
         )
         object.__setattr__(self, "meta_batch", (draw(4, 3), draw(4, 2)))
 
@@ -154,9 +153,7 @@ class Bilevel:
     def outer(self, params, meta_params):
         x, y = self.meta_batch
         loss = _cross_entropy(self.outputs(params, x), y).mean()
-        return loss + (
-            meta_params["mix"].pow(2).sum() + meta_params["offset"].sin().sum() if self.direct else 0.0
-        )
+        return loss + (meta_params["mix"].pow(2).sum() + meta_params["offset"].sin().sum() if self.direct else 0.0)
 
     def arguments(self):
         """The positional arguments of `hypergradient`."""
@@ -177,9 +174,7 @@ class Bilevel:
         loss = self.outer(dict(zip(names, params, strict=True)), meta)
         found = torch.autograd.grad(loss, list(meta.values()))
         detached = {name: p.detach() for name, p in zip(names, params, strict=True)}
-        return Expected(
-            loss.detach(), dict(zip(meta, found, strict=True)), detached, map_tensors(Tensor.detach, state)
-        )
+        return Expected(loss.detach(), dict(zip(meta, found, strict=True)), detached, map_tensors(Tensor.detach, state))
 
     def after_torch_steps(self, meta_params):
         """The outer loss after K steps of torch.optim."""
@@ -209,8 +204,7 @@ def assert_slope(gradient, problem, tolerance=1e-6):
     """A hypergradient against central differences along a direction, relative to its own norm."""
     direction, norm = some_direction(problem.meta_params), flat(gradient).norm().item()
     coarse, slope = (
-        central_differences(problem.after_torch_steps, problem.meta_params, direction, h)
-        for h in (1e-3, 2e-4)
+        central_differences(problem.after_torch_steps, problem.meta_params, direction, h) for h in (1e-3, 2e-4)
     )
     # Adam's |g| has a kink where a gradient changes its sign; differences across it say little.
     assume(abs(coarse - slope) < 0.2 * tolerance * norm)

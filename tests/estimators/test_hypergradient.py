@@ -83,9 +83,7 @@ def test_the_same_call_gives_the_same_answer_with_the_same_optimizer_object(esti
     """TorchOpt's sgd(momentum=) remembers in a closure that it was called."""
     problem = Bilevel(rule="momentum")
     optimizer = problem.torchopt()
-    first, second = (
-        hypergradient(*problem.arguments(), optimizer=optimizer, estimator=estimator) for _ in range(2)
-    )
+    first, second = (hypergradient(*problem.arguments(), optimizer=optimizer, estimator=estimator) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
@@ -173,6 +171,7 @@ def dead(p, m, batch):
     [
         ({"batches": []}, "batches is empty"),
         ({"params": {}}, "params is empty"),
+        ({"params": [torch.ones(2)]}, "params is a list; give a dict"),
         ({"meta_params": {}}, "meta_params is empty"),
         ({"params": {"x": torch.tensor([1, 2])}}, r"params\['x'\] is torch.int64"),
         ({"params": {"x": [1.0, 2.0]}}, r"params\['x'\] is list"),

@@ -129,9 +129,7 @@ def test_a_first_gradient_at_hand_is_not_computed_again():
     leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
     problem.inner(leaves, problem.meta_params, problem.batches[0]).backward()
     at_hand = {name: p.grad for name, p in leaves.items()}
-    found = OneStep("forward")(
-        dataclasses.replace(given_problem, inner=inner, first_gradient=lambda: at_hand)
-    )
+    found = OneStep("forward")(dataclasses.replace(given_problem, inner=inner, first_gradient=lambda: at_hand))
     assert len(calls) == 1
     assert relative(found.gradient, problem.double_backward().gradient) < 1e-10
 
@@ -196,9 +194,7 @@ def attention(x):
 
 
 def run(arguments, mode, **options):
-    return hypergradient(
-        *arguments, optimizer=torchopt.sgd(lr=0.1), estimator=OneStep(mode), **options
-    ).gradient["phi"]
+    return hypergradient(*arguments, optimizer=torchopt.sgd(lr=0.1), estimator=OneStep(mode), **options).gradient["phi"]
 
 
 def test_auto_falls_back_where_forward_mode_is_missing_and_says_so():
@@ -221,9 +217,7 @@ def test_reverse_is_silent_and_forward_fails_where_forward_mode_is_missing():
         found = run(cubic(ReverseOnly.apply), "reverse")
     assert not caught
     torch.testing.assert_close(found, cubic_gradient(), rtol=1e-12, atol=0)
-    with pytest.raises(
-        MetaKDError, match=r"without a forward-mode derivative .*jvp.*'auto' or 'reverse'"
-    ) as error:
+    with pytest.raises(MetaKDError, match=r"without a forward-mode derivative .*jvp.*'auto' or 'reverse'") as error:
         run(cubic(ReverseOnly.apply), "forward")
     assert isinstance(error.value.__cause__, NotImplementedError)
 
@@ -301,9 +295,7 @@ def stopped_by_inference(x):
 def test_what_is_constant_to_the_training_step_is_constant_here(function, mode):
     """By themselves dual numbers pass through `torch.no_grad()`, which the gradient of the step does not."""
     x, phi = cubic(None)[2]["x"], cubic(None)[3]["phi"]
-    torch.testing.assert_close(
-        run(cubic(function), mode), (x - 0.1 * phi * x**2) * -0.1 * x**2, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(run(cubic(function), mode), (x - 0.1 * phi * x**2) * -0.1 * x**2, rtol=1e-12, atol=0)
 
 
 def test_an_error_where_gradients_are_switched_off_leaves_forward_mode_on():

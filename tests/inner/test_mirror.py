@@ -29,9 +29,7 @@ SGD_GROUP = st.one_of(
             "maximize": st.booleans(),
         }
     ),
-    st.fixed_dictionaries(
-        {"lr": LR, "momentum": st.just(0.8), "nesterov": st.just(True), "weight_decay": DECAY}
-    ),
+    st.fixed_dictionaries({"lr": LR, "momentum": st.just(0.8), "nesterov": st.just(True), "weight_decay": DECAY}),
 )
 ADAM_GROUP = st.fixed_dictionaries(
     {
@@ -43,9 +41,7 @@ ADAM_GROUP = st.fixed_dictionaries(
     }
 )
 HAS_DECOUPLED = "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults
-DECOUPLED_GROUP = st.builds(
-    lambda group, flag: {**group, "decoupled_weight_decay": flag}, ADAM_GROUP, st.booleans()
-)
+DECOUPLED_GROUP = st.builds(lambda group, flag: {**group, "decoupled_weight_decay": flag}, ADAM_GROUP, st.booleans())
 GROUPS = {
     torch.optim.SGD: SGD_GROUP,
     torch.optim.Adam: DECOUPLED_GROUP if HAS_DECOUPLED else ADAM_GROUP,
@@ -92,9 +88,7 @@ class Case:
         # torch's fused SGD fails by itself where one buffer starts later than another.
         always = "fused" in self.kernel
         drawn = {
-            name: torch.randn(p.shape, generator=self.generator).to(p.dtype)
-            if always or self.draw(0, 4)
-            else None
+            name: torch.randn(p.shape, generator=self.generator).to(p.dtype) if always or self.draw(0, 4) else None
             for name, p in self.params.items()
         }
         if len(drawn) > 1:
@@ -204,9 +198,7 @@ def test_the_learning_rates_are_those_of_the_moment(kind, build):
     """A scheduler's next step is seen by the next mirror."""
     p, q = (torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64)) for _ in range(2))
     optimizer = kind([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.2}])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 1 + epoch]
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 1 + epoch])
     for epoch in range(3):
         gradients = {"p": torch.full_like(p, 1.0 + epoch), "q": torch.full_like(q, 2.0 - epoch)}
         before = {"p": p.detach().clone(), "q": q.detach().clone()}
@@ -328,9 +320,7 @@ class OwnAdam(torch.optim.Adam):
     """A subclass may do anything in its step."""
 
 
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad, OwnSGD, OwnAdam]
-)
+@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad, OwnSGD, OwnAdam])
 def test_other_optimizers_are_an_error_that_lists_the_supported_ones(optimizer):
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(MetaKDError) as error:

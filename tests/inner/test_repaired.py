@@ -59,15 +59,10 @@ def unrolled(optimizer, problem):
     for batch in problem.batches:
         loss = problem.inner(params, meta, batch)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        updates, state = optimizer.update(
-            dict(zip(params, grads, strict=True)), state, params=params, inplace=False
-        )
+        updates, state = optimizer.update(dict(zip(params, grads, strict=True)), state, params=params, inplace=False)
         params = torchopt.apply_updates(params, updates, inplace=False)
     found = torch.autograd.grad(problem.outer(params, meta), list(meta.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(meta.items(), found, strict=True)
-    }
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(meta.items(), found, strict=True)}
 
 
 def along_and_slope(gradient, problem):
@@ -287,12 +282,8 @@ ADAM = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 5e-2}
         lambda: torchopt.combine.chain(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM)),
         lambda: torchopt.combine.chain.flat(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM)),
         lambda: torchopt.clip_grad_norm(**CLIP).chain(torchopt.adam(**ADAM)),
-        lambda: torchopt.chain(
-            torchopt.chain(torchopt.chain(torchopt.clip_grad_norm(**CLIP))), torchopt.adam(**ADAM)
-        ),
-        lambda: torchopt.chain(
-            scale(1.0), torchopt.chain(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM))
-        ),
+        lambda: torchopt.chain(torchopt.chain(torchopt.chain(torchopt.clip_grad_norm(**CLIP))), torchopt.adam(**ADAM)),
+        lambda: torchopt.chain(scale(1.0), torchopt.chain(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM))),
         lambda: masked(torchopt.chain(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM)), everything),
         lambda: repaired(repaired(torchopt.chain(torchopt.clip_grad_norm(**CLIP), torchopt.adam(**ADAM)))),
     ],
@@ -355,9 +346,7 @@ def test_torchopts_own_cold_state_is_understood():
 
 
 def warm_up(count):
-    return torchopt.schedule.linear_schedule(
-        init_value=0.1, end_value=0.5, transition_steps=count, transition_begin=0
-    )
+    return torchopt.schedule.linear_schedule(init_value=0.1, end_value=0.5, transition_steps=count, transition_begin=0)
 
 
 OTHERS = {

@@ -39,9 +39,7 @@ def test_momentum(seed, momentum, dampening, nesterov):
         momentum * b[2] + (1 - dampening) * g[2],
     ]
     assert_close(buffers, expected)
-    assert_close(
-        updates, [x + momentum * y for x, y in zip(g, expected, strict=True)] if nesterov else expected
-    )
+    assert_close(updates, [x + momentum * y for x, y in zip(g, expected, strict=True)] if nesterov else expected)
     assert started == [True, True, True]
 
 
@@ -81,9 +79,7 @@ def test_derivatives_are_numerical_ones(seed):
 
     def momentum(*tensors):
         clipped = clip_norm(tensors[:3], max_norm=0.7)
-        return tuple(
-            momentum_step(clipped, tensors[3:], [True] * 3, momentum=0.9, dampening=0.1, nesterov=True)[0]
-        )
+        return tuple(momentum_step(clipped, tensors[3:], [True] * 3, momentum=0.9, dampening=0.1, nesterov=True)[0])
 
     def adam(*tensors):
         squares = [t**2 + 0.1 for t in tensors[6:]]

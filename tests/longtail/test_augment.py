@@ -46,9 +46,7 @@ def test_half_of_the_images_are_mirrored_and_all_shifts_are_equally_likely():
 def test_the_generator_decides():
     images = torch.randint(0, 255, (16, 1, 8, 8), dtype=torch.uint8)
     state = torch.get_rng_state()
-    one, same, other = (
-        random_crop_flip(images, 2, True, torch.Generator().manual_seed(s)) for s in (5, 5, 6)
-    )
+    one, same, other = (random_crop_flip(images, 2, True, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())

@@ -17,9 +17,7 @@ def batches(n=50, batch_size=16, seed=0, stream=0):
 
 
 def same(first, second):
-    return all(
-        torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    return all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def images(sizes=(90, 80, 70, 60)):

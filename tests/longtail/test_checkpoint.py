@@ -15,9 +15,7 @@ class Training:
 
     def __init__(self, path, width=4, **settings):
         torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Linear(3, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 1)
-        )
+        self.model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 1))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.scheduler = MultiStepLR(self.optimizer, [2, 4])
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "none": None}

@@ -132,9 +132,7 @@ def test_cifar_takes_images_and_labels_from_torchvision(tmp_path, monkeypatch):
     assert images.train_targets.tolist() == list(range(7))
 
 
-@pytest.mark.skipif(
-    "METAKD_CIFAR10" not in os.environ, reason="METAKD_CIFAR10 names no folder of real CIFAR-10"
-)
+@pytest.mark.skipif("METAKD_CIFAR10" not in os.environ, reason="METAKD_CIFAR10 names no folder of real CIFAR-10")
 def test_real_cifar10_folder_gives_the_field_s_split():
     images = load_images("folder", os.environ["METAKD_CIFAR10"])
     names = "airplane automobile bird cat deer dog frog horse ship truck"

@@ -45,9 +45,7 @@ def test_weights_and_losses_are_those_of_every_training_image_without_augmentati
 def test_the_mean_by_class(parts):
     learned = learned_weights(*parts)
     for c in range(3):
-        assert torch.allclose(
-            learned.by_class(3)[c], learned.weights[learned.targets == c].mean(0), atol=1e-6
-        )
+        assert torch.allclose(learned.by_class(3)[c], learned.weights[learned.targets == c].mean(0), atol=1e-6)
     assert learned.by_class(4)[3].tolist() == [0, 0]
 
 

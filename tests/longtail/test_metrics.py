@@ -59,9 +59,7 @@ def test_the_field_s_rule_for_cifar100_lt():
     assert len(groups.many) + len(groups.medium) + len(groups.few) == 100
 
 
-@pytest.mark.parametrize(
-    ("classes", "sizes"), [(10, (3, 4, 3)), (100, (33, 34, 33)), (3, (1, 1, 1)), (5, (2, 1, 2))]
-)
+@pytest.mark.parametrize(("classes", "sizes"), [(10, (3, 4, 3)), (100, (33, 34, 33)), (3, (1, 1, 1)), (5, (2, 1, 2))])
 def test_thirds_where_the_field_s_rule_leaves_a_group_empty(classes, sizes):
     groups = group_classes(long_tail_counts(classes, 4900, 10))
     assert "33/34/33" in groups.rule

@@ -43,11 +43,7 @@ def test_the_resolution_is_halved_twice():
 
 
 def test_mlp_sizes():
-    linear = [
-        m
-        for m in build_model("mlp32-16", classes=5, channels=1, size=8).modules()
-        if isinstance(m, nn.Linear)
-    ]
+    linear = [m for m in build_model("mlp32-16", classes=5, channels=1, size=8).modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(64, 32), (32, 16), (16, 5)]
 
 

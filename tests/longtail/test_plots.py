@@ -14,10 +14,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def history(offset):
-    return [
-        {"epoch": e, "train_loss": 2.0 / e, "test_loss": 3.0 / e, "test_accuracy": offset + e}
-        for e in range(1, 6)
-    ]
+    return [{"epoch": e, "train_loss": 2.0 / e, "test_loss": 3.0 / e, "test_accuracy": offset + e} for e in range(1, 6)]
 
 
 def learned(classes=3):
@@ -63,9 +60,7 @@ def test_training_curves_leave_out_epochs_without_evaluation(tmp_path):
 
 def test_class_accuracy_below_the_class_counts(tmp_path):
     path = tmp_path / "a.png"
-    figure = plots.class_accuracy(
-        {"ce": (90, 50, 10), "bikd": (80, 60, 40)}, COUNTS, CLASSES, path, title="t"
-    )
+    figure = plots.class_accuracy({"ce": (90, 50, 10), "bikd": (80, 60, 40)}, COUNTS, CLASSES, path, title="t")
     assert is_a_picture(path) and labelled(figure)
     counts, accuracy = figure.axes
     assert [bar.get_height() for bar in counts.patches] == list(COUNTS)

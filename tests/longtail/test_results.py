@@ -62,8 +62,6 @@ def test_summary_names_the_data_the_epoch_and_the_rule(data):
 
 
 def test_table_columns_line_up():
-    lines = table(
-        {"a": {"overall": 1.0, "few": 100.0}, "longer": {"overall": 22.22, "few": 3.0}}
-    ).splitlines()
+    lines = table({"a": {"overall": 1.0, "few": 100.0}, "longer": {"overall": 22.22, "few": 3.0}}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["overall", "few"]

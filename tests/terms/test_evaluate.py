@@ -180,9 +180,7 @@ def test_an_interrupt_passes_untouched(kind):
 )
 def test_where_the_batch_size_comes_from(outputs, batch, source):
     assert evaluate({"x": lambda z, batch: torch.zeros(3)}, outputs, batch).shape == (3, 1)
-    assert f"3 samples in {source};" in message(
-        evaluate, {"x": lambda z, batch: torch.zeros(2)}, outputs, batch
-    )
+    assert f"3 samples in {source};" in message(evaluate, {"x": lambda z, batch: torch.zeros(2)}, outputs, batch)
 
 
 def test_a_batch_of_unknown_size():

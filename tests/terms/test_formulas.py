@@ -206,6 +206,4 @@ def test_class_priors_work_on_every_device_and_dtype_in_turn():
     wide = term(torch.zeros(1, 2).double(), batch)
     assert (narrow.dtype, wide.dtype) == (torch.float32, torch.float64)
     assert wide.item() == pytest.approx(torch.tensor(901.0).double().log().item(), rel=1e-14)
-    assert term(
-        torch.zeros(1, 2, device="meta"), Batch(None, torch.zeros(1, dtype=int, device="meta"))
-    ).is_meta
+    assert term(torch.zeros(1, 2, device="meta"), Batch(None, torch.zeros(1, dtype=int, device="meta"))).is_meta

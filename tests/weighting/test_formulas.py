@@ -51,9 +51,7 @@ def test_the_mlp_is_linear_tanh_layers_and_a_map(rows, features, terms, output, 
     model = LossMLP(features, terms, hidden, output=output).double()
     x = torch.randn(rows, features, dtype=torch.float64)
     parameters = list(model.parameters())
-    assert [tuple(p.shape) for p in parameters[::2]] == list(
-        zip((*hidden, terms), (features, *hidden), strict=True)
-    )
+    assert [tuple(p.shape) for p in parameters[::2]] == list(zip((*hidden, terms), (features, *hidden), strict=True))
     a = x
     for layer in range(0, len(parameters), 2):
         a = a @ parameters[layer].T + parameters[layer + 1]

@@ -77,10 +77,7 @@ TABLES = [(ClassTable(3, 2), "targets", "class"), (SampleTable(3, 2), "index", "
 @pytest.mark.parametrize(("table", "field", "row"), TABLES)
 def test_a_missing_index(table, field, row):
     found = message(table, X, Batch(None))
-    assert (
-        f"{type(table).__name__} needs batch.{field}, which is None" in found
-        and f"Batch({field}=...)" in found
-    )
+    assert f"{type(table).__name__} needs batch.{field}, which is None" in found and f"Batch({field}=...)" in found
 
 
 @pytest.mark.parametrize(("table", "field", "row"), TABLES)
