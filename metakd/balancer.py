@@ -99,7 +99,8 @@ class BilevelLossBalancer:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
         self.meta_loss: Term = CrossEntropy() if meta_loss is None else meta_loss
-        self.features = features or (own_losses if teacher is None else student_and_teacher)
+        default = own_losses if teacher is None else student_and_teacher
+        self.features: Features = default if features is None else features
         self.accumulate, self.every = _positive(accumulate, "accumulate"), _positive(every, "every")
         self._batch_fn = batch_fn or as_batch
         self._check_parts()
@@ -108,7 +109,8 @@ class BilevelLossBalancer:
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
-            weighting = self._default_weighting(None if features else 2 if teacher else len(self.terms))
+            known = len(self.terms) if teacher is None else 2
+            weighting = self._default_weighting(known if features is None else None)
         self.weighting = weighting
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
         self._memory: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -42,7 +43,7 @@ class Run(NamedTuple):
 
 
 def provenance() -> dict[str, Any]:
-    """The command and the versions of everything that may change a number."""
+    """The command, and the versions and hardware that may change a number."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -52,6 +53,11 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions,
+        "hardware": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
         "threads": torch.get_num_threads(),
     }
 
