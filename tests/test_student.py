@@ -21,7 +21,10 @@ class TwoInputs(nn.Module):
 LEFT, RIGHT = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("inputs", [(LEFT, RIGHT), [LEFT, RIGHT], {"left": LEFT, "right": RIGHT, "scale": 1.0}], ids=type)
+INPUTS = [(LEFT, RIGHT), [LEFT, RIGHT], {"left": LEFT, "right": RIGHT, "scale": 1.0}]
+
+
+@pytest.mark.parametrize("inputs", INPUTS, ids=type)
 def test_inputs_are_arguments(inputs):
     student = TwoInputs()
     expected = student(LEFT, RIGHT)
