@@ -145,6 +145,7 @@ def main():
         model = build_model(name, classes=len(data.classes), **size)
         return model.to(args.device, memory_format=torch.channels_last)
 
+    network(args.student)  # a misspelt name shall not wait until the teacher is trained
     runs, learned = {}, None
     teacher = network(args.teacher)
     runs["teacher"], _ = train("teacher", "ce", teacher, None, data, args, args.teacher_epochs)
@@ -160,6 +161,13 @@ def main():
     print(f"\n{summary(runs, data)}\n\nWritten:", *written, sep="\n  ")
 
 
+def positive(text):
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parse_arguments():
     """Read the command line; what is not given comes from the data set's preset."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -171,17 +179,17 @@ def parse_arguments():
     add("--methods", nargs="+", choices=METHODS, help="bskd: KD with balanced softmax")
     add("--teacher", help="resnet<depth>[x<widening>], convnet<width> or mlp<hidden>")
     add("--student", help="likewise")
-    add("--teacher-epochs", type=int)
-    add("--epochs", type=int, help="of each student")
-    add("--batch-size", type=int)
+    add("--teacher-epochs", type=positive)
+    add("--epochs", type=positive, help="of each student")
+    add("--batch-size", type=positive)
     add("--lr", type=float, help="of SGD; x0.1 after 2/3 and 5/6 of the epochs")
     add("--alpha", type=float, help="share of the soft targets in KD; BiKD learns it")
-    add("--accumulate", type=int, help="BiKD's k: hypergradients averaged for a step of the weight model")
+    add("--accumulate", type=positive, help="BiKD's k: hypergradients averaged for a step of the weight model")
     add("--weighting-lr", type=float, help="of the weight model's Adam")
-    add("--validation-per-class", type=int, help="default: 1000 / number of classes; 10 for digits")
-    add("--evaluate-every", type=int, default=1, metavar="EPOCHS")
+    add("--validation-per-class", type=positive, help="default: 1000 / number of classes; 10 for digits")
+    add("--evaluate-every", type=positive, default=1, metavar="EPOCHS")
     add("--seed", type=int, default=0)
-    add("--threads", type=int, help="default: torch's choice")
+    add("--threads", type=positive, help="default: torch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, help="default: runs/<dataset>")
     add("--resume", action="store_true", help="continue an interrupted run in --output, to the same numbers")

@@ -101,11 +101,16 @@ def test_figures_are_pictures(whole):
             assert image.width >= 1000 and len(image.convert("RGB").getcolors(maxcolors=10**6)) > 20
 
 
+def _heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("sent", "when"), [(signal.SIGINT, "teacher"), (signal.SIGKILL, "bikd")])
 def test_an_interrupted_run_resumes_to_the_same_numbers(whole, tmp_path, sent, when):
     output = tmp_path / "cut"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(output, *TINY), env=ENVIRONMENT, **pipes)
+    # A job that a script started in the background ignores Ctrl-C, and so would the processes it starts.
+    process = subprocess.Popen(command(output, *TINY), env=ENVIRONMENT, preexec_fn=_heed_interrupts, **pipes)
     deadline = time.monotonic() + 120
     while not (output / f"{when}.pt").exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -177,3 +182,19 @@ def test_real_cifar10(tmp_path):
     found = record(tmp_path)
     assert sum(found["data"]["counts"]) == 12_156
     assert found["runs"]["bikd"]["last_epoch"]["overall"] > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--imbalance", "-3"], "an imbalance of -3.0 has no meaning"),
+        (["--epochs", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--accumulate", "few"], "must be a whole number of at least 1, got 'few'"),
+        (["--student", "vgg"], "no network named 'vgg'"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_trained(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("*.pt"))

@@ -105,13 +105,18 @@ def long_tailed_split(
         seed: which images are chosen.
 
     Raises:
-        MetaKDError: if a class has too few images, or a label is missing.
+        MetaKDError: if a class has too few images, a label is missing, or the imbalance is below 1.
 
     Example:
         >>> split = long_tailed_split(torch.arange(400) % 4, 8, validation_per_class=10)
         >>> split.counts, len(split.validation)
         ((90, 45, 22, 11), 40)
     """
+    if imbalance is not None and not 1 <= imbalance < float("inf"):
+        raise MetaKDError(
+            f"an imbalance of {imbalance} has no meaning: it is the largest class over the smallest, at least 1 "
+            "(None, in the example --imbalance 0, keeps the classes as they are)"
+        )
     sizes = torch.bincount(targets).tolist()
     if 0 in sizes or not sizes:
         raise MetaKDError(f"class {sizes.index(0) if sizes else 0} has no image; labels must be 0..C-1, each present")

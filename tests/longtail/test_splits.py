@@ -113,3 +113,9 @@ def test_errors_name_cause_and_cure(call, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("imbalance", [-3.0, 0.5, float("inf"), float("nan")])
+def test_an_imbalance_below_one_is_named(imbalance):
+    with pytest.raises(MetaKDError, match=r"largest class over the smallest, at least 1"):
+        long_tailed_split(torch.arange(40) % 4, imbalance, validation_per_class=1)
