@@ -11,9 +11,8 @@ from torch import Tensor
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
-from metakd.estimators import Estimator, Problem
+from metakd.estimators import Adjoint, Estimator, Problem
 from metakd.estimators.hypergradient import build_problem
-from metakd.estimators.unroll import Unroll
 from metakd.finite_differences import derivative
 from metakd.inner import GradientTransformation, Params, apply
 
@@ -68,7 +67,7 @@ def check_hypergradient(
         batches: one for each inner step.
         optimizer: a TorchOpt `GradientTransformation`.
         optimizer_state: the state to start from.
-        estimator: what is checked; None for `Unroll()`, with a balancer its own.
+        estimator: what is checked; None for `Adjoint()`, with a balancer its own.
         directions: random directions a tensor.
         tolerance: on the relative error of each tensor.
         seed: of the directions.
@@ -101,7 +100,7 @@ def check_hypergradient(
     )
     problem = build_problem(inner, outer, theta, phi, data, optimizer, state)
     with torch.enable_grad():
-        return _compare(problem, estimator or Unroll(), directions, tolerance, seed)
+        return _compare(problem, estimator or Adjoint(), directions, tolerance, seed)
 
 
 def _double(tensor: Tensor) -> Tensor:

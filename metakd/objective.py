@@ -129,7 +129,9 @@ class Objective:
             features = evaluate_features(self.features, losses, outputs, self.batches[t])
             self._seen[t] = self.student.cast(features)
         weights = functional_call(self.weighting, meta_params, (self._seen[t], self.batches[t]))
-        self.last = losses.detach(), checked_weights(weights, losses).detach()
+        checked_weights(weights, losses)
+        if t == len(self.batches) - 1:
+            self.last = losses.detach(), weights.detach()
         return weighted_mean(weights, losses)
 
     def materialise(self) -> None:

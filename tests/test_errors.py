@@ -225,7 +225,7 @@ def test_default_features_say_how_to_do_without_labels():
 def test_one_step_does_not_pretend_to_take_more():
     student, optimizer, batch, meta_batch = parts()
     balancer = BilevelLossBalancer(student, HARD, optimizer=optimizer)
-    with pytest.raises(MetaKDError, match=r"exactly one inner step, got 2 batches.*Unroll"):
+    with pytest.raises(MetaKDError, match=r"exactly one inner step, got 2 batches.*Adjoint"):
         balancer.meta_step([batch, batch], meta_batch)
     with pytest.raises(MetaKDError, match="at least one batch"):
         BilevelLossBalancer(student, HARD, optimizer=optimizer, estimator=estimators.Unroll()).meta_step([], meta_batch)

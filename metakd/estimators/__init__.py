@@ -1,8 +1,10 @@
 """Hypergradient estimators, one a file, and `hypergradient` in front of them."""
 
+from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.hypergradient import hypergradient
 from metakd.estimators.one_step import OneStep
 from metakd.estimators.problem import Estimator, Hypergradient, Problem
+from metakd.estimators.truncated import Truncated
 from metakd.estimators.unroll import Unroll
 
-__all__ = ["Estimator", "Hypergradient", "OneStep", "Problem", "Unroll", "hypergradient"]
+__all__ = ["Adjoint", "Estimator", "Hypergradient", "OneStep", "Problem", "Truncated", "Unroll", "hypergradient"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from metakd.errors import MetaKDError
+from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.problem import Estimator, Hypergradient, Problem
-from metakd.estimators.unroll import Unroll
 from metakd.inner import GradientTransformation, Params, repaired
 
 
@@ -39,7 +39,7 @@ def hypergradient(
         optimizer: a TorchOpt `GradientTransformation`; what TorchOpt gets wrong in its own is mended on the way
             (`metakd.inner.repaired`).
         optimizer_state: the state to start from; None for `optimizer.init(params)`.
-        estimator: how to compute it; None for `Unroll()`, exact for any K.
+        estimator: how to compute it; None for `Adjoint()`, exact for any K.
 
     Returns:
         `Hypergradient(outer_loss, gradient, params, optimizer_state)`, all detached.
@@ -60,7 +60,7 @@ def hypergradient(
     """
     problem = build_problem(inner, outer, params, meta_params, batches, optimizer, optimizer_state)
     with torch.enable_grad():
-        return (estimator or Unroll())(problem)
+        return (estimator or Adjoint())(problem)
 
 
 def build_problem(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from metakd import Hypergradient, MetaKDError, hypergradient
 from metakd.batch import map_tensors, tensors
-from metakd.estimators import OneStep, Unroll
+from metakd.estimators import Adjoint, OneStep, Unroll
 from tests.estimators.problems import Bilevel, problems, relative
 
-ESTIMATORS = [OneStep("forward"), OneStep("reverse"), OneStep(), Unroll()]
+ESTIMATORS = [Adjoint(), OneStep("forward"), OneStep("reverse"), OneStep(), Unroll()]
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 
 
@@ -87,12 +87,12 @@ def test_the_same_call_gives_the_same_answer_with_the_same_optimizer_object(esti
     assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
-def test_the_default_is_unroll():
+def test_the_default_is_adjoint():
     problem = Bilevel(steps=3, rule="adam")
     found = hypergradient(*problem.arguments(), optimizer=problem.torchopt())
-    unrolled = hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=Unroll())
+    default = hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=Adjoint())
     assert isinstance(found, Hypergradient)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(unrolled), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(default), strict=True))
 
 
 @each_estimator

@@ -1,0 +1,93 @@
+"""The mixed second derivative of the inner loss, times a vector: the heart of every exact estimator."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from metakd.errors import MetaKDError
+from metakd.estimators.problem import Gradients, Problem, gradients, leaves, second_order_gradients
+from metakd.inner import Params
+
+Mode = Literal["auto", "forward", "reverse"]
+
+
+def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u: Params, *, mode: Mode) -> Gradients:
+    """grad_phi of the directional derivative of the inner loss along u, with u held fixed.
+
+    Args:
+        problem: gives the inner loss, and remembers whether it has forward-mode derivatives.
+        params: theta, where the derivative is taken; detached.
+        meta: phi, leaves of autograd.
+        batch: of the inner loss.
+        u: the direction, for those parameters that it moves.
+        mode: `"forward"` is one pass with dual numbers, `"reverse"` a double backward, `"auto"` the first where the
+            model has it and else the second, saying so once.
+
+    Raises:
+        MetaKDError: the model lacks what the mode needs.
+    """
+    if not u:
+        return dict.fromkeys(meta)
+    if mode == "reverse" or (mode == "auto" and problem.memory.get("forward_mode") is False):
+        return _reverse(problem, params, meta, batch, u)
+    try:
+        return _forward(problem, params, meta, batch, u)
+    except Exception as error:
+        if not _lacks_forward_mode(error):
+            raise
+        if mode == "forward":
+            raise MetaKDError(
+                "OneStep(mode='forward') met an operation without a forward-mode derivative "
+                f"({_first_line(error)}); use mode='auto' or 'reverse'"
+            ) from error
+        problem.memory["forward_mode"] = False
+        warnings.warn(
+            f"an operation of this model has no forward-mode derivative ({_first_line(error)}); reverse mode takes its "
+            "place from now on, as exact, with more time and memory (OneStep(mode='reverse') does it without a word)",
+            stacklevel=3,
+        )
+        return _reverse(problem, params, meta, batch, u)
+
+
+class _NoGradStopsTangents(TorchFunctionMode):
+    """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+    with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True), _NoGradStopsTangents():
+        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
+        loss = problem.inner(dual, meta, batch)
+        slope = forward_ad.unpack_dual(loss).tangent
+        return dict.fromkeys(meta) if slope is None else gradients(slope, meta)
+
+
+def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+    moved = leaves({name: params[name] for name in u})
+    loss = problem.inner({**params, **moved}, meta, batch)
+    g = gradients(loss, moved, create_graph=True)
+    slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None]
+    return second_order_gradients(torch.stack(slopes).sum(), meta) if slopes else dict.fromkeys(meta)
+
+
+def _lacks_forward_mode(error: BaseException) -> bool:
+    texts = [str(e).lower() for e in _chain(error) if isinstance(e, NotImplementedError | RuntimeError)]
+    return any("forward ad" in text or "forward mode" in text or "jvp" in text for text in texts)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(list(_chain(error))[-1]).splitlines()[0][:160]

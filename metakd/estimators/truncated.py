@@ -1,0 +1,47 @@
+"""`Truncated`: the hypergradient through the last few of K inner steps."""
+
+from dataclasses import dataclass
+
+from metakd.errors import MetaKDError
+from metakd.estimators.adjoint import walk_back
+from metakd.estimators.problem import Hypergradient, Problem
+
+
+@dataclass(frozen=True)
+class Truncated:
+    r"""The exact sum of what the last `horizon` inner steps contribute; the earlier steps' share is left out.
+
+    $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t = K - h}^{K - 1} \Big(\frac{\partial\, \theta_{t+1}}{\partial\,
+      \phi}\Big)^{\!\top} \lambda_{t+1}$$
+
+    All K steps are taken, h are walked back. Where the inner steps contract by a factor $\rho < 1$ each, the error
+    falls like $\rho^h$; where they do not, the left-out share need not be small. Source: Shaban et al., "Truncated
+    Back-propagation for Bilevel Optimization" (AISTATS 2019). Ours differs in walking back by `Adjoint`'s rebuilt
+    graphs.
+
+    Args:
+        horizon: h, the number of steps to walk back; K or more is exact.
+
+    Raises:
+        MetaKDError: a horizon below 1; see `Adjoint`.
+
+    Example:
+        >>> import torch, torchopt
+        >>> from metakd import hypergradient
+        >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}
+        >>> result = hypergradient(
+        ...     lambda p, m, batch: m["phi"] * p["w"] ** 2 / 2, lambda p, m: p["w"],
+        ...     w, phi, [None, None], optimizer=torchopt.sgd(lr=0.1), estimator=Truncated(1))
+        >>> result.gradient["phi"]  # the last step alone: -0.1 theta_1 = -0.1 (1 - 0.1 phi)
+        tensor(-0.0800)
+    """
+
+    horizon: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.horizon, int) or self.horizon < 1:
+            raise MetaKDError(f"horizon must be a whole number of at least 1, got {self.horizon!r}")
+
+    def __call__(self, problem: Problem) -> Hypergradient:
+        """Estimate d outer / d phi; see the class."""
+        return walk_back(problem, self.horizon)
