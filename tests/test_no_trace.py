@@ -14,7 +14,7 @@ from metakd import BilevelLossBalancer, check_hypergradient, estimators, terms
 from metakd.student import call
 from tests.zoo import ZOO, meet
 
-ESTIMATORS = [estimators.OneStep(), estimators.OneStep("reverse"), estimators.Unroll()]
+ESTIMATORS = [estimators.Adjoint(), estimators.OneStep(), estimators.OneStep("reverse"), estimators.Unroll()]
 
 
 def trace_of(student, optimizer, *others):
