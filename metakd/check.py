@@ -50,14 +50,11 @@ def check_hypergradient(
 
     For each meta-parameter tensor and each of `directions` random directions $d$ of unit norm it compares
     $\langle \nabla_\phi, d \rangle$ with $\big(F(\phi + h d) - F(\phi - h d)\big) / 2h$, extrapolated to $h \to 0$
-    (Ridders, 1982), where
-    $F(\phi)$ runs the K inner steps and the outer loss in float64 with first-order gradients alone.
+    (Ridders, 1982), where $F(\phi)$ runs the K inner steps and the outer loss in float64 with first-order gradients.
 
     Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)`, the
-    arguments of
-    `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's
-    hypergradient through
-    K = len(batches) steps in its weight model's parameters, and leaves no trace on it.
+    arguments of `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's
+    hypergradient through K = len(batches) steps in its weight model's parameters, and leaves no trace on it.
 
     Args:
         inner: the inner loss, or a balancer.
@@ -135,9 +132,8 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
         raise MetaKDError(
             f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}:\n"
             + "\n".join(lines)
-            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable "
-            "here (a kink, a detached "
-            "tensor, a stop-gradient, float32 inside), or the estimator is an approximation: give it its tolerance="
+            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable here (a kink, "
+            "a detached tensor, float32 inside), or the estimator is an approximation: give it its tolerance="
         )
     return Check(errors, estimated, differences)
 

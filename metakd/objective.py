@@ -44,9 +44,8 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         row, column = (~finite).nonzero()[0].tolist()
         raise MetaKDError(
             f"term {names[column]!r} is {losses[row, column].item()} for sample {row} of {where} "
-            f"({int((~finite).sum())} of "
-            f"{losses.numel()} losses are not finite); look for invalid inputs or teacher outputs, or "
-            "lower the learning rate"
+            f"({int((~finite).sum())} of {losses.numel()} losses are not finite); look for invalid inputs or "
+            "teacher outputs, or lower the learning rate"
         )
     return losses
 
@@ -84,8 +83,7 @@ class Objective:
 
     Step t starts with the buffers and generators that step t - 1 left behind, and is repeated identically when it is
     evaluated again. The features of a step are computed when it is first evaluated and constant from then on: the
-    weight
-    model's inputs are always detached.
+    weight model's inputs are always detached.
 
     Args:
         student: the student as a function.

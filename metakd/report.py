@@ -14,8 +14,7 @@ class Report:
         weights: (B, M), the weights in the returned loss.
         influence: (B, M), the directional derivative of each loss along u: how the meta loss moves when that
             sample's term counts more (negative: more weight helps). None where no hypergradient was taken, or where
-            it went
-            through several inner steps.
+            it went through several inner steps.
         meta_loss: scalar, the meta loss after the lookahead; None where no hypergradient was taken.
         hypergradient_norm: scalar, the Euclidean norm of this step's hypergradient (of the influence, for a weight
             model without parameters); None where none was taken.

@@ -73,9 +73,8 @@ class WeightingStep:
         params = self.params()
         if not params or not weights.requires_grad:
             raise MetaKDError(
-                "the weights do not depend on any trainable parameter of the weight model, so there "
-                "is no hypergradient; "
-                "pass meta_batch=None to use a frozen weight model"
+                "the weights do not depend on any trainable parameter of the weight model, so there is no "
+                "hypergradient; pass meta_batch=None to use a frozen weight model"
             )
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
         gradient = {
@@ -83,11 +82,9 @@ class WeightingStep:
         }
         if not any(bool(g.any()) for g in gradient.values()):
             raise MetaKDError(
-                "the hypergradient of the weight model is exactly zero although its weights "
-                "influence the meta loss; its output "
-                "is saturated or constant: restart it with weights away from the ends of their "
-                "range, or (softmax over one "
-                "term) use output='sigmoid'"
+                "the hypergradient of the weight model is exactly zero although its weights influence the meta "
+                "loss; its output is saturated or constant: restart it with weights away from the ends of their "
+                "range, or (softmax over one term) use output='sigmoid'"
             )
         return gradient
 

@@ -137,11 +137,9 @@ def answer(
     for name, g in gradient.items():
         if g is not None and not bool(g.isfinite().all()):
             raise MetaKDError(
-                f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite "
-                f"entries of {g.numel()}; "
-                "an inner step through a square root at zero does that (RMSprop, Adagrad: set their "
-                "eps inside the root), "
-                "as does an inner loss without second derivatives"
+                f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite entries of "
+                f"{g.numel()}; an inner step through a square root at zero does that (RMSprop, Adagrad: set their "
+                "eps inside the root), as does an inner loss without second derivatives"
             )
     filled = {
         name: torch.zeros_like(problem.meta_params[name]) if g is None else g.detach() for name, g in gradient.items()

@@ -2,8 +2,7 @@
 
 An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
 student's torch optimizer, `inner_optimizer` chooses, `repaired` mends what TorchOpt gets wrong in its own, `apply`
-takes one
-differentiable step.
+takes one differentiable step.
 """
 
 from torchopt.base import GradientTransformation
