@@ -133,7 +133,8 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
             f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}:\n"
             + "\n".join(lines)
             + "\nEither a loss is not a pure function (random numbers, state), or not differentiable here (a kink, "
-            "a stop-gradient, a detached tensor, float32 inside), or the estimator is an approximation: give it its tolerance="
+            "a stop-gradient, a detached tensor, float32 inside), or the estimator is an approximation: give it its "
+            "tolerance="
         )
     return Check(errors, estimated, differences)
 
