@@ -14,7 +14,7 @@ from metakd.estimators import Estimator, OneStep, Problem
 from metakd.estimators.problem import Gradients
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
-from metakd.objective import InnerLoss, Objective, checked_losses, checked_weights, weighted_mean
+from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, weighted_mean
 from metakd.report import Report
 from metakd.student import FunctionalStudent, Start
 from metakd.teacher import teacher_outputs
@@ -159,7 +159,7 @@ class BilevelLossBalancer:
                     )
                     loss, report = self._learn(snapshot, objective, train, losses, features)
                 else:
-                    weights = checked_weights(self.weighting(features, train_batch), losses).detach()
+                    weights = evaluate_weights(self.weighting, features, train_batch, losses).detach()
                     loss, report = weighted_mean(weights, losses), Report(losses.detach(), weights)
             self._report, self._calls = report, calls
             return loss
@@ -176,7 +176,7 @@ class BilevelLossBalancer:
             outputs, _ = self._functional.run(params, known.inputs, start)
             losses = checked_losses(self.terms, outputs, known, "the batch")
             features = evaluate_features(self.features, losses, outputs, known)
-            return checked_weights(self.weighting(features, known), losses)
+            return evaluate_weights(self.weighting, features, known, losses)
 
     def meta_step(self, batches: Sequence[Any], meta_batch: Any) -> Report:
         """One hypergradient through K = len(batches) virtual inner steps, then one step of the weight model.
@@ -233,7 +233,7 @@ class BilevelLossBalancer:
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
         answer: Any = self.weighting if from_influence is None else self.weighting.lookahead_weights
-        weights = checked_weights(answer(features, batch), losses)
+        weights = evaluate_weights(answer, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses)
         result = self.estimator(
             self._problem(
@@ -245,12 +245,13 @@ class BilevelLossBalancer:
         )
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
-            norm, weights = influence.norm(), checked_weights(from_influence(influence), losses)
+            norm = influence.norm()
+            weights = evaluate_weights(lambda *_: from_influence(influence), features, batch, losses)
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
             norm = self._step.take(gradient, snapshot.keep_optimizer)
             if moves:
-                weights = checked_weights(self.weighting(features, batch), losses)
+                weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
 

@@ -50,27 +50,39 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
     return losses
 
 
-def checked_weights(weights: Any, losses: Tensor) -> Tensor:
+def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, batch: Batch, losses: Tensor) -> Tensor:
     """The weight model's answer, known to be finite and shaped like the losses.
 
     Raises:
-        MetaKDError: it is not.
+        MetaKDError: it is not, or the model raised (chained).
 
     Example:
         >>> import torch
-        >>> checked_weights(torch.ones(2, 1), torch.zeros(2, 1)).shape
-        torch.Size([2, 1])
+        >>> losses = torch.zeros(2, 1)
+        >>> evaluate_weights(lambda features, batch: 1 + features, losses, Batch(None), losses)
+        tensor([[1.],
+                [1.]])
     """
+    try:
+        weights = model(features, batch)
+    except MetaKDError:
+        raise
+    except Exception as error:
+        raise MetaKDError(
+            f"the weight model raised {type(error).__name__}: {error}; it is called as weighting(features, batch) with "
+            f"features {tuple(features.shape)} in {features.dtype} on {features.device} and returns (B, M): move or "
+            "cast it to where the student is, or fit it to the features"
+        ) from error
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise MetaKDError(
-            f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight "
-            "for each sample and term"
+            f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight for each sample and "
+            "term"
         )
     if not bool(weights.detach().isfinite().all()):
         raise MetaKDError(
-            "the weight model returned NaN or infinite weights; lower its learning rate, or bound "
-            "its features or its output"
+            "the weight model returned NaN or infinite weights; lower its learning rate, or bound its features or its "
+            "output"
         )
     return weights
 
@@ -126,8 +138,11 @@ class Objective:
         if t not in self._seen:
             features = evaluate_features(self.features, losses, outputs, self.batches[t])
             self._seen[t] = self.student.cast(features)
-        weights = functional_call(self.weighting, meta_params, (self._seen[t], self.batches[t]))
-        checked_weights(weights, losses)
+
+        def model(*inputs: Any) -> Any:
+            return functional_call(self.weighting, meta_params, inputs)
+
+        weights = evaluate_weights(model, self._seen[t], self.batches[t], losses)
         if t == len(self.batches) - 1:
             self.last = losses.detach(), weights.detach()
         return weighted_mean(weights, losses)

@@ -30,6 +30,16 @@ class Answers(nn.Module):
         return self.answer(self.free, features)
 
 
+class Linear(nn.Linear):
+    """A weight model in float32."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, features, batch):
+        return super().forward(features)
+
+
 def fails_after(calls, error):
     """A term that works `calls` times."""
     count = iter(range(calls))
@@ -74,6 +84,9 @@ CALLS = {
     "features nan": (dict(features=lambda losses, z, b: losses / 0 - losses / 0), GOOD, GOOD, r"NaN or infinity for samples"),
     "weights of wrong shape": (dict(weighting=Answers(lambda p, f: p)), GOOD, GOOD, r"expected \(B, M\) = \(5, 1\)"),
     "weights nan": (dict(weighting=Answers(lambda p, f: p * f / 0)), GOOD, GOOD, r"NaN or infinite weights"),
+    "weight model raises": (dict(weighting=Answers(lambda p, f: p.missing)), GOOD, GOOD, r"weight model raised AttributeError"),
+    "weight model of another dtype": (dict(weighting=Linear()), GOOD, GOOD, r"weight model raised RuntimeError.*float64.*cast"),
+    "weight model elsewhere": (dict(weighting=weighting.LossMLP(1, 1).to("meta")), GOOD, GOOD, r"on cpu and returns \(B, M\)"),
     "weights constant": (dict(weighting=Answers(lambda p, f: 0 * p + f)), GOOD, GOOD, r"exactly zero"),
     "weights detached": (dict(weighting=Answers(lambda p, f: f)), GOOD, GOOD, r"do not depend on any trainable"),
     "softmax over one term": (
