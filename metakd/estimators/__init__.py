@@ -2,9 +2,20 @@
 
 from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.hypergradient import hypergradient
+from metakd.estimators.identity_jacobian import IdentityJacobian
 from metakd.estimators.one_step import OneStep
 from metakd.estimators.problem import Estimator, Hypergradient, Problem
 from metakd.estimators.truncated import Truncated
 from metakd.estimators.unroll import Unroll
 
-__all__ = ["Adjoint", "Estimator", "Hypergradient", "OneStep", "Problem", "Truncated", "Unroll", "hypergradient"]
+__all__ = [
+    "Adjoint",
+    "Estimator",
+    "Hypergradient",
+    "IdentityJacobian",
+    "OneStep",
+    "Problem",
+    "Truncated",
+    "Unroll",
+    "hypergradient",
+]

@@ -67,20 +67,21 @@ class _Adjoints(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A step of the first sweep: where it started, and its gradient where it will be asked for again."""
+    """A step of the first sweep: where it started, and its gradient where that is not computed again anyway."""
 
     params: Params
     state: Any
     gradient: Gradients | None
 
 
-def walk_back(problem: Problem, horizon: int, mode: Mode = "auto") -> Hypergradient:
+def walk_back(problem: Problem, horizon: int, mode: Mode = "auto", *, curvature: bool = True) -> Hypergradient:
     """The hypergradient through the last `horizon` of the inner steps; through all of them it is exact.
 
     Args:
         problem: the bilevel problem.
         horizon: how many steps to walk back.
         mode: of the mixed product at the first of them.
+        curvature: False leaves out the products with the inner Hessian; every step then needs a mixed product alone.
     """
     count = len(problem.batches)
     if not count:
@@ -91,7 +92,7 @@ def walk_back(problem: Problem, horizon: int, mode: Mode = "auto") -> Hypergradi
     for t in range(count):
         gradient = _inner_gradient(problem, params, t)
         if t >= first:
-            kept.append(_Kept(params, state, gradient if t == first else None))
+            kept.append(_Kept(params, state, None if curvature and t > first else gradient))
         with torch.no_grad():
             params, state = apply(problem.optimizer, gradient, state, params)
     ahead, meta = leaves(params), leaves(problem.meta_params)
@@ -124,8 +125,8 @@ def _step_back(
     """The adjoints before step t from those after it, and what the step adds to the hypergradient."""
     batch = problem.batches[t]
     if kept.gradient is not None:
-        _, u = _through_update(problem, kept, kept.gradient, adjoints)
-        return adjoints, mixed_product(problem, kept.params, meta, batch, u, mode=mode)
+        before, u = _through_update(problem, kept, kept.gradient, adjoints)
+        return before, mixed_product(problem, kept.params, meta, batch, u, mode=mode)
     theta = leaves(kept.params)
     loss = problem.inner(theta, meta, batch)
     gradient = gradients(loss, theta, create_graph=True)
