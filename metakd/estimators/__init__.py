@@ -1,6 +1,7 @@
 """Hypergradient estimators, one a file, and `hypergradient` in front of them."""
 
 from metakd.estimators.adjoint import Adjoint
+from metakd.estimators.finite_difference import FiniteDifference
 from metakd.estimators.hypergradient import hypergradient
 from metakd.estimators.identity_jacobian import IdentityJacobian
 from metakd.estimators.one_step import OneStep
@@ -11,6 +12,7 @@ from metakd.estimators.unroll import Unroll
 __all__ = [
     "Adjoint",
     "Estimator",
+    "FiniteDifference",
     "Hypergradient",
     "IdentityJacobian",
     "OneStep",

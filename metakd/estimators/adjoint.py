@@ -1,5 +1,6 @@
 """`Adjoint`: the exact hypergradient of K inner steps with the graph of one step in memory at a time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,14 +75,20 @@ class _Kept(NamedTuple):
     gradient: Gradients | None
 
 
-def walk_back(problem: Problem, horizon: int, mode: Mode = "auto", *, curvature: bool = True) -> Hypergradient:
+Products = Callable[[Problem, Params, Params, Any, Params], tuple[Gradients, Gradients]]
+
+
+def walk_back(
+    problem: Problem, horizon: int, mode: Mode = "auto", *, products: Products | None = None
+) -> Hypergradient:
     """The hypergradient through the last `horizon` of the inner steps; through all of them it is exact.
 
     Args:
         problem: the bilevel problem.
         horizon: how many steps to walk back.
         mode: of the mixed product at the first of them.
-        curvature: False leaves out the products with the inner Hessian; every step then needs a mixed product alone.
+        products: (problem, params, meta, batch, u) -> the products of u with the inner loss's second derivatives, in
+            params and in meta; None for the exact ones.
     """
     count = len(problem.batches)
     if not count:
@@ -92,7 +99,7 @@ def walk_back(problem: Problem, horizon: int, mode: Mode = "auto", *, curvature:
     for t in range(count):
         gradient = _inner_gradient(problem, params, t)
         if t >= first:
-            kept.append(_Kept(params, state, None if curvature and t > first else gradient))
+            kept.append(_Kept(params, state, None if products is None and t > first else gradient))
         with torch.no_grad():
             params, state = apply(problem.optimizer, gradient, state, params)
     ahead, meta = leaves(params), leaves(problem.meta_params)
@@ -106,7 +113,7 @@ def walk_back(problem: Problem, horizon: int, mode: Mode = "auto", *, curvature:
     if all(found[f"theta.{name}"] is None for name in ahead):
         kept.clear()  # the outer loss does not feel the inner steps
     for t in reversed(range(first, first + len(kept))):
-        adjoints, mixed = _step_back(problem, t, kept.pop(), adjoints, meta, mode)
+        adjoints, mixed = _step_back(problem, t, kept.pop(), adjoints, meta, products or mixed_alone(mode))
         total = {name: _sum(total[name], mixed[name]) for name in meta}
     return answer(problem, outer_loss, total, params, state)
 
@@ -120,13 +127,14 @@ def _inner_gradient(problem: Problem, params: Params, t: int) -> Gradients:
 
 
 def _step_back(
-    problem: Problem, t: int, kept: _Kept, adjoints: _Adjoints, meta: Params, mode: Mode
+    problem: Problem, t: int, kept: _Kept, adjoints: _Adjoints, meta: Params, products: Products
 ) -> tuple[_Adjoints, Gradients]:
     """The adjoints before step t from those after it, and what the step adds to the hypergradient."""
     batch = problem.batches[t]
     if kept.gradient is not None:
         before, u = _through_update(problem, kept, kept.gradient, adjoints)
-        return before, mixed_product(problem, kept.params, meta, batch, u, mode=mode)
+        in_params, in_meta = products(problem, kept.params, meta, batch, u)
+        return _plus(before, in_params), in_meta
     theta = leaves(kept.params)
     loss = problem.inner(theta, meta, batch)
     gradient = gradients(loss, theta, create_graph=True)
@@ -134,9 +142,21 @@ def _step_back(
     slopes = [(g * u[name]).sum() for name, g in gradient.items() if g is not None and name in u]
     if not slopes:
         return before, dict.fromkeys(meta)
-    products = second_order_gradients(torch.stack(slopes).sum(), {**_named("theta", theta), **_named("phi", meta)})
-    params = {name: value + _or_zero(products[f"theta.{name}"], value) for name, value in before.params.items()}
-    return _Adjoints(params, before.state), {name: products[f"phi.{name}"] for name in meta}
+    found = second_order_gradients(torch.stack(slopes).sum(), {**_named("theta", theta), **_named("phi", meta)})
+    return _plus(before, {name: found[f"theta.{name}"] for name in theta}), {
+        name: found[f"phi.{name}"] for name in meta
+    }
+
+
+def mixed_alone(mode: Mode) -> Products:
+    """No product in the parameters: nothing before the first step asks for it."""
+    return lambda problem, params, meta, batch, u: ({}, mixed_product(problem, params, meta, batch, u, mode=mode))
+
+
+def _plus(adjoints: _Adjoints, products: Gradients) -> _Adjoints:
+    return _Adjoints(
+        {name: value + _or_zero(products.get(name), value) for name, value in adjoints.params.items()}, adjoints.state
+    )
 
 
 def _through_update(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from metakd.estimators.adjoint import walk_back
+from metakd.estimators.adjoint import mixed_alone, walk_back
 from metakd.estimators.problem import Hypergradient, Problem
 
 
@@ -36,4 +36,4 @@ class IdentityJacobian:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(problem, len(problem.batches), curvature=False)
+        return walk_back(problem, len(problem.batches), products=mixed_alone("auto"))

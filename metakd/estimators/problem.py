@@ -100,7 +100,7 @@ def second_order_gradients(loss: Tensor, params: Params) -> Gradients:
 
 _NO_SECOND_ORDER = (
     "reverse mode would have to differentiate it twice. Use another kernel (for attention "
-    "torch.nn.attention.SDPBackend.MATH), or estimators.OneStep(mode='forward')"
+    "torch.nn.attention.SDPBackend.MATH), estimators.OneStep(mode='forward') or estimators.FiniteDifference()"
 )
 
 
