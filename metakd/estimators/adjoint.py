@@ -17,6 +17,7 @@ from metakd.estimators.problem import (
     answer,
     checked_scalar,
     gradients,
+    in_both,
     leaves,
     second_order_gradients,
 )
@@ -104,13 +105,12 @@ def walk_back(
             params, state = apply(problem.optimizer, gradient, state, params)
     ahead, meta = leaves(params), leaves(problem.meta_params)
     outer_loss = checked_scalar(problem.outer(ahead, meta), "the outer loss")
-    found = gradients(outer_loss, {**_named("theta", ahead), **_named("phi", meta)})
-    total = {name: found[f"phi.{name}"] for name in meta}
+    v, total = in_both(outer_loss, ahead, meta)
     adjoints = _Adjoints(
-        {name: _or_zero(found[f"theta.{name}"], p) for name, p in params.items()},
+        {name: _or_zero(v[name], p) for name, p in params.items()},
         [torch.zeros_like(t) for t in _floats(state)],
     )
-    if all(found[f"theta.{name}"] is None for name in ahead):
+    if all(value is None for value in v.values()):
         kept.clear()  # the outer loss does not feel the inner steps
     for t in reversed(range(first, first + len(kept))):
         adjoints, mixed = _step_back(problem, t, kept.pop(), adjoints, meta, products or mixed_alone(mode))
@@ -142,10 +142,8 @@ def _step_back(
     slopes = [(g * u[name]).sum() for name, g in gradient.items() if g is not None and name in u]
     if not slopes:
         return before, dict.fromkeys(meta)
-    found = second_order_gradients(torch.stack(slopes).sum(), {**_named("theta", theta), **_named("phi", meta)})
-    return _plus(before, {name: found[f"theta.{name}"] for name in theta}), {
-        name: found[f"phi.{name}"] for name in meta
-    }
+    in_params, in_meta = in_both(torch.stack(slopes).sum(), theta, meta, second_order_gradients)
+    return _plus(before, in_params), in_meta
 
 
 def mixed_alone(mode: Mode) -> Products:
@@ -154,9 +152,9 @@ def mixed_alone(mode: Mode) -> Products:
 
 
 def _plus(adjoints: _Adjoints, products: Gradients) -> _Adjoints:
-    return _Adjoints(
-        {name: value + _or_zero(products.get(name), value) for name, value in adjoints.params.items()}, adjoints.state
-    )
+    present = {name: product for name, product in products.items() if product is not None}
+    params = {name: p + present[name] if name in present else p for name, p in adjoints.params.items()}
+    return _Adjoints(params, adjoints.state)
 
 
 def _through_update(
@@ -183,10 +181,6 @@ def _through_update(
 
 def _floats(state: Any) -> list[Tensor]:
     return [t for t in tensors(state) if t.is_floating_point()]
-
-
-def _named(prefix: str, values: Params) -> Params:
-    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
 def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:

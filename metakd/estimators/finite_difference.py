@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metakd.errors import MetaKDError
 from metakd.estimators.adjoint import walk_back
-from metakd.estimators.problem import Gradients, Hypergradient, Problem, gradients, leaves
+from metakd.estimators.problem import Gradients, Hypergradient, Problem, in_both, leaves
 from metakd.inner import Params
 
 
@@ -61,18 +62,13 @@ class FiniteDifference:
             return {}, dict.fromkeys(meta)
         h = self.epsilon / length
 
-        def gradient_at(step: torch.Tensor) -> Gradients:
+        def gradient_at(step: Tensor) -> tuple[Gradients, Gradients]:
             theta = leaves({name: p + step * u[name] if name in u else p for name, p in params.items()})
-            both = {
-                **{f"theta.{name}": p for name, p in theta.items()},
-                **{f"phi.{name}": p for name, p in meta.items()},
-            }
-            return gradients(problem.inner(theta, meta, batch), both)
+            return in_both(problem.inner(theta, meta, batch), theta, meta)
 
-        ahead, behind = gradient_at(h), gradient_at(-h)
+        def slope(ahead: Gradients, behind: Gradients) -> Gradients:
+            pairs = {name: (a, behind[name]) for name, a in ahead.items()}
+            return {name: None if a is None or b is None else (a - b) / (2 * h) for name, (a, b) in pairs.items()}
 
-        def difference(name: str) -> torch.Tensor | None:
-            a, b = ahead[name], behind[name]
-            return None if a is None or b is None else (a - b) / (2 * h)
-
-        return {name: difference(f"theta.{name}") for name in params}, {n: difference(f"phi.{n}") for n in meta}
+        (ahead, meta_ahead), (behind, meta_behind) = gradient_at(h), gradient_at(-h)
+        return slope(ahead, behind), slope(meta_ahead, meta_behind)

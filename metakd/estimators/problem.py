@@ -81,6 +81,15 @@ def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     return dict(zip(params, found, strict=True))
 
 
+def in_both(
+    loss: Tensor, params: Params, meta_params: Params, take: Callable[[Tensor, Params], Gradients] = gradients
+) -> tuple[Gradients, Gradients]:
+    """The gradients of a scalar in params and in meta_params, from one backward pass; the two may share names."""
+    both = {f"theta.{name}": p for name, p in params.items()} | {f"phi.{name}": p for name, p in meta_params.items()}
+    found = take(loss, both)
+    return {name: found[f"theta.{name}"] for name in params}, {name: found[f"phi.{name}"] for name in meta_params}
+
+
 def second_order_gradients(loss: Tensor, params: Params) -> Gradients:
     """`gradients` of a scalar that was built from gradients.
 

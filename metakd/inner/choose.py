@@ -30,13 +30,13 @@ def inner_optimizer(
         ...
         metakd.errors.MetaKDError: inner='mirror' cannot follow RMSprop; it supports ...
     """
+    if choice == "mirror":
+        return mirror(optimizer, params)
     plain = plain_sgd(optimizer, params)
+    if choice == "sgd":
+        return plain
     if isinstance(choice, GradientTransformation):
         transformation = repaired(choice)
         detached = {name: p.detach() for name, p in params.items()}
         return InnerOptimizer(transformation, transformation.init(detached))
-    if choice == "sgd":
-        return plain
-    if choice == "mirror":
-        return mirror(optimizer, params)
     raise MetaKDError(f"inner must be 'sgd', 'mirror' or a torchopt GradientTransformation, got {choice!r}")

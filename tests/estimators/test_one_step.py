@@ -16,6 +16,7 @@ from metakd import MetaKDError, hypergradient
 from metakd.estimators import OneStep, Unroll
 from metakd.estimators.hypergradient import build_problem
 from tests.estimators.problems import RULES, Bilevel, assert_slope, problems, relative
+from tests.zoo import NoForwardMode
 
 EXACT = [OneStep("forward"), OneStep("reverse"), Unroll()]
 
@@ -134,20 +135,6 @@ def test_a_first_gradient_at_hand_is_not_computed_again():
     assert relative(found.gradient, problem.double_backward().gradient) < 1e-10
 
 
-class ReverseOnly(torch.autograd.Function):
-    """x -> x^3, differentiable in reverse mode any number of times."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
 class ForwardOnly(torch.autograd.Function):
     """x -> x^3, differentiable once in reverse mode, and in forward mode."""
 
@@ -199,13 +186,13 @@ def run(arguments, mode, **options):
 
 def test_auto_falls_back_where_forward_mode_is_missing_and_says_so():
     with pytest.warns(UserWarning, match="jvp.*reverse mode") as caught:
-        found = run(cubic(ReverseOnly.apply), "auto")
+        found = run(cubic(NoForwardMode.apply), "auto")
     assert len(caught) == 1
     torch.testing.assert_close(found, cubic_gradient(), rtol=1e-12, atol=0)
 
 
 def test_auto_says_so_once_for_a_problem_that_comes_again():
-    problem = build_problem(*cubic(ReverseOnly.apply), torchopt.sgd(lr=0.1))
+    problem = build_problem(*cubic(NoForwardMode.apply), torchopt.sgd(lr=0.1))
     with pytest.warns(UserWarning, match="no forward-mode derivative") as caught:
         for _ in range(3):
             OneStep()(problem)
@@ -214,11 +201,11 @@ def test_auto_says_so_once_for_a_problem_that_comes_again():
 
 def test_reverse_is_silent_and_forward_fails_where_forward_mode_is_missing():
     with warnings.catch_warnings(record=True) as caught:
-        found = run(cubic(ReverseOnly.apply), "reverse")
+        found = run(cubic(NoForwardMode.apply), "reverse")
     assert not caught
     torch.testing.assert_close(found, cubic_gradient(), rtol=1e-12, atol=0)
     with pytest.raises(MetaKDError, match=r"without a forward-mode derivative .*jvp.*'auto' or 'reverse'") as error:
-        run(cubic(ReverseOnly.apply), "forward")
+        run(cubic(NoForwardMode.apply), "forward")
     assert isinstance(error.value.__cause__, NotImplementedError)
 
 
