@@ -11,7 +11,7 @@ from metakd.batch import Batch, as_batch, batch_size
 from metakd.checkpoint import check_state
 from metakd.errors import MetaKDError
 from metakd.estimators import Estimator, OneStep, Problem
-from metakd.estimators.problem import Gradients
+from metakd.estimators.derivatives import Gradients
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
 from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, weighted_mean
@@ -282,11 +282,11 @@ class BilevelLossBalancer:
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
         return Problem(
             inner,
-            objective.outer,
+            [objective.outer],
             objective.student.detached(),
             phi,
             range(len(objective.batches)),
-            optimizer.transformation,
+            lambda _: optimizer.transformation,
             objective.student.cast(optimizer.state),
             first_gradient,
             self._memory,

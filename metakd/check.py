@@ -12,9 +12,9 @@ from metakd.balancer import BilevelLossBalancer
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, Problem
-from metakd.estimators.hypergradient import build_problem
+from metakd.estimators.hypergradient import Optimizer, build_problem
 from metakd.finite_differences import derivative
-from metakd.inner import GradientTransformation, Params, apply
+from metakd.inner import Params
 
 
 class Check(NamedTuple):
@@ -39,7 +39,7 @@ def check_hypergradient(
     meta_params: Params | None = None,
     batches: Sequence[Any] | None = None,
     *,
-    optimizer: GradientTransformation | None = None,
+    optimizer: Optimizer | None = None,
     optimizer_state: Any = None,
     estimator: Estimator | None = None,
     directions: int = 3,
@@ -142,13 +142,13 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
 def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
     """F(phi): the outer loss after the inner steps, with first-order gradients alone."""
     params, state = problem.params, problem.optimizer_state
-    for batch in problem.batches:
-        theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-        found = torch.autograd.grad(problem.inner(theta, meta_params, batch), list(theta.values()), allow_unused=True)
+    moved = replace(problem, meta_params=meta_params, first_gradient=None)
+    for t in range(len(problem.batches)):
+        gradient = moved.inner_gradient(params, t)
         with torch.no_grad():
-            params, state = apply(problem.optimizer, dict(zip(theta, found, strict=True)), state, params)
+            params, state = moved.step(gradient, state, params, meta_params)
     with torch.no_grad():
-        return float(problem.outer(params, meta_params))
+        return float(torch.stack([outer(params, meta_params) for outer in problem.outers]).mean())
 
 
 def _relative(estimated: list[float], differences: list[float], scale: float, rounding: float) -> float:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from metakd.errors import MetaKDError
-from metakd.estimators.adjoint import walk_back
-from metakd.estimators.problem import Gradients, Hypergradient, Problem, in_both, leaves
+from metakd.estimators.derivatives import Gradients, in_both, leaves
+from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.walk import walk_back
 from metakd.inner import Params
 
 
@@ -52,7 +53,7 @@ class FiniteDifference:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(problem, len(problem.batches), products=self._products)
+        return walk_back(problem, len(problem.batches), first=self._products, later=self._products)
 
     def _products(
         self, problem: Problem, params: Params, meta: Params, batch: Any, u: Params

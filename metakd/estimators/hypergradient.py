@@ -1,6 +1,7 @@
 """`hypergradient`: the pure function under the balancer, for any bilevel problem."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,37 +9,47 @@ from torch import Tensor
 
 from metakd.errors import MetaKDError
 from metakd.estimators.adjoint import Adjoint
+from metakd.estimators.nested import detached, on_flat, unflatten
 from metakd.estimators.problem import Estimator, Hypergradient, Problem
-from metakd.inner import GradientTransformation, Params, repaired
+from metakd.inner import GradientTransformation, repaired
+
+Nest = Mapping[str, Any]
+"""A dict of name -> tensor, or of name -> such a dict."""
+
+Optimizer = GradientTransformation | Callable[[Any], GradientTransformation]
 
 
 def hypergradient(
-    inner: Callable[[Params, Params, Any], Tensor],
-    outer: Callable[[Params, Params], Tensor],
-    params: Params,
-    meta_params: Params,
+    inner: Callable[[Any, Any, Any], Tensor],
+    outer: Callable[..., Tensor],
+    params: Nest,
+    meta_params: Nest,
     batches: Sequence[Any],
     *,
-    optimizer: GradientTransformation,
+    optimizer: Optimizer,
     optimizer_state: Any = None,
+    outer_batches: Sequence[Any] | None = None,
     estimator: Estimator | None = None,
 ) -> Hypergradient:
     r"""Gradient of an outer loss in meta-parameters, through K = len(batches) inner optimizer steps.
 
     $$\frac{d}{d\phi}\, \mathrm{outer}(\theta_K(\phi), \phi), \qquad
-      \theta_{t+1} = \theta_t + \mathrm{update}\big(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi, b_t),\, s_t\big).$$
+      \theta_{t+1} = \theta_t + \mathrm{update}_\phi\big(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi, b_t),\,
+      s_t\big).$$
 
     Nothing that is passed in is changed.
 
     Args:
         inner: (params, meta_params, batch) -> scalar, a pure function.
-        outer: (params, meta_params) -> scalar, a pure function.
-        params: theta_0 by name.
-        meta_params: phi by name.
+        outer: (params, meta_params) -> scalar, a pure function; with `outer_batches` (params, meta_params, batch).
+        params: theta_0 by name; dicts may be nested, and the losses and the result see them nested alike.
+        meta_params: phi by name, likewise.
         batches: one for each inner step, handed to `inner` as they are.
-        optimizer: a TorchOpt `GradientTransformation`; what TorchOpt gets wrong in its own is mended on the way
-            (`metakd.inner.repaired`).
+        optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one where
+            they are its learning rate or another of its numbers, as in `lambda m: torchopt.sgd(lr=m["lr"])`. What
+            TorchOpt gets wrong in its own is mended on the way (`metakd.inner.repaired`).
         optimizer_state: the state to start from; None for `optimizer.init(params)`.
+        outer_batches: the outer loss is the mean over these, with one batch's graph in memory at a time.
         estimator: how to compute it; None for `Adjoint()`, exact for any K.
 
     Returns:
@@ -58,42 +69,55 @@ def hypergradient(
         >>> result.gradient["target"]  # theta_3 = x / 8 + 7/8 target
         tensor([0.1094, 0.2188])
     """
-    problem = build_problem(inner, outer, params, meta_params, batches, optimizer, optimizer_state)
+    problem = build_problem(
+        inner, outer, params, meta_params, batches, optimizer, optimizer_state, outer_batches=outer_batches
+    )
     with torch.enable_grad():
-        return (estimator or Adjoint())(problem)
+        found = (estimator or Adjoint())(problem)
+    return found._replace(gradient=unflatten(found.gradient, meta_params), params=unflatten(found.params, params))
 
 
 def build_problem(
-    inner: Callable[[Params, Params, Any], Tensor],
-    outer: Callable[[Params, Params], Tensor],
-    params: Params,
-    meta_params: Params,
+    inner: Callable[[Any, Any, Any], Tensor],
+    outer: Callable[..., Tensor],
+    params: Nest,
+    meta_params: Nest,
     batches: Sequence[Any],
-    optimizer: GradientTransformation,
+    optimizer: Optimizer,
     optimizer_state: Any = None,
+    *,
+    outer_batches: Sequence[Any] | None = None,
 ) -> Problem:
-    """Check the arguments of `hypergradient` and put them together; the optimizer comes out repaired."""
-    if not isinstance(optimizer, GradientTransformation):
-        raise MetaKDError(
-            f"optimizer must be a torchopt GradientTransformation such as torchopt.sgd(lr=0.1), got "
-            f"{type(optimizer).__name__}; torch.optim optimizers go to "
-            "BilevelLossBalancer(optimizer=..., inner='mirror')"
-        )
+    """Check the arguments of `hypergradient` and put them together: names flat, the optimizer repaired."""
     batches = list(batches)
     if not batches:
         raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one")
-    theta, phi = _detached(params, "params"), _detached(meta_params, "meta_params")
-    optimizer = repaired(optimizer)
-    state = optimizer.init(theta) if optimizer_state is None else optimizer_state
-    return Problem(inner, outer, theta, phi, batches, optimizer, state)
+    theta, phi = detached(params, "params"), detached(meta_params, "meta_params")
+    outers = [outer] if outer_batches is None else [partial(_on_batch, outer, batch) for batch in outer_batches]
+    if not outers:
+        raise MetaKDError("outer_batches is empty; give at least one batch, or None for an outer loss without batches")
+
+    def nested_inner(p: Any, m: Any, batch: Any) -> Tensor:
+        return inner(unflatten(p, params), unflatten(m, meta_params), batch)
+
+    def nested_outer(one: Callable[[Any, Any], Tensor], p: Any, m: Any) -> Tensor:
+        return one(unflatten(p, params), unflatten(m, meta_params))
+
+    def optimizer_at(m: Any) -> GradientTransformation:
+        found = optimizer(unflatten(m, meta_params)) if callable(optimizer) else optimizer
+        if not isinstance(found, GradientTransformation):
+            raise MetaKDError(
+                "optimizer must be a torchopt GradientTransformation such as torchopt.sgd(lr=0.1), or a function "
+                f"meta_params -> GradientTransformation, got {type(found).__name__}; torch.optim optimizers go to "
+                "BilevelLossBalancer(optimizer=..., inner='mirror')"
+            )
+        return on_flat(repaired(found), params)
+
+    start = optimizer_at(phi)
+    state = start.init(unflatten(theta, params)) if optimizer_state is None else optimizer_state
+    at = optimizer_at if callable(optimizer) else lambda _: start
+    return Problem(nested_inner, [partial(nested_outer, one) for one in outers], theta, phi, batches, at, state)
 
 
-def _detached(values: Params, what: str) -> Params:
-    if not isinstance(values, Mapping) or not values:
-        found = "empty" if isinstance(values, Mapping) else f"a {type(values).__name__}"
-        raise MetaKDError(f"{what} is {found}; give a dict of name -> tensor")
-    for name, value in values.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise MetaKDError(f"{what}[{name!r}] is {kind}; gradients need floating-point tensors")
-    return {name: value.detach() for name, value in values.items()}
+def _on_batch(outer: Callable[..., Tensor], batch: Any, params: Any, meta_params: Any) -> Tensor:
+    return outer(params, meta_params, batch)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from metakd.estimators.adjoint import mixed_alone, walk_back
+from metakd.estimators.mixed import mixed_alone
 from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.walk import walk_back
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,4 @@ class IdentityJacobian:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(problem, len(problem.batches), products=mixed_alone("auto"))
+        return walk_back(problem, len(problem.batches), first=mixed_alone(), later=mixed_alone())

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,17 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Gradients, Problem, gradients, leaves, second_order_gradients
+from metakd.estimators.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients
+from metakd.estimators.problem import Problem
+from metakd.estimators.walk import Products
 from metakd.inner import Params
 
 Mode = Literal["auto", "forward", "reverse"]
+
+
+def mixed_alone(mode: Mode = "auto") -> Products:
+    """The mixed product without the one in the parameters: nothing before the first step asks for that."""
+    return lambda problem, params, meta, batch, u: ({}, mixed_product(problem, params, meta, batch, u, mode=mode))
 
 
 def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u: Params, *, mode: Mode) -> Gradients:
@@ -30,23 +38,21 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
     Raises:
         MetaKDError: the model lacks what the mode needs.
     """
-    if not u:
-        return dict.fromkeys(meta)
     if mode == "reverse" or (mode == "auto" and problem.memory.get("forward_mode") is False):
         return _reverse(problem, params, meta, batch, u)
     try:
         return _forward(problem, params, meta, batch, u)
     except Exception as error:
-        if not _lacks_forward_mode(error):
+        if not lacks_forward_mode(error):
             raise
         if mode == "forward":
             raise MetaKDError(
                 "OneStep(mode='forward') met an operation without a forward-mode derivative "
-                f"({_first_line(error)}); use mode='auto' or 'reverse'"
+                f"({first_line(error)}); use mode='auto' or 'reverse'"
             ) from error
         problem.memory["forward_mode"] = False
         warnings.warn(
-            f"an operation of this model has no forward-mode derivative ({_first_line(error)}); reverse mode takes its "
+            f"an operation of this model has no forward-mode derivative ({first_line(error)}); reverse mode takes its "
             "place from now on, as exact, with more time and memory (OneStep(mode='reverse') does it without a word)",
             stacklevel=3,
         )
@@ -62,8 +68,15 @@ class _NoGradStopsTangents(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+@contextmanager
+def dual_numbers() -> Iterator[None]:
+    """A block of forward-mode differentiation."""
     with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True), _NoGradStopsTangents():
+        yield
+
+
+def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+    with dual_numbers():
         dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
         loss = problem.inner(dual, meta, batch)
         slope = forward_ad.unpack_dual(loss).tangent
@@ -73,12 +86,13 @@ def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Para
 def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
     moved = leaves({name: params[name] for name in u})
     loss = problem.inner({**params, **moved}, meta, batch)
-    g = gradients(loss, moved, create_graph=True)
+    g = graph_gradients(loss, moved)
     slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None]
     return second_order_gradients(torch.stack(slopes).sum(), meta) if slopes else dict.fromkeys(meta)
 
 
-def _lacks_forward_mode(error: BaseException) -> bool:
+def lacks_forward_mode(error: BaseException) -> bool:
+    """Whether an error says that an operation has no forward-mode derivative."""
     texts = [str(e).lower() for e in _chain(error) if isinstance(e, NotImplementedError | RuntimeError)]
     return any("forward ad" in text or "forward mode" in text or "jvp" in text for text in texts)
 
@@ -89,5 +103,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What the first error of a chain says, shortened."""
     return str(list(_chain(error))[-1]).splitlines()[0][:160]

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
-from metakd.estimators.adjoint import walk_back
-from metakd.estimators.mixed import Mode
+from metakd.estimators.mixed import Mode, mixed_alone
 from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.second_order import reverse_over_reverse
+from metakd.estimators.walk import walk_back
 
 
 @dataclass(frozen=True)
@@ -54,4 +55,4 @@ class OneStep:
                 f"OneStep is the hypergradient of exactly one inner step, got {len(problem.batches)} batches; use "
                 "estimators.Adjoint() for K steps"
             )
-        return walk_back(problem, 1, self.mode)
+        return walk_back(problem, 1, first=mixed_alone(self.mode), later=reverse_over_reverse)

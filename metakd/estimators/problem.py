@@ -9,10 +9,11 @@ from torch import Tensor
 
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
-from metakd.handover import graph_nodes
-from metakd.inner import GradientTransformation, Params
+from metakd.estimators.derivatives import Gradients, added, gradients, in_both, leaves
+from metakd.inner import GradientTransformation, Params, apply
 
-Gradients = dict[str, Tensor | None]
+Inner = Callable[[Params, Params, Any], Tensor]
+Outer = Callable[[Params, Params], Tensor]
 
 
 class Hypergradient(NamedTuple):
@@ -38,11 +39,11 @@ class Problem:
     Attributes:
         inner: (params, meta_params, batch) -> scalar. Pure: called again with the same arguments it gives
             the same value.
-        outer: (params, meta_params) -> scalar.
+        outers: (params, meta_params) -> scalar, one or several; the outer loss is their mean.
         params: theta_0, detached.
         meta_params: phi, detached.
         batches: one a step; their number is K.
-        optimizer: the differentiable inner optimizer.
+        optimizer: meta_params -> the differentiable inner optimizer.
         optimizer_state: the state it starts from.
         first_gradient: gives grad inner(theta_0, phi, batches[0]), where the caller has it at hand for less than the
             price of computing it from `inner`.
@@ -50,15 +51,41 @@ class Problem:
             its model has no forward-mode derivatives. It lives as long as its owner wants.
     """
 
-    inner: Callable[[Params, Params, Any], Tensor]
-    outer: Callable[[Params, Params], Tensor]
+    inner: Inner
+    outers: Sequence[Outer]
     params: Params
     meta_params: Params
     batches: Sequence[Any]
-    optimizer: GradientTransformation
+    optimizer: Callable[[Params], GradientTransformation]
     optimizer_state: Any
     first_gradient: Callable[[], Gradients] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+
+    def inner_loss(self, params: Params, meta_params: Params, t: int) -> Tensor:
+        """The inner loss of step t, known to be one finite number."""
+        return checked_scalar(self.inner(params, meta_params, self.batches[t]), f"the inner loss of step {t}")
+
+    def inner_gradient(self, params: Params, t: int) -> Gradients:
+        """The gradient that step t takes from `params`, without a graph."""
+        if t == 0 and self.first_gradient is not None:
+            return self.first_gradient()
+        theta = leaves(params)
+        return gradients(self.inner_loss(theta, self.meta_params, t), theta)
+
+    def step(self, gradient: Gradients, state: Any, params: Params, meta_params: Params) -> tuple[Params, Any]:
+        """One step of the inner optimizer, differentiable in all of its arguments."""
+        return apply(self.optimizer(meta_params), gradient, state, params)
+
+    def outer_gradients(self, params: Params) -> tuple[Tensor, Gradients, Gradients]:
+        """The outer loss at `params`, and its gradients there in params and in phi; one outer's graph at a time."""
+        theta, meta = leaves(params), leaves(self.meta_params)
+        values, in_params, in_meta = [], dict.fromkeys(theta), dict.fromkeys(meta)
+        for outer in self.outers:
+            loss = checked_scalar(outer(theta, meta), "the outer loss") / len(self.outers)
+            found = in_both(loss, theta, meta)
+            values.append(loss.detach())
+            in_params, in_meta = added(in_params, found[0]), added(in_meta, found[1])
+        return torch.stack(values).sum(), in_params, in_meta
 
 
 class Estimator(Protocol):
@@ -66,51 +93,6 @@ class Estimator(Protocol):
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi."""
-
-
-def leaves(values: Params) -> Params:
-    """The same values as fresh leaves of autograd."""
-    return {name: value.detach().requires_grad_() for name, value in values.items()}
-
-
-def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
-    """The gradients of a scalar by name; None where the loss does not reach a parameter."""
-    if not loss.requires_grad:
-        return dict.fromkeys(params)
-    found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, **options)
-    return dict(zip(params, found, strict=True))
-
-
-def in_both(
-    loss: Tensor, params: Params, meta_params: Params, take: Callable[[Tensor, Params], Gradients] = gradients
-) -> tuple[Gradients, Gradients]:
-    """The gradients of a scalar in params and in meta_params, from one backward pass; the two may share names."""
-    both = {f"theta.{name}": p for name, p in params.items()} | {f"phi.{name}": p for name, p in meta_params.items()}
-    found = take(loss, both)
-    return {name: found[f"theta.{name}"] for name in params}, {name: found[f"phi.{name}"] for name in meta_params}
-
-
-def second_order_gradients(loss: Tensor, params: Params) -> Gradients:
-    """`gradients` of a scalar that was built from gradients.
-
-    Raises:
-        MetaKDError: an operation on the way has no second derivative.
-    """
-    # What hangs behind such an operation is lost without a word where autograd finds another way to a parameter.
-    if any(node.name().endswith("::Error") for node in graph_nodes(loss)):
-        raise MetaKDError(f"an operation of this model is marked @once_differentiable; {_NO_SECOND_ORDER}")
-    try:
-        return gradients(loss, params)
-    except RuntimeError as error:
-        if "is not implemented" not in str(error):
-            raise
-        raise MetaKDError(f"{str(error).splitlines()[0][:160]}; {_NO_SECOND_ORDER}") from error
-
-
-_NO_SECOND_ORDER = (
-    "reverse mode would have to differentiate it twice. Use another kernel (for attention "
-    "torch.nn.attention.SDPBackend.MATH), estimators.OneStep(mode='forward') or estimators.FiniteDifference()"
-)
 
 
 def checked_scalar(loss: Any, what: str) -> Tensor:

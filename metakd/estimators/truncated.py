@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
-from metakd.estimators.adjoint import walk_back
+from metakd.estimators.mixed import mixed_alone
 from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.second_order import reverse_over_reverse
+from metakd.estimators.walk import walk_back
 
 
 @dataclass(frozen=True)
@@ -44,4 +46,4 @@ class Truncated:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(problem, self.horizon)
+        return walk_back(problem, self.horizon, first=mixed_alone(), later=reverse_over_reverse)

@@ -2,17 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import (
-    Hypergradient,
-    Problem,
-    answer,
-    checked_scalar,
-    gradients,
-    leaves,
-    second_order_gradients,
-)
-from metakd.inner import apply
+from metakd.estimators.derivatives import added, graph_gradients, leaves, second_order_gradients
+from metakd.estimators.problem import Hypergradient, Problem, answer
 
 
 @dataclass(frozen=True)
@@ -43,9 +37,11 @@ class Unroll:
         if not problem.batches:
             raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
         params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
-        for t, batch in enumerate(problem.batches):
-            loss = checked_scalar(problem.inner(params, meta, batch), f"the inner loss of step {t}")
-            g = gradients(loss, params, create_graph=True)
-            params, state = apply(problem.optimizer, g, state, params)
-        outer_loss = checked_scalar(problem.outer(params, meta), "the outer loss")
-        return answer(problem, outer_loss, second_order_gradients(outer_loss, meta), params, state)
+        for t in range(len(problem.batches)):
+            g = graph_gradients(problem.inner_loss(params, meta, t), params)
+            params, state = problem.step(g, state, params, meta)
+        outer_loss, v, total = problem.outer_gradients(params)
+        slopes = [(params[name] * value).sum() for name, value in v.items() if value is not None]
+        if slopes:
+            total = added(total, second_order_gradients(torch.stack(slopes).sum(), meta))
+        return answer(problem, outer_loss, total, params, state)

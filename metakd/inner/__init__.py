@@ -9,7 +9,7 @@ from torchopt.base import GradientTransformation
 
 from metakd.inner.choose import inner_optimizer
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
-from metakd.inner.repaired import repaired
+from metakd.inner.repaired import own, repaired
 from metakd.inner.step import Params, apply
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "apply",
     "inner_optimizer",
     "mirror",
+    "own",
     "plain_sgd",
     "repaired",
 ]

@@ -1,0 +1,71 @@
+"""Nested dicts of tensors as flat ones, and back; names are joined by "/"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from metakd.errors import MetaKDError
+from metakd.inner import GradientTransformation, own
+
+
+def flatten(values: Any, what: str) -> dict[str, Any]:
+    """The leaves of a nest of mappings by path; `what` names it in errors.
+
+    Raises:
+        MetaKDError: no mapping, an empty one, or two leaves with one path.
+
+    Example:
+        >>> flatten({"layer": {"w": 1, "b": 2}}, "params")
+        {'layer/w': 1, 'layer/b': 2}
+    """
+    if not isinstance(values, Mapping) or not values:
+        found = "empty" if isinstance(values, Mapping) else f"a {type(values).__name__}"
+        raise MetaKDError(f"{what} is {found}; give a dict of name -> tensor")
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        parts = {f"{name}/{k}": v for k, v in flatten(value, f"{what}[{name!r}]").items()} if nested else {name: value}
+        twice = flat.keys() & parts.keys()
+        if twice:
+            raise MetaKDError(f"{what} has two entries with the path {min(twice)!r}; rename one of them")
+        flat.update(parts)
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nest shaped like `like` whose leaves are those of `flat`.
+
+    Example:
+        >>> unflatten({"layer/w": 1, "layer/b": 2}, {"layer": {"w": None, "b": None}})
+        {'layer': {'w': 1, 'b': 2}}
+    """
+    return {
+        name: unflatten(flat, value, f"{prefix}{name}/") if isinstance(value, Mapping) else flat[f"{prefix}{name}"]
+        for name, value in like.items()
+    }
+
+
+def detached(values: Any, what: str) -> dict[str, Tensor]:
+    """`flatten`, known to hold floating-point tensors and cut from autograd.
+
+    Raises:
+        MetaKDError: a leaf is something else.
+    """
+    flat = flatten(values, what)
+    for name, value in flat.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise MetaKDError(f"{what}[{name!r}] is {kind}; gradients need floating-point tensors")
+    return {name: value.detach() for name, value in flat.items()}
+
+
+def on_flat(transformation: GradientTransformation, like: Mapping[str, Any]) -> GradientTransformation:
+    """A transformation of nests shaped like `like`, taking flat dicts; its states stay those of the nests."""
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        nest, at = unflatten(updates, like), unflatten(params, like)
+        new, state = transformation.update(nest, state, params=at, inplace=inplace)
+        return flatten(new, "the updates"), state
+
+    return own(GradientTransformation(transformation.init, update))

@@ -1,0 +1,90 @@
+"""Products of a vector with the inner loss's second derivatives: the two exact ways, and the faster of them."""
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from metakd.estimators.derivatives import (
+    Gradients,
+    graph_gradients,
+    in_both,
+    leaves,
+    reject_once_differentiable,
+    second_order_gradients,
+)
+from metakd.estimators.mixed import dual_numbers, first_line, lacks_forward_mode
+from metakd.estimators.problem import Problem
+from metakd.inner import Params
+
+_TRIALS = 2  # of each way; the first use of forward mode compiles its decompositions
+
+
+def reverse_over_reverse(
+    problem: Problem, params: Params, meta: Params, batch: Any, u: Params
+) -> tuple[Gradients, Gradients]:
+    """The gradients, in params and in meta, of the slope of the inner loss along u: a double backward.
+
+    Raises:
+        MetaKDError: the model has no second derivatives.
+    """
+    theta = leaves(params)
+    g = graph_gradients(problem.inner(theta, meta, batch), theta)
+    slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None and name in u]
+    return in_both(torch.stack(slopes).sum(), theta, meta, second_order_gradients)
+
+
+def forward_over_reverse(
+    problem: Problem, params: Params, meta: Params, batch: Any, u: Params
+) -> tuple[Gradients, Gradients]:
+    """The tangents of a gradient that is taken with dual numbers.
+
+    Raises:
+        MetaKDError: an operation is marked @once_differentiable.
+        NotImplementedError: an operation or its backward has no forward-mode derivative.
+    """
+    with dual_numbers():
+        theta = leaves(params)
+        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in theta.items()}
+        loss = problem.inner(dual, meta, batch)
+        reject_once_differentiable(loss)
+        in_params, in_meta = in_both(loss, dual, meta)
+        return _tangents(in_params), _tangents(in_meta)
+
+
+def faster_of_both(
+    problem: Problem, params: Params, meta: Params, batch: Any, u: Params
+) -> tuple[Gradients, Gradients]:
+    """Whichever of the two was faster on this problem; the first calls try both in turn, the memory keeps the times.
+
+    Where there is no forward mode, reverse mode takes its place with one warning.
+    """
+    ways = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
+    seconds: dict[str, list[float]] = problem.memory.setdefault("second_order_seconds", {way: [] for way in ways})
+    chosen = min(seconds, key=lambda way: (len(seconds[way]) >= _TRIALS, min(seconds[way], default=0.0)))
+    started = _now(params)
+    try:
+        products = ways[chosen](problem, params, meta, batch, u)
+    except (RuntimeError, NotImplementedError) as error:
+        if chosen == "reverse" or not lacks_forward_mode(error):
+            raise
+        del seconds["forward"]
+        warnings.warn(f"forward over reverse fails here ({first_line(error)}); reverse mode takes over", stacklevel=3)
+        return reverse_over_reverse(problem, params, meta, batch, u)
+    if len(seconds[chosen]) < _TRIALS:
+        seconds[chosen].append(_now(params) - started)
+    return products
+
+
+def _now(params: Params) -> float:
+    """The time, after all work on the parameters' devices is done."""
+    for device in {p.device for p in params.values()}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _tangents(values: Gradients) -> Gradients:
+    return {name: None if value is None else forward_ad.unpack_dual(value).tangent for name, value in values.items()}

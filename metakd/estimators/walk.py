@@ -1,0 +1,142 @@
+"""The walk back through K inner steps that `Adjoint` and its relatives share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakd.batch import map_tensors, tensors
+from metakd.errors import MetaKDError
+from metakd.estimators.derivatives import Gradients, added, leaves
+from metakd.estimators.problem import Hypergradient, Problem, answer
+from metakd.inner import Params
+
+Products = Callable[[Problem, Params, Params, Any, Params], tuple[Gradients, Gradients]]
+"""(problem, params, meta, batch, u) -> products of u with the inner loss's second derivatives, in params and in meta.
+
+The one in params may leave names out; they count as zero."""
+
+
+class _Adjoints(NamedTuple):
+    """Gradients of the outer loss in theta_t (by name) and in the floating-point tensors of the state (in order)."""
+
+    params: Params
+    state: list[Tensor]
+
+
+class _Kept(NamedTuple):
+    """A step of the first sweep: where it started, and its gradient."""
+
+    params: Params
+    state: Any
+    gradient: Gradients
+
+
+class _Trail:
+    """The steps of the first sweep, last in, first out; on another device, if asked to."""
+
+    def __init__(self, offload: torch.device | str | None) -> None:
+        self._offload = offload
+        self._steps: list[tuple[_Kept, list[torch.device]]] = []
+
+    def push(self, step: _Kept) -> None:
+        devices = [t.device for t in tensors(step)]
+        if self._offload is not None:
+            step = map_tensors(lambda t: t.to(self._offload), step)
+        self._steps.append((step, devices))
+
+    def pop(self) -> _Kept:
+        step, devices = self._steps.pop()
+        home = iter(devices)
+        back: _Kept = map_tensors(lambda t: t.to(next(home)), step)
+        return back
+
+
+def walk_back(
+    problem: Problem,
+    horizon: int,
+    *,
+    first: Products,
+    later: Products,
+    offload: torch.device | str | None = None,
+) -> Hypergradient:
+    """The hypergradient through the last `horizon` of the inner steps; through all of them it is exact.
+
+    Args:
+        problem: the bilevel problem.
+        horizon: how many steps to walk back.
+        first: the products at the earliest of them, where the one in params is not asked for.
+        later: the products at the others.
+        offload: the device that keeps what the first sweep leaves behind; None for where it is.
+
+    Raises:
+        MetaKDError: there is no batch.
+    """
+    count = len(problem.batches)
+    if not count:
+        raise MetaKDError("there are no batches; their number is the number of inner steps, so give at least one")
+    start = max(count - horizon, 0)
+    trail = _Trail(offload)
+    params, state = problem.params, problem.optimizer_state
+    for t in range(count):
+        gradient = problem.inner_gradient(params, t)
+        if t >= start:
+            trail.push(_Kept(params, state, gradient))
+        with torch.no_grad():
+            params, state = problem.step(gradient, state, params, problem.meta_params)
+    outer_loss, v, total = problem.outer_gradients(params)
+    adjoints = _Adjoints(
+        {name: _or_zero(v[name], p) for name, p in params.items()},
+        [torch.zeros_like(t) for t in _floats(state)],
+    )
+    felt = any(value is not None for value in v.values())  # whether the outer loss feels the inner steps
+    for t in reversed(range(start, count if felt else start)):
+        adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, first if t == start else later)
+        total = added(total, in_meta)
+    return answer(problem, outer_loss, total, params, state)
+
+
+def _step_back(
+    problem: Problem, t: int, kept: _Kept, adjoints: _Adjoints, products: Products
+) -> tuple[_Adjoints, Gradients]:
+    """The adjoints before step t from those after it, and what the step adds to the hypergradient."""
+    before, u, in_meta = _through_update(problem, kept, adjoints)
+    if not u:
+        return before, in_meta
+    in_params, mixed = products(problem, kept.params, leaves(problem.meta_params), problem.batches[t], u)
+    return _plus(before, in_params), added(in_meta, mixed)
+
+
+def _plus(adjoints: _Adjoints, products: Gradients) -> _Adjoints:
+    present = {name: product for name, product in products.items() if product is not None}
+    params = {name: p + present[name] if name in present else p for name, p in adjoints.params.items()}
+    return _Adjoints(params, adjoints.state)
+
+
+def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple[_Adjoints, Params, Gradients]:
+    """Pull the adjoints back through one update of the optimizer; also the cotangent u of the gradient."""
+    theta, meta = leaves(kept.params), leaves(problem.meta_params)
+    g = leaves({name: value for name, value in kept.gradient.items() if value is not None})
+    state = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, kept.state)
+    ahead, after = problem.step({name: g.get(name) for name in theta}, state, theta, meta)
+    pairs = [*zip(ahead.values(), adjoints.params.values(), strict=True)]
+    pairs += zip(_floats(after), adjoints.state, strict=True)
+    outputs, cotangents = zip(*((new, adjoint) for new, adjoint in pairs if new.requires_grad), strict=True)
+    old = _floats(state)
+    inputs = [*theta.values(), *old, *g.values(), *meta.values()]
+    found = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
+    in_params = {name: _or_zero(next(found), p) for name, p in theta.items()}
+    in_state = [_or_zero(next(found), s) for s in old]
+    in_gradient = {name: next(found) for name in g}
+    in_meta: Gradients = {name: next(found) for name in meta}
+    u = {name: a for name, a in in_gradient.items() if a is not None}
+    return _Adjoints(in_params, in_state), u, in_meta
+
+
+def _floats(state: Any) -> list[Tensor]:
+    return [t for t in tensors(state) if t.is_floating_point()]
+
+
+def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value
