@@ -12,7 +12,7 @@ from metakd.balancer import BilevelLossBalancer
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, Problem
-from metakd.estimators.hypergradient import Optimizer, build_problem
+from metakd.estimators.hypergradient import Nest, Optimizer, build_problem
 from metakd.finite_differences import derivative
 from metakd.inner import Params
 
@@ -36,11 +36,12 @@ def check_hypergradient(
     inner: Callable[[Params, Params, Any], Tensor] | BilevelLossBalancer,
     outer: Any,
     params: Any,
-    meta_params: Params | None = None,
+    meta_params: Nest | None = None,
     batches: Sequence[Any] | None = None,
     *,
     optimizer: Optimizer | None = None,
     optimizer_state: Any = None,
+    outer_batches: Sequence[Any] | None = None,
     estimator: Estimator | None = None,
     directions: int = 3,
     tolerance: float = 1e-6,
@@ -62,8 +63,9 @@ def check_hypergradient(
         params: theta_0; with a balancer, the meta batch.
         meta_params: phi.
         batches: one for each inner step.
-        optimizer: a TorchOpt `GradientTransformation`.
+        optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one.
         optimizer_state: the state to start from.
+        outer_batches: as in `hypergradient`.
         estimator: what is checked; None for `Adjoint()`, with a balancer its own.
         directions: random directions a tensor.
         tolerance: on the relative error of each tensor.
@@ -92,10 +94,10 @@ def check_hypergradient(
             "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) "
             "as hypergradient does, or (balancer, batches, meta_batch)"
         )
-    theta, phi, data, state = (
-        map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state)
+    theta, phi, data, state, outer_data = (
+        map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state, outer_batches)
     )
-    problem = build_problem(inner, outer, theta, phi, data, optimizer, state)
+    problem = build_problem(inner, outer, theta, phi, data, optimizer, state, outer_batches=outer_data)
     with torch.enable_grad():
         return _compare(problem, estimator or Adjoint(), directions, tolerance, seed)
 
@@ -141,12 +143,7 @@ def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance:
 
 def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
     """F(phi): the outer loss after the inner steps, with first-order gradients alone."""
-    params, state = problem.params, problem.optimizer_state
-    moved = replace(problem, meta_params=meta_params, first_gradient=None)
-    for t in range(len(problem.batches)):
-        gradient = moved.inner_gradient(params, t)
-        with torch.no_grad():
-            params, state = moved.step(gradient, state, params, meta_params)
+    params, _ = replace(problem, meta_params=meta_params, first_gradient=None).sweep()
     with torch.no_grad():
         return float(torch.stack([outer(params, meta_params) for outer in problem.outers]).mean())
 

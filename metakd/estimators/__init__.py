@@ -4,6 +4,7 @@ from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.finite_difference import FiniteDifference
 from metakd.estimators.hypergradient import hypergradient
 from metakd.estimators.identity_jacobian import IdentityJacobian
+from metakd.estimators.implicit import Implicit
 from metakd.estimators.one_step import OneStep
 from metakd.estimators.problem import Estimator, Hypergradient, Problem
 from metakd.estimators.truncated import Truncated
@@ -15,6 +16,7 @@ __all__ = [
     "FiniteDifference",
     "Hypergradient",
     "IdentityJacobian",
+    "Implicit",
     "OneStep",
     "Problem",
     "Truncated",

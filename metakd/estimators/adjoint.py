@@ -11,7 +11,7 @@ from metakd.estimators.problem import Hypergradient, Problem
 from metakd.estimators.second_order import faster_of_both, forward_over_reverse, reverse_over_reverse
 from metakd.estimators.walk import walk_back
 
-_WAYS = {"reverse": reverse_over_reverse, "forward": forward_over_reverse, "auto": faster_of_both}
+_MODES = {"reverse": reverse_over_reverse, "forward": forward_over_reverse, "auto": faster_of_both}
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Adjoint:
     offload: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in _WAYS:
-            raise MetaKDError(f"Adjoint has the modes {list(_WAYS)}, not {self.mode!r}")
+        if self.mode not in _MODES:
+            raise MetaKDError(f"Adjoint has the modes 'reverse', 'forward' and 'auto', not {self.mode!r}")
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         return walk_back(
-            problem, len(problem.batches), first=mixed_alone(), later=_WAYS[self.mode], offload=self.offload
+            problem, len(problem.batches), first=mixed_alone(), later=_MODES[self.mode], offload=self.offload
         )

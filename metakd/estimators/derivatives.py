@@ -41,6 +41,11 @@ def added(a: Gradients, b: Gradients) -> Gradients:
     return {name: y if x is None else x if y is None else x + y for name, (x, y) in pairs.items()}
 
 
+def filled(values: Gradients, like: Params) -> Params:
+    """The gradients of the names in `like`, with zeros in place of None."""
+    return {name: torch.zeros_like(p) if (g := values[name]) is None else g for name, p in like.items()}
+
+
 def graph_gradients(loss: Tensor, params: Params) -> Gradients:
     """`gradients` with a graph of their own, known to be twice differentiable as far as Python sees.
 
@@ -52,14 +57,14 @@ def graph_gradients(loss: Tensor, params: Params) -> Gradients:
     return gradients(loss, params, create_graph=True)
 
 
-def second_order_gradients(loss: Tensor, params: Params) -> Gradients:
+def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     """`gradients` of a scalar that was built from gradients.
 
     Raises:
         MetaKDError: an operation on the way has no second derivative.
     """
     try:
-        return gradients(loss, params)
+        return gradients(loss, params, **options)
     except RuntimeError as error:
         if "is not implemented" not in str(error):
             raise

@@ -76,6 +76,26 @@ class Problem:
         """One step of the inner optimizer, differentiable in all of its arguments."""
         return apply(self.optimizer(meta_params), gradient, state, params)
 
+    def sweep(self, visit: Callable[[int, Params, Any, Gradients], None] | None = None) -> tuple[Params, Any]:
+        """Take the K steps without a graph; theta_K and the optimizer's state there.
+
+        Args:
+            visit: called before each step with t, theta_t, the state and the gradient.
+
+        Raises:
+            MetaKDError: there is no batch.
+        """
+        if not self.batches:
+            raise MetaKDError("there are no batches; their number is the number of inner steps, so give at least one")
+        params, state = self.params, self.optimizer_state
+        for t in range(len(self.batches)):
+            gradient = self.inner_gradient(params, t)
+            if visit is not None:
+                visit(t, params, state, gradient)
+            with torch.no_grad():
+                params, state = self.step(gradient, state, params, self.meta_params)
+        return params, state
+
     def outer_gradients(self, params: Params) -> tuple[Tensor, Gradients, Gradients]:
         """The outer loss at `params`, and its gradients there in params and in phi; one outer's graph at a time."""
         theta, meta = leaves(params), leaves(self.meta_params)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from metakd.errors import MetaKDError
 from metakd.estimators.derivatives import (
     Gradients,
     graph_gradients,
@@ -42,16 +43,23 @@ def forward_over_reverse(
     """The tangents of a gradient that is taken with dual numbers.
 
     Raises:
-        MetaKDError: an operation is marked @once_differentiable.
-        NotImplementedError: an operation or its backward has no forward-mode derivative.
+        MetaKDError: an operation or its backward has no forward-mode derivative, or is marked @once_differentiable.
     """
-    with dual_numbers():
-        theta = leaves(params)
-        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in theta.items()}
-        loss = problem.inner(dual, meta, batch)
-        reject_once_differentiable(loss)
-        in_params, in_meta = in_both(loss, dual, meta)
-        return _tangents(in_params), _tangents(in_meta)
+    try:
+        with dual_numbers():
+            theta = leaves(params)
+            dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in theta.items()}
+            loss = problem.inner(dual, meta, batch)
+            reject_once_differentiable(loss)
+            in_params, in_meta = in_both(loss, dual, meta)
+            return _tangents(in_params), _tangents(in_meta)
+    except (RuntimeError, MetaKDError) as error:
+        if not lacks_forward_mode(error):
+            raise
+        raise MetaKDError(
+            f"forward over reverse met an operation without a forward-mode derivative ({first_line(error)}); use "
+            "estimators.Adjoint(), which takes reverse over reverse"
+        ) from error
 
 
 def faster_of_both(
@@ -61,21 +69,26 @@ def faster_of_both(
 
     Where there is no forward mode, reverse mode takes its place with one warning.
     """
-    ways = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
-    seconds: dict[str, list[float]] = problem.memory.setdefault("second_order_seconds", {way: [] for way in ways})
+    seconds: dict[str, list[float]] = problem.memory.setdefault("second_order_seconds", {way: [] for way in WAYS})
     chosen = min(seconds, key=lambda way: (len(seconds[way]) >= _TRIALS, min(seconds[way], default=0.0)))
     started = _now(params)
     try:
-        products = ways[chosen](problem, params, meta, batch, u)
-    except (RuntimeError, NotImplementedError) as error:
+        products = WAYS[chosen](problem, params, meta, batch, u)
+    except MetaKDError as error:
         if chosen == "reverse" or not lacks_forward_mode(error):
             raise
         del seconds["forward"]
-        warnings.warn(f"forward over reverse fails here ({first_line(error)}); reverse mode takes over", stacklevel=3)
+        warnings.warn(
+            f"forward over reverse fails here ({first_line(error)}); reverse mode takes its place from now on",
+            stacklevel=3,
+        )
         return reverse_over_reverse(problem, params, meta, batch, u)
     if len(seconds[chosen]) < _TRIALS:
         seconds[chosen].append(_now(params) - started)
     return products
+
+
+WAYS = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
 
 
 def _now(params: Params) -> float:

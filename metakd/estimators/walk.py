@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from metakd.batch import map_tensors, tensors
-from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, added, leaves
+from metakd.estimators.derivatives import Gradients, added, filled, leaves
 from metakd.estimators.problem import Hypergradient, Problem, answer
 from metakd.inner import Params
 
@@ -74,22 +73,11 @@ def walk_back(
         MetaKDError: there is no batch.
     """
     count = len(problem.batches)
-    if not count:
-        raise MetaKDError("there are no batches; their number is the number of inner steps, so give at least one")
     start = max(count - horizon, 0)
     trail = _Trail(offload)
-    params, state = problem.params, problem.optimizer_state
-    for t in range(count):
-        gradient = problem.inner_gradient(params, t)
-        if t >= start:
-            trail.push(_Kept(params, state, gradient))
-        with torch.no_grad():
-            params, state = problem.step(gradient, state, params, problem.meta_params)
+    params, state = problem.sweep(lambda t, *step: trail.push(_Kept(*step)) if t >= start else None)
     outer_loss, v, total = problem.outer_gradients(params)
-    adjoints = _Adjoints(
-        {name: _or_zero(v[name], p) for name, p in params.items()},
-        [torch.zeros_like(t) for t in _floats(state)],
-    )
+    adjoints = _Adjoints(filled(v, params), [torch.zeros_like(t) for t in _floats(state)])
     felt = any(value is not None for value in v.values())  # whether the outer loss feels the inner steps
     for t in reversed(range(start, count if felt else start)):
         adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, first if t == start else later)
@@ -126,8 +114,8 @@ def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple
     old = _floats(state)
     inputs = [*theta.values(), *old, *g.values(), *meta.values()]
     found = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
-    in_params = {name: _or_zero(next(found), p) for name, p in theta.items()}
-    in_state = [_or_zero(next(found), s) for s in old]
+    in_params = filled({name: next(found) for name in theta}, theta)
+    in_state = [torch.zeros_like(s) if (a := next(found)) is None else a for s in old]
     in_gradient = {name: next(found) for name in g}
     in_meta: Gradients = {name: next(found) for name in meta}
     u = {name: a for name, a in in_gradient.items() if a is not None}
@@ -136,7 +124,3 @@ def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple
 
 def _floats(state: Any) -> list[Tensor]:
     return [t for t in tensors(state) if t.is_floating_point()]
-
-
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value

@@ -2,12 +2,13 @@
 
 An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
 student's torch optimizer, `inner_optimizer` chooses, `repaired` mends what TorchOpt gets wrong in its own, `apply`
-takes one differentiable step.
+takes one differentiable step. `conjugate_gradient` and `neumann_series` solve linear systems.
 """
 
 from torchopt.base import GradientTransformation
 
 from metakd.inner.choose import inner_optimizer
+from metakd.inner.linear_solvers import conjugate_gradient, neumann_series
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
 from metakd.inner.repaired import own, repaired
 from metakd.inner.step import Params, apply
@@ -17,8 +18,10 @@ __all__ = [
     "InnerOptimizer",
     "Params",
     "apply",
+    "conjugate_gradient",
     "inner_optimizer",
     "mirror",
+    "neumann_series",
     "own",
     "plain_sgd",
     "repaired",

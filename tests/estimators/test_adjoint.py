@@ -1,13 +1,17 @@
 """`Adjoint` is `Unroll` without its memory; `Truncated` tends to it."""
 
+import warnings
+
 import pytest
 import torch
 import torchopt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.function import once_differentiable
 
-from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, hypergradient, terms
+from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, hypergradient, terms, weighting
 from metakd.batch import tensors
+from metakd.estimators import second_order
 from tests.estimators.problems import RULES, Bilevel
 from tests.zoo import ZOO, meet
 
@@ -20,7 +24,11 @@ def flat(result):
     return torch.cat([g.flatten() for g in result.gradient.values()])
 
 
+MODES = ["reverse", "forward", "auto"]
+
+
 @given(
+    mode=st.sampled_from(MODES),
     batch_size=st.integers(1, 4),
     losses=st.integers(1, 5),
     steps=st.integers(1, 5),
@@ -30,10 +38,10 @@ def flat(result):
     direct=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60)
-def test_adjoint_is_unroll(**drawn):
+@settings(max_examples=80)
+def test_adjoint_is_unroll(mode, **drawn):
     problem = Bilevel(**drawn)
-    adjoint, unroll = by(problem, estimators.Adjoint()), by(problem, estimators.Unroll())
+    adjoint, unroll = by(problem, estimators.Adjoint(mode)), by(problem, estimators.Unroll())
     assert (flat(adjoint) - flat(unroll)).norm() <= 1e-10 * flat(unroll).norm()
     torch.testing.assert_close(adjoint.outer_loss, unroll.outer_loss, rtol=1e-13, atol=0)
     for name in problem.params:
@@ -41,13 +49,14 @@ def test_adjoint_is_unroll(**drawn):
     assert not any(t.requires_grad for t in tensors([adjoint.gradient, adjoint.params, adjoint.optimizer_state]))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_adjoint_is_double_backward_and_finite_differences(rule):
+def test_adjoint_is_double_backward_and_finite_differences(rule, mode):
     problem = Bilevel(steps=4, rule=rule, unused=True)
     expected = torch.cat([g.flatten() for g in problem.double_backward().gradient.values()])
-    found = flat(by(problem, estimators.Adjoint()))
+    found = flat(by(problem, estimators.Adjoint(mode)))
     assert (found - expected).norm() <= 1e-10 * expected.norm()
-    check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=estimators.Adjoint())
+    check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=estimators.Adjoint(mode))
 
 
 @given(rule=st.sampled_from(sorted(RULES)), seed=st.integers(0, 1000))
@@ -114,6 +123,129 @@ def test_adjoint_holds_the_graph_of_one_step_at_a_time():
     assert kept_bytes(estimators.Adjoint(), 12) <= 1.02 * kept_bytes(estimators.Adjoint(), 3)
     assert kept_bytes(estimators.Unroll(), 12) >= 3 * kept_bytes(estimators.Unroll(), 3)
     assert kept_bytes(estimators.Adjoint(), 12) < kept_bytes(estimators.Unroll(), 12) / 4
+
+
+def test_auto_tries_both_ways_and_stays_with_the_faster(monkeypatch):
+    clock, calls = [0.0], []
+
+    def slow(way, seconds):
+        def products(*arguments):
+            calls.append(way)
+            clock[0] += seconds
+            return getattr(second_order, f"{way}_over_reverse")(*arguments)
+
+        return products
+
+    monkeypatch.setattr(second_order.time, "perf_counter", lambda: clock[0])
+    for faster, (forward, reverse) in {"forward": (1.0, 2.0), "reverse": (2.0, 1.0)}.items():
+        ways = {"forward": slow("forward", forward), "reverse": slow("reverse", reverse)}
+        monkeypatch.setattr(second_order, "WAYS", ways)
+        calls.clear()
+        by(Bilevel(steps=9), estimators.Adjoint("auto"))
+        assert sorted(calls[:4]) == ["forward", "forward", "reverse", "reverse"]
+        assert calls[4:] == [faster] * 4
+
+
+@pytest.mark.parametrize("name", ["group_norm", "custom_function"])
+def test_auto_stays_in_reverse_mode_where_forward_over_reverse_fails(name):
+    """SiLU's and group norm's backward have no forward-mode derivative, the custom function none at all."""
+    found = []
+    for mode in ("auto", "reverse"):
+        student, batch, meta_batch = meet(name)
+        balancer = BilevelLossBalancer(
+            student,
+            [terms.CrossEntropy()],
+            optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            weighting=weighting.ClassTable(3, 1).double(),
+            estimator=estimators.Adjoint(mode),
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                balancer.meta_step([batch] * 4, meta_batch)
+        said = [str(w.message) for w in caught]
+        assert sum("forward over reverse fails here" in text for text in said) == (mode == "auto")
+        found.append(torch.cat([p.grad.flatten() for p in balancer.weighting.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
+def test_forward_mode_says_what_it_cannot_do():
+    student, batch, meta_batch = meet("group_norm")
+    balancer = BilevelLossBalancer(
+        student,
+        [terms.CrossEntropy()],
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        weighting=weighting.ClassTable(3, 1).double(),
+        estimator=estimators.Adjoint("forward"),
+    )
+    with pytest.raises(MetaKDError, match=r"silu_backward.*Adjoint\(\)"):
+        balancer.meta_step([batch] * 3, meta_batch)
+
+
+@pytest.mark.parametrize("mode", ["backward", None])
+def test_another_mode_is_refused(mode):
+    with pytest.raises(MetaKDError, match="modes 'reverse', 'forward' and 'auto'"):
+        estimators.Adjoint(mode)
+
+
+def test_offload_keeps_the_sweep_elsewhere():
+    problem = Bilevel(steps=4, rule="adam")
+    here, there = by(problem, estimators.Adjoint()), by(problem, estimators.Adjoint(offload="cpu"))
+    assert torch.equal(flat(here), flat(there))
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # it went there, and nothing comes back from there
+        by(problem, estimators.Adjoint(offload="meta"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offload_frees_the_gpu():
+    peaks = []
+    for offload in (None, "cpu"):
+        torch.cuda.reset_peak_memory_stats()
+        x = torch.ones(2**20, device="cuda")
+        hypergradient(
+            lambda p, m, batch: (m["phi"] * p["x"] ** 2).sum(),
+            lambda p, m: p["x"].sum(),
+            {"x": x},
+            {"phi": torch.ones((), device="cuda")},
+            range(30),
+            optimizer=torchopt.sgd(lr=0.1),
+            estimator=estimators.Adjoint(offload=offload),
+        )
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < peaks[0] / 2
+
+
+class ConstantlyPulled(torch.autograd.Function):
+    """x^2, once differentiable; where its incoming gradient is constant autograd has nothing to complain about."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent
+
+
+@pytest.mark.parametrize("estimator", [*map(estimators.Adjoint, MODES), estimators.Unroll()], ids=str)
+def test_a_lost_curvature_is_not_lost_silently(estimator):
+    with pytest.raises(MetaKDError, match=r"ConstantlyPulled\.backward is marked @once_differentiable"):
+        hypergradient(
+            lambda p, m, batch: ConstantlyPulled.apply(p["x"]).sum() + (m["phi"] * p["x"]).sum(),
+            lambda p, m: p["x"].sum(),
+            {"x": torch.ones(2)},
+            {"phi": torch.ones(2)},
+            range(3),
+            optimizer=torchopt.sgd(lr=0.1),
+            estimator=estimator,
+        )
 
 
 def test_truncated_is_exact_at_k_and_closer_with_every_step_on_a_quadratic():
