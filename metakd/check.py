@@ -14,6 +14,7 @@ from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, Problem
 from metakd.estimators.hypergradient import Nest, Optimizer, build_problem
 from metakd.finite_differences import derivative
+from metakd.hints import hint
 from metakd.inner import Params
 
 
@@ -25,11 +26,26 @@ class Check(NamedTuple):
             Euclidean norms over the directions; 1e-12 of the outer loss is rounding and counts as no difference.
         estimated: for each meta-parameter, the directional derivatives that the estimator's hypergradient gives.
         finite_differences: the same ones by central differences.
+        tolerance: on the relative errors.
     """
 
     relative_error: dict[str, float]
     estimated: dict[str, list[float]]
     finite_differences: dict[str, list[float]]
+    tolerance: float
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether, and how well, the two agree.
+
+        Example:
+            >>> Check({"phi": 2e-9}, {"phi": [0.5]}, {"phi": [0.5]}, 1e-6).verdict
+            'exact: the largest relative error is 2.0e-09 (phi), the tolerance 1e-06'
+        """
+        worst = max(self.relative_error, key=lambda name: _nan_is_largest(self.relative_error[name]))
+        error = self.relative_error[worst]
+        word = "exact" if error <= self.tolerance else "wrong"
+        return f"{word}: the largest relative error is {error:.1e} ({worst}), the tolerance {self.tolerance:.0e}"
 
 
 def check_hypergradient(
@@ -72,10 +88,12 @@ def check_hypergradient(
         seed: of the directions.
 
     Returns:
-        `Check(relative_error, estimated, finite_differences)`, where all errors are within the tolerance.
+        `Check(relative_error, estimated, finite_differences, tolerance)`, where all errors are within the tolerance;
+        its `verdict` is a line to print.
 
     Raises:
-        MetaKDError: an error is above the tolerance; the message has the numbers.
+        MetaKDError: an error is above the tolerance; for each such tensor the message has the numbers and the likeliest
+            cause.
 
     Example:
         >>> import torchopt
@@ -109,36 +127,34 @@ def _double(tensor: Tensor) -> Tensor:
 def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance: float, seed: int) -> Check:
     gradient = estimator(replace(problem, memory=dict(problem.memory))).gradient
     generator = torch.Generator().manual_seed(seed)
-    estimated: dict[str, list[float]] = {name: [] for name in gradient}
-    differences: dict[str, list[float]] = {name: [] for name in gradient}
-    for name, g in gradient.items():
-        for _ in range(directions):
-            direction = torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device)
-            direction /= direction.norm().clamp(min=1e-300)
-
-            def along(h: float, name: str = name, direction: Tensor = direction) -> float:
-                moved = problem.meta_params[name] + h * direction
-                return _outer_after_inner(problem, {**problem.meta_params, name: moved})
-
-            estimated[name].append(float((g * direction).sum()))
-            differences[name].append(derivative(along))
+    check = Check({}, {}, {}, tolerance)
     scale, rounding = _norm(gradient), 1e-12 * abs(_outer_after_inner(problem, problem.meta_params))
-    errors = {name: _relative(estimated[name], differences[name], scale, rounding) for name in gradient}
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    wrong = []
+    for name, g in gradient.items():
+        drawn = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device) for _ in range(directions)]
+        units = [direction / direction.norm().clamp(min=1e-300) for direction in drawn]
+        ways = [_along(problem, name, unit) for unit in units]
+        estimated = [float((g * unit).sum()) for unit in units]
+        differences = [derivative(along) for along in ways]
+        error = _relative(estimated, differences, scale, rounding)
+        check.relative_error[name] = error
+        check.estimated[name], check.finite_differences[name] = estimated, differences
+        if not error <= tolerance:
+            why = hint(estimated, differences, ways[0], estimator, len(problem.batches))
+            numbers = f"estimated {_numbers(estimated)}, finite differences {_numbers(differences)}"
+            wrong.append(f"  {name}: relative error {error:.1e}; {numbers}\n    {why}")
     if wrong:
-        lines = [
-            f"  {name}: relative error {error:.1e}; estimated {_numbers(estimated[name])}, finite "
-            f"differences {_numbers(differences[name])}"
-            for name, error in wrong.items()
-        ]
         raise MetaKDError(
-            f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}:\n"
-            + "\n".join(lines)
-            + "\nEither a loss is not a pure function (random numbers, state), or not differentiable here (a kink, "
-            "a stop-gradient, a detached tensor, float32 inside), or the estimator is an approximation: give it its "
-            "tolerance="
+            f"the hypergradient by {estimator} differs from central finite differences by more than {tolerance:.0e}\n"
+            + "\n".join(wrong)
         )
-    return Check(errors, estimated, differences)
+    return check
+
+
+def _along(problem: Problem, name: str, unit: Tensor) -> Callable[[float], float]:
+    """The outer loss with one meta-parameter moved by h along a unit direction, as a function of h."""
+    value = problem.meta_params[name]
+    return lambda h: _outer_after_inner(problem, {**problem.meta_params, name: value + h * unit})
 
 
 def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
@@ -159,6 +175,10 @@ def _relative(estimated: list[float], differences: list[float], scale: float, ro
 
 def _norm(gradient: Params) -> float:
     return math.hypot(*(float(g.norm()) for g in gradient.values()))
+
+
+def _nan_is_largest(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _numbers(values: list[float]) -> str:

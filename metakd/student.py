@@ -1,16 +1,17 @@
 """A student as a pure function of its parameters, its buffers and the random numbers it draws."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakd.batch import map_tensors, tensors
 from metakd.errors import MetaKDError
+from metakd.kernels import differentiable_kernels, recomputed_by
 from metakd.rng import RngState
 
 Params = dict[str, Tensor]
@@ -110,7 +111,6 @@ class FunctionalStudent:
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module = unwrap(module)
         self._dtype = dtype
-        self._has_rnn = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
 
     def trainable(self) -> Params:
         """The parameters that ask for gradients, by name; tied ones once. The very tensors of the module."""
@@ -138,37 +138,49 @@ class FunctionalStudent:
 
     def run(self, params: Params, inputs: Any, start: Start) -> tuple[Any, Start]:
         """One forward pass on `params`; returns the outputs and the start of the pass that would follow."""
-        state = {**params, **{name: b.clone() for name, b in start.buffers.items()}}
-        if self._dtype is not None:
-            frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
-            state.update(self.cast(frozen))
         start.rng.restore()
-        with self._differentiable_kernels():
-            outputs = call(self.module, self.cast(inputs), state)
-        buffers = {name: _primal(state[name]) for name in start.buffers}
+        outputs, buffers = self._evaluate(params, start.buffers, partial(call, self.module, self.cast(inputs)))
         return outputs, Start(buffers, RngState.capture(self.devices))
+
+    def _evaluate(self, params: Params, buffers: Params, function: Callable[[], Any]) -> tuple[Any, Params]:
+        """A function's value while the module holds these parameters and copies of the buffers; also the latter."""
+        frozen = {name: self.cast(p) for name, p in self.module.named_parameters() if not p.requires_grad}
+        state = {**params, **frozen, **{name: b.clone() for name, b in buffers.items()}}
+        inside = {f"module.{name}": value for name, value in state.items()}
+        with differentiable_kernels(), recomputed_by(partial(self._evaluate, params, buffers)):
+            value = functional_call(_Holder(self.module), inside, (function,))
+        return value, {name: _primal(inside[f"module.{name}"]) for name in buffers}
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """A block after which the generators are where they were before it."""
+        """A block after which generators, and tensors that the module keeps as plain attributes, are as before it."""
         before = RngState.capture(self.devices)
+        kept = [(vars(module), dict(vars(module))) for module in self.module.modules()]
         try:
             yield
         finally:
             before.restore()
+            for now, old in kept:
+                for name in [name for name in now.keys() | old.keys() if _tensor_changed(now.get(name), old.get(name))]:
+                    if name in old:
+                        now[name] = old[name]
+                    else:
+                        del now[name]
 
-    @contextmanager
-    def _differentiable_kernels(self) -> Iterator[None]:
-        """Kernels with forward-mode and double-backward formulas: fused attention and RNNs have neither."""
-        backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if self._has_rnn else []
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-            for backend in backends:
-                stack.callback(setattr, backend, "enabled", backend.enabled)
-                backend.enabled = False
-            yield
+
+class _Holder(nn.Module):
+    """Calls functions that use a module: what `functional_call` needs to swap the module's tensors meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def _tensor_changed(now: Any, old: Any) -> bool:
+    return now is not old and isinstance(now, Tensor) | isinstance(old, Tensor)
 
 
 def _primal(buffer: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_an_inner_loss_that_draws_random_numbers_fails(estimator):
     def noisy(params, meta_params, batch):
         return inner(params, meta_params, batch) * (1 + 0.01 * torch.rand((), dtype=torch.float64))
 
-    with pytest.raises(MetaKDError, match=r"relative error .*\n.*\n.*not a pure function \(random numbers, state\)"):
+    with pytest.raises(MetaKDError, match=r"relative error .*\n.*not a pure function: .*random numbers"):
         check_hypergradient(noisy, *others, optimizer=problem.torchopt(), estimator=estimator)
 
 

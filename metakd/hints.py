@@ -1,0 +1,66 @@
+"""Why a hypergradient and the finite differences of its function may disagree, in plain words."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from metakd.estimators import Estimator, FiniteDifference, IdentityJacobian, Implicit, Truncated
+
+Along = Callable[[float], float]
+
+
+def hint(
+    estimated: Sequence[float], differences: Sequence[float], along: Along, estimator: Estimator, steps: int
+) -> str:
+    """The likeliest cause of a disagreement in one tensor, and where to look.
+
+    Args:
+        estimated: directional derivatives by the hypergradient.
+        differences: the same ones by finite differences.
+        along: h -> the outer loss with the tensor moved by h along the first direction.
+        estimator: whose hypergradient it is.
+        steps: K.
+
+    Example:
+        >>> hint([0.0], [0.3], lambda h: 0.1 + 0.3 * h, lambda problem: None, 1)
+        'the estimate is zero: the losses use a cut copy of this tensor (.detach(), .item(), torch.no_grad())'
+    """
+    here, again = along(0.0), along(0.0)
+    if here != again and not math.isnan(here):
+        return (
+            f"not a pure function: the same point gave {here:.9g} and then {again:.9g}; a loss draws random numbers or "
+            "keeps a state"
+        )
+    if not all(map(math.isfinite, differences)):
+        return "the outer loss is NaN or infinite close by; a logarithm, a root or a division left its domain"
+    if _approximates(estimator, steps):
+        return f"{type(estimator).__name__} is an approximation; check it with the tolerance= that you can live with"
+    if here == float(torch.tensor(here, dtype=torch.float32)) and here != round(here, 3):
+        return "the outer loss has float32 precision: something casts to it inside (.float(), a float32 constant)"
+    if math.hypot(*estimated) <= 1e-9 * math.hypot(*differences):
+        return "the estimate is zero: the losses use a cut copy of this tensor (.detach(), .item(), torch.no_grad())"
+    right, left = (along(1e-4) - here) / 1e-4, (here - along(-1e-4)) / 1e-4
+    if abs(right - left) > 0.05 * max(abs(right), abs(left)):
+        return (
+            f"a kink: the slope is {right:.3g} on one side and {left:.3g} on the other (ReLU, max, clamp, top-k, "
+            "clipping at its threshold); there is no derivative here, so check at another point"
+        )
+    ratios = [e / d for e, d in zip(estimated, differences, strict=True) if d]
+    if len(ratios) > 1 and ratios[0] and max(abs(r / ratios[0] - 1) for r in ratios) < 1e-3:
+        return (
+            f"the estimate is {ratios[0]:.4g} times the differences in every direction: a factor of the losses is cut "
+            "from the graph (.detach(), .item()), or scales a gradient by hand"
+        )
+    return (
+        "a stop-gradient: a part of the losses is cut from the graph (.detach(), torch.no_grad(), .data); or an "
+        "operation's backward is wrong: try torch.autograd.gradcheck and gradgradcheck on your own autograd.Functions"
+    )
+
+
+def _approximates(estimator: Estimator, steps: int) -> bool:
+    if isinstance(estimator, Truncated):
+        return estimator.horizon < steps
+    if isinstance(estimator, IdentityJacobian):
+        return steps > 1
+    return isinstance(estimator, FiniteDifference | Implicit)

@@ -1,0 +1,121 @@
+"""What virtual passes run in place of code that cannot be differentiated again."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from metakd.errors import MetaKDError
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """A block whose operations have forward-mode derivatives and correct second derivatives.
+
+    Attention runs its math kernel, recurrent layers torch's own ones, compiled parts run as written, and the functions
+    in `_SAME_FUNCTION` as formulas. What cannot be helped stays what it is (`metakd.validate` knows it).
+
+    Raises:
+        MetaKDError: an embedding whose gradient is not the derivative of the loss.
+
+    Example:
+        >>> v, g = torch.ones(1, 4), torch.ones(1, 1)
+        >>> with differentiable_kernels():
+        ...     torch.func.jvp(lambda v: torch._weight_norm(v, g, 0), (v,), (v,))[1]
+        tensor([[0., 0., 0., 0.]])
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_Formulas())
+        yield
+
+
+@contextmanager
+def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """A block whose activation checkpoints are recomputed inside `run`, whenever that will be.
+
+    Recomputing happens in the backward pass, when the module has its own parameters again.
+    """
+    hook = checkpointing._checkpoint_hook
+
+    def replaying(frame: Any) -> Any:
+        recompute = frame.recompute_fn
+        frame.recompute_fn = lambda *args: run(partial(recompute, *args))
+        return hook(frame)
+
+    checkpointing._checkpoint_hook = replaying  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpointing._checkpoint_hook = hook  # type: ignore[misc]
+
+
+class _Formulas(TorchFunctionMode):
+    """A block where functions of torch run as others that compute the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _SAME_FUNCTION.get(func, func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """The fused kernel has no forward mode, and its double backward takes the norm for a constant."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """The kernel has no double backward."""
+    result = F.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
+
+
+def _lookup(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Sparse gradients cannot be the tangents of dual numbers, nor be measured."""
+
+    def dense(*args: Any, **options: Any) -> Any:
+        for flag, why in _NO_DERIVATIVE.items():
+            if options.get(flag):
+                raise MetaKDError(f"an embedding has {flag}={options[flag]}, which {why}")
+        return function(*args, **{**options, "sparse": False})
+
+    return dense
+
+
+def _recurrent(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """OneDNN's and cuDNN's recurrent kernels have neither forward mode nor double backward."""
+
+    def own(*args: Any) -> Any:
+        with ExitStack() as stack:
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                setattr(backend, "enabled", False)  # noqa: B010
+            return kernel(*args)
+
+    return own
+
+
+_NO_DERIVATIVE = {
+    "max_norm": "rewrites its weight in every forward pass, so that virtual steps would change the student; use "
+    "max_norm=None and shorten the vectors in forward: x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)",
+    "scale_grad_by_freq": "makes its gradient something else than the derivative of the loss, so that there is no exact "
+    "hypergradient; use scale_grad_by_freq=False",
+}
+
+_SAME_FUNCTION: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    F.hardsigmoid: _hardsigmoid,
+    F.embedding: _lookup(F.embedding),
+    F.embedding_bag: _lookup(F.embedding_bag),
+    **{kernel: _recurrent(kernel) for kernel in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+}
