@@ -60,7 +60,7 @@ WRONG = {
         outer,
         "a stop-gradient",
     ),
-    "backward": (lambda p, m, b: (m["phi"] * WrongBackward.apply(p["x"])).sum(), outer, "backward is wrong"),
+    "backward": (right, lambda p, m: WrongBackward.apply(p["x"]).sum(), "backward is wrong"),
 }
 
 
