@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from tqdm import tqdm
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, terms, weighting
+from metakd.estimators import Adjoint, OneStep
 from metakd.longtail import (
     Checkpoint,
     LongTailed,
@@ -68,6 +69,8 @@ def train(name, method, model, teacher, data, args, epochs):
             weighting=weight_model,
             weighting_optimizer=weight_optimizer,
             accumulate=args.accumulate,
+            inner="sgd" if args.inner_steps == 1 else "mirror",  # several steps ahead: those the student will take
+            estimator=OneStep() if args.inner_steps == 1 else Adjoint(),
         )
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -81,10 +84,16 @@ def train(name, method, model, teacher, data, args, epochs):
         started, total = time.perf_counter(), 0.0
         model.train()
         meta_batches = data.validation.endless(epoch)
-        for inputs, targets, _ in data.train.epoch(epoch):
-            if balancer is not None:
-                loss = balancer((inputs, targets), next(meta_batches))
+        batches = data.train.epoch(epoch)
+        if balancer is not None and args.inner_steps > 1:
+            batches = balancer.windows(batches, meta_batches, args.inner_steps)
+        for batch in batches:
+            if balancer is not None and args.inner_steps > 1:
+                loss = balancer.loss(batch)
+            elif balancer is not None:
+                loss = balancer(batch, next(meta_batches))
             else:
+                inputs, targets, _ = batch
                 with torch.no_grad():
                     batch = Batch(inputs, targets, teacher=teacher(inputs) if teacher else None)
                 outputs = model(inputs)
@@ -117,7 +126,7 @@ def settings(name, method, data, args, epochs):
     keys = ["dataset", "imbalance", "seed", "batch_size", "lr", "evaluate_every", "teacher"]
     if name != "teacher":
         keys += ["student", "teacher_epochs"] + ["alpha"] * (method in ("kd", "bskd"))
-        keys += ["accumulate", "weighting_lr"] * (method == "bikd")
+        keys += ["accumulate", "weighting_lr", "inner_steps"] * (method == "bikd")
     return {key: getattr(args, key) for key in keys} | {"epochs": epochs, "counts": list(data.counts)}
 
 
@@ -185,6 +194,7 @@ def parse_arguments():
     add("--lr", type=float, help="of SGD; x0.1 after 2/3 and 5/6 of the epochs")
     add("--alpha", type=float, help="share of the soft targets in KD; BiKD learns it")
     add("--accumulate", type=positive, help="BiKD's k: hypergradients averaged for a step of the weight model")
+    add("--inner-steps", type=positive, default=1, metavar="K", help="steps that BiKD looks ahead; the paper's is 1")
     add("--weighting-lr", type=float, help="of the weight model's Adam")
     add("--validation-per-class", type=positive, help="default: 1000 / number of classes; 10 for digits")
     add("--evaluate-every", type=positive, default=1, metavar="EPOCHS")

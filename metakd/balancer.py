@@ -1,7 +1,8 @@
 """`BilevelLossBalancer`: the object a user wraps around an existing training loop."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -201,6 +202,40 @@ class BilevelLossBalancer:
             losses, weights = objective.last
             self._report = Report(losses, weights, None, result.outer_loss, norm)
             return self._report
+
+    def windows(self, batches: Iterable[Any], meta_batches: Iterator[Any], size: int) -> Iterator[Batch]:
+        """The batches of a loader, with a `meta_step` through each `size` of them before the first is handed out.
+
+            for batch in balancer.windows(train_loader, meta_batches, 5):
+                loss = balancer.loss(batch)
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+
+        The weight model looks as many steps ahead as the student then takes; `inner="mirror"` makes them the same
+        steps. The last window may be shorter.
+
+        Args:
+            batches: the training loader.
+            meta_batches: an iterator over batches of the meta set, one taken for each window.
+            size: K, the number of inner steps.
+
+        Yields:
+            The training batches in order, each a `Batch` that holds the teacher's outputs already.
+
+        Raises:
+            MetaKDError: see `meta_step`; also where the meta batches end first.
+        """
+        _positive(size, "size")
+        items = iter(batches)
+        while window := [self._batch(item, f"batch {t}") for t, item in enumerate(islice(items, size))]:
+            try:
+                meta_batch = next(meta_batches)
+            except StopIteration:
+                raise MetaKDError(
+                    "the meta batches ended before the training batches; give an endless iterator, such as "
+                    "(batch for _ in itertools.count() for batch in meta_loader)"
+                ) from None
+            self.meta_step(window, meta_batch)
+            yield from window
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the balancer knows, as plain tensors and numbers; loads with `weights_only=True`."""

@@ -198,3 +198,17 @@ def test_bad_arguments_are_named_before_anything_is_trained(tmp_path, arguments,
     assert done.returncode != 0
     assert message in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_several_inner_steps(whole, tmp_path):
+    """The option changes BiKD alone, is recorded, and a checkpoint made with another number is not taken up."""
+    output, _ = whole
+    several = tmp_path / "several"
+    done = run(several, *TINY, "--methods", "kd", "bikd", "--inner-steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert record(several)["arguments"]["inner_steps"] == 3
+    assert numbers(several)[0]["kd"] == numbers(output)[0]["kd"]
+    assert numbers(several)[0]["bikd"] != numbers(output)[0]["bikd"]
+    refused = run(several, *TINY, "--methods", "kd", "bikd", "--inner-steps", "2", "--resume")
+    assert refused.returncode != 0
+    assert "inner_steps" in refused.stderr
