@@ -16,6 +16,7 @@ class Animal(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
     forward_mode: bool = True
+    forward_over_reverse: bool = True
 
 
 class TiedLanguageModel(nn.Module):
@@ -146,8 +147,10 @@ ZOO: dict[str, Animal] = {
     "dropout": Animal(lambda: mlp(nn.Tanh(), nn.Dropout(0.4)), rows),
     "batch_norm": Animal(lambda: conv(nn.BatchNorm2d(4), nn.Tanh()), images),
     "batch_norm_eval": Animal(lambda: conv(nn.BatchNorm2d(4), nn.Tanh()).eval(), images),
-    "batch_norm_cumulative": Animal(lambda: conv(nn.BatchNorm2d(4, momentum=None), nn.SiLU()), images),
-    "group_norm": Animal(lambda: conv(nn.GroupNorm(2, 4), nn.SiLU()), images),
+    "batch_norm_cumulative": Animal(
+        lambda: conv(nn.BatchNorm2d(4, momentum=None), nn.SiLU()), images, forward_over_reverse=False
+    ),
+    "group_norm": Animal(lambda: conv(nn.GroupNorm(2, 4), nn.SiLU()), images, forward_over_reverse=False),
     "instance_norm": Animal(lambda: conv(nn.InstanceNorm2d(4, affine=True), nn.GELU()), images),
     "layer_norm": Animal(lambda: mlp(nn.LayerNorm(6), nn.Tanh()), rows),
     "max_pool": Animal(lambda: conv(nn.MaxPool2d(2), nn.Tanh()), images),
@@ -171,7 +174,7 @@ ZOO: dict[str, Animal] = {
     "spectral_norm_eval": Animal(
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, CLASSES))).eval(), rows
     ),
-    "custom_function": Animal(Custom, rows, forward_mode=False),
+    "custom_function": Animal(Custom, rows, forward_mode=False, forward_over_reverse=False),
 }
 
 
