@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torchopt
+
+import metakd
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,3 +32,19 @@ def test_the_example_runs_as_it_stands(capsys):
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
 def test_links_lead_somewhere(target):
     assert (ROOT / target).is_file()
+
+
+def test_the_code_in_the_docs_runs(capsys):
+    """On top of the README's example, in the order of the page."""
+    (setting,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    scope = {}
+    exec(compile(setting, "README.md", "exec"), scope)
+    scope |= {"torchopt": torchopt, "batch": scope["train"][0], "meta_batch": scope["meta"]}
+    scope |= {name: getattr(metakd, name) for name in metakd.__all__}
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/index.md", "exec"), scope)
+    assert "exact: the largest relative error is" in capsys.readouterr().out
+    assert scope["result"].gradient["lr"].isfinite()
