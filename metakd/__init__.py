@@ -7,12 +7,14 @@ from metakd.check import check_hypergradient
 from metakd.errors import MetaKDError
 from metakd.estimators import Hypergradient, hypergradient
 from metakd.report import Report
+from metakd.validation import Finding, validate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
     "BilevelLossBalancer",
+    "Finding",
     "Hypergradient",
     "MetaKDError",
     "Report",
@@ -20,5 +22,6 @@ __all__ = [
     "estimators",
     "hypergradient",
     "terms",
+    "validate",
     "weighting",
 ]

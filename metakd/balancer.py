@@ -1,5 +1,6 @@
 """`BilevelLossBalancer`: the object a user wraps around an existing training loop."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from metakd.batch import Batch, as_batch, batch_size
 from metakd.checkpoint import check_state
-from metakd.errors import MetaKDError
+from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, OneStep, Problem
 from metakd.estimators.derivatives import Gradients
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
@@ -22,6 +23,7 @@ from metakd.teacher import teacher_outputs
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
 from metakd.transaction import Snapshot, all_or_nothing
+from metakd.validation import validate
 from metakd.weighting import LossMLP
 from metakd.weighting_step import WeightingStep
 
@@ -114,7 +116,7 @@ class BilevelLossBalancer:
             weighting = self._default_weighting(known if features is None else None)
         self.weighting = weighting
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
-        self._memory: dict[str, Any] = {}
+        self._memory = self._validated()
         self._report: Report | None = None
         self._calls = 0
 
@@ -149,14 +151,13 @@ class BilevelLossBalancer:
             if learns and not torch.is_grad_enabled():
                 raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
-            start = self._functional.start()
             train = TrainPass(self.student, self._functional, train_batch)
             losses = checked_losses(self.terms, train.outputs, train_batch, "the batch")
-            with self._functional.untouched():
+            with self._functional.untouched() as end:
                 features = evaluate_features(self.features, losses, train.outputs, train_batch)
                 if learns:
                     objective = self._objective(
-                        self._functional, [train_batch], meta_batch, start=start, end=self._functional.start()
+                        self._functional, [train_batch], meta_batch, start=snapshot.start, end=end
                     )
                     loss, report = self._learn(snapshot, objective, train, losses, features)
                 else:
@@ -171,10 +172,9 @@ class BilevelLossBalancer:
 
     def weights(self, batch: Any) -> Tensor:
         """The weights of a batch's samples as they are now, (B, M), detached; leaves no trace."""
-        with self._all_or_nothing(), self._functional.untouched(), torch.no_grad():
+        with self._all_or_nothing(), self._functional.untouched() as start, torch.no_grad():
             known = self._batch(batch, "the batch")
-            params, start = self._functional.detached(), self._functional.start()
-            outputs, _ = self._functional.run(params, known.inputs, start)
+            outputs, _ = self._functional.run(self._functional.detached(), known.inputs, start)
             losses = checked_losses(self.terms, outputs, known, "the batch")
             features = evaluate_features(self.features, losses, outputs, known)
             return evaluate_weights(self.weighting, features, known, losses)
@@ -195,8 +195,8 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class; also an estimator that cannot take K steps.
         """
-        with self._all_or_nothing() as snapshot, self._functional.untouched(), torch.enable_grad():
-            objective = self._objective(self._functional, batches, meta_batch)
+        with self._all_or_nothing() as snapshot, self._functional.untouched() as start, torch.enable_grad():
+            objective = self._objective(self._functional, batches, meta_batch, start=start)
             result = self.estimator(self._problem_in_phi(objective))
             norm = self._step.take(result.gradient, snapshot.keep_optimizer)
             losses, weights = objective.last
@@ -258,7 +258,7 @@ class BilevelLossBalancer:
         """The bilevel problem of `meta_step` in float64, for a block that leaves no trace."""
         with self._all_or_nothing(), self._functional.untouched():
             student = FunctionalStudent(self.student, torch.float64)
-            yield self._problem_in_phi(self._objective(student, batches, meta_batch))
+            yield self._problem_in_phi(self._objective(student, batches, meta_batch, start=student.start()))
 
     def _learn(
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, losses: Tensor, features: Tensor
@@ -275,7 +275,7 @@ class BilevelLossBalancer:
                 objective,
                 objective.inner_given_weights,
                 {"weights": weights.detach()},
-                lambda: train.gradient(loss, keep_graph=moves),
+                train.gradient_of(loss, keep_graph=moves),
             )
         )
         influence = result.gradient["weights"] * losses.shape[0]
@@ -291,11 +291,11 @@ class BilevelLossBalancer:
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
 
     def _objective(
-        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **ends: Start
+        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **starts: Start
     ) -> Objective:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **ends)
+        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **starts)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
@@ -346,6 +346,15 @@ class BilevelLossBalancer:
         if isinstance(self.estimator, str | type) or not callable(self.estimator):
             raise MetaKDError(f"estimator must be an object such as estimators.OneStep(), got {self.estimator!r}")
 
+    def _validated(self) -> dict[str, Any]:
+        """What estimators should know about the student from the start; `validate` speaks once."""
+        findings = validate(self.student, self.optimizer, self.estimator)
+        if errors := [str(finding) for finding in findings if finding.level == "error"]:
+            raise MetaKDError("\n".join(errors))
+        if said := [str(finding) for finding in findings if finding.level == "warning"]:
+            warnings.warn("\n".join(said), stacklevel=3)
+        return {} if all(finding.forward_mode for finding in findings) else {"forward_mode": False}
+
     def _default_weighting(self, width: int | None) -> nn.Module:
         like = next(iter(self._functional.trainable().values()))
         with self._functional.untouched():
@@ -353,8 +362,8 @@ class BilevelLossBalancer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
-        snapshot = Snapshot(self._functional.module, self._step)
-        with all_or_nothing(snapshot):
+        snapshot = Snapshot(self._functional, self._step)
+        with all_or_nothing(snapshot), explained():
             yield snapshot
 
 

@@ -1,5 +1,8 @@
 """The one exception type of the library."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MetaKDError(Exception):
     """Something the library cannot do, with its cause and its cure in the message.
@@ -14,3 +17,35 @@ class MetaKDError(Exception):
         ...
         metakd.errors.MetaKDError: no terms were given; pass at least one, e.g. {'hard': CrossEntropy()}
     """
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A block in which errors of torch that have a known cure become a `MetaKDError` that names it.
+
+    Example:
+        >>> with explained():
+        ...     raise RuntimeError("When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()")
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: activation checkpointing with re-entry does not work with torch.autograd.grad; ...
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for words, meaning in _CURES.items():
+            if words in str(error):
+                raise MetaKDError(meaning) from error
+        raise
+
+
+_CURES = {
+    "use_reentrant=True": (
+        "activation checkpointing with re-entry does not work with torch.autograd.grad; pass use_reentrant=False to "
+        "torch.utils.checkpoint.checkpoint"
+    ),
+    "donated buffer": (
+        "a compiled function inside the student lets go of its graph after one backward pass; set "
+        "torch._functorch.config.donated_buffer = False before the first step, or compile the student as a whole"
+    ),
+}

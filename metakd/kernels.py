@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as checkpointing
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -17,18 +17,19 @@ from metakd.errors import MetaKDError
 
 
 @contextmanager
-def differentiable_kernels() -> Iterator[None]:
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """A block whose operations have forward-mode derivatives and correct second derivatives.
 
     Attention runs its math kernel, recurrent layers torch's own ones, compiled parts run as written, and the functions
     in `_SAME_FUNCTION` as formulas. What cannot be helped stays what it is (`metakd.validate` knows it).
 
     Raises:
-        MetaKDError: an embedding whose gradient is not the derivative of the loss.
+        MetaKDError: an embedding whose gradient is not the derivative of the loss, or compiled parts in the module
+            where torch is older than 2.6.
 
     Example:
         >>> v, g = torch.ones(1, 4), torch.ones(1, 1)
-        >>> with differentiable_kernels():
+        >>> with differentiable_kernels(nn.Identity()):
         ...     torch.func.jvp(lambda v: torch._weight_norm(v, g, 0), (v,), (v,))[1]
         tensor([[0., 0., 0., 0.]])
     """
@@ -36,10 +37,37 @@ def differentiable_kernels() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(_as_written(module))
         stack.enter_context(_Formulas())
         yield
+
+
+def compiled_parts(module: nn.Module) -> list[str]:
+    """The names of the submodules that `torch.compile(part)` or `part.compile()` compiled.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        >>> model[1].compile(backend="eager")
+        >>> compiled_parts(model)
+        ['1']
+    """
+    return [
+        name for name, m in module.named_modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None
+    ]
+
+
+def _as_written(module: nn.Module) -> AbstractContextManager[None]:
+    """Compiled code gives no second derivatives, and drops those of forward mode without a word."""
+    if hasattr(torch.compiler, "set_stance"):
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
+    if parts := compiled_parts(module):
+        raise MetaKDError(
+            f"parts of the student are compiled ({parts[:5]}), and torch {torch.__version__} cannot run them as "
+            "written in virtual steps; use torch 2.6 or later, or compile it as a whole: torch.compile(student)"
+        )
+    return nullcontext()
 
 
 @contextmanager
@@ -71,7 +99,12 @@ class _Formulas(TorchFunctionMode):
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """The fused kernel has no forward mode, and its double backward takes the norm for a constant."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    if dim == -1:
+        norm: Tensor = torch.linalg.vector_norm(v)
+    else:
+        rows = v.transpose(0, dim).reshape(v.shape[dim], -1)
+        norm = torch.linalg.vector_norm(rows, dim=1).view([-1 if d == dim else 1 for d in range(v.dim())])
+    return v * (g / norm)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -95,12 +128,12 @@ def _lookup(function: Callable[..., Any]) -> Callable[..., Any]:
 def _recurrent(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """OneDNN's and cuDNN's recurrent kernels have neither forward mode nor double backward."""
 
-    def own(*args: Any) -> Any:
+    def own(*args: Any, **options: Any) -> Any:
         with ExitStack() as stack:
             for backend in (torch.backends.mkldnn, torch.backends.cudnn):
                 stack.callback(setattr, backend, "enabled", backend.enabled)
                 setattr(backend, "enabled", False)  # noqa: B010
-            return kernel(*args)
+            return kernel(*args, **options)
 
     return own
 
@@ -108,8 +141,8 @@ def _recurrent(kernel: Callable[..., Any]) -> Callable[..., Any]:
 _NO_DERIVATIVE = {
     "max_norm": "rewrites its weight in every forward pass, so that virtual steps would change the student; use "
     "max_norm=None and shorten the vectors in forward: x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)",
-    "scale_grad_by_freq": "makes its gradient something else than the derivative of the loss, so that there is no exact "
-    "hypergradient; use scale_grad_by_freq=False",
+    "scale_grad_by_freq": "makes its gradient another thing than the loss's derivative, so that no hypergradient is "
+    "exact; use scale_grad_by_freq=False",
 }
 
 _SAME_FUNCTION: dict[Any, Callable[..., Any]] = {

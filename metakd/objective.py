@@ -105,7 +105,7 @@ class Objective:
         weighting: the weight model.
         batches: one for each inner step, teacher included.
         meta_batch: the batch of the outer loss.
-        start: where step 0 starts; None for the student as it is now.
+        start: where step 0 starts.
         end: where the meta batch's pass starts, if that is known already (K = 1 after the real forward pass).
     """
 
@@ -119,13 +119,13 @@ class Objective:
         batches: Sequence[Batch],
         meta_batch: Batch,
         *,
-        start: Start | None = None,
+        start: Start,
         end: Start | None = None,
     ) -> None:
         self.student, self.weighting, self.features = student, weighting, features
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
         self.batches, self.meta_batch = list(batches), meta_batch
-        self._starts = [student.start() if start is None else start] + ([] if end is None else [end])
+        self._starts = [start] if end is None else [start, end]
         self._seen: dict[int, Tensor] = {}
 
     def inner_given_weights(self, params: Params, meta_params: Params, t: int) -> Tensor:
@@ -164,5 +164,5 @@ class Objective:
         outputs, end = self.student.run(params, batch.inputs, self._starts[t])
         losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
         if len(self._starts) == t + 1:
-            self._starts.append(end)
+            self._starts.append(end())
         return outputs, losses

@@ -1,6 +1,6 @@
 """A student as a pure function of its parameters, its buffers and the random numbers it draws."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metakd.batch import map_tensors, tensors
-from metakd.errors import MetaKDError
+from metakd.batch import map_tensors
+from metakd.calling import call
 from metakd.kernels import differentiable_kernels, recomputed_by
 from metakd.rng import RngState
 
@@ -22,48 +22,6 @@ class Start(NamedTuple):
 
     buffers: Params
     rng: RngState
-
-
-def call(module: nn.Module, inputs: Any, params: Params | None = None) -> Any:
-    """Call a module with a batch's inputs: one tensor, positional arguments, or keyword arguments.
-
-    Args:
-        module: the student or the teacher.
-        inputs: `Batch.inputs`.
-        params: parameters and buffers to use in place of the module's own, by name; buffers that the call
-            replaces are written back to this dict.
-
-    Raises:
-        MetaKDError: the call failed and the inputs' device or dtype differs from the module's.
-
-    Example:
-        >>> call(nn.Linear(3, 2), torch.zeros(4, 3)).shape
-        torch.Size([4, 2])
-    """
-    args, kwargs = _arguments(inputs)
-    try:
-        return module(*args, **kwargs) if params is None else functional_call(module, params, args, kwargs)
-    except RuntimeError as error:
-        own = next(iter(params.values()) if params else module.parameters(), None)
-        mismatch = None if own is None else _mismatch(own, inputs)
-        if mismatch is None:
-            raise
-        raise MetaKDError(f"{type(module).__name__} cannot be called: {mismatch}") from error
-
-
-def _mismatch(own: Tensor, inputs: Any) -> str | None:
-    for tensor in tensors(inputs):
-        if tensor.device != own.device:
-            return f"its parameters are on {own.device}, its inputs on {tensor.device}; move the batch with .to(device)"
-        if tensor.is_floating_point() and tensor.dtype != own.dtype:
-            return f"its parameters are {own.dtype}, its inputs {tensor.dtype}; cast the inputs, or use torch.autocast"
-    return None
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -100,8 +58,7 @@ class FunctionalStudent:
 
     Example:
         >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
-        >>> with student.untouched():
-        ...     start = student.start()
+        >>> with student.untouched() as start:
         ...     a, _ = student.run(student.detached(), torch.ones(2, 3), start)
         ...     b, _ = student.run(student.detached(), torch.ones(2, 3), start)
         >>> torch.equal(a, b)
@@ -136,36 +93,53 @@ class FunctionalStudent:
         buffers = {name: self.cast(b.detach().clone()) for name, b in self.module.named_buffers()}
         return Start(buffers, RngState.capture(self.devices))
 
-    def run(self, params: Params, inputs: Any, start: Start) -> tuple[Any, Start]:
-        """One forward pass on `params`; returns the outputs and the start of the pass that would follow."""
+    def run(self, params: Params, inputs: Any, start: Start) -> tuple[Any, Callable[[], Start]]:
+        """One forward pass on `params`; returns the outputs, and what gives the start of the pass right after it."""
         start.rng.restore()
         outputs, buffers = self._evaluate(params, start.buffers, partial(call, self.module, self.cast(inputs)))
-        return outputs, Start(buffers, RngState.capture(self.devices))
+        return outputs, lambda: Start(buffers, RngState.capture(self.devices))
 
     def _evaluate(self, params: Params, buffers: Params, function: Callable[[], Any]) -> tuple[Any, Params]:
         """A function's value while the module holds these parameters and copies of the buffers; also the latter."""
         frozen = {name: self.cast(p) for name, p in self.module.named_parameters() if not p.requires_grad}
         state = {**params, **frozen, **{name: b.clone() for name, b in buffers.items()}}
         inside = {f"module.{name}": value for name, value in state.items()}
-        with differentiable_kernels(), recomputed_by(partial(self._evaluate, params, buffers)):
+        with differentiable_kernels(self.module), recomputed_by(partial(self._evaluate, params, buffers)):
             value = functional_call(_Holder(self.module), inside, (function,))
         return value, {name: _primal(inside[f"module.{name}"]) for name in buffers}
 
+    def keep(self) -> tuple[Start, Callable[[], None]]:
+        """The start of a pass from here, and a function that puts the module and the generators back to it.
+
+        Put back are buffers and tensors kept as plain attributes; parameters are never written to.
+        """
+        start = self.start()
+        places = [(m, name, b) for m in self.module.modules() for name, b in m._buffers.items() if b is not None]
+        values = {id(b): start.buffers[name] for name, b in self.module.named_buffers()}
+        attributes = [(vars(module), dict(vars(module))) for module in self.module.modules()]
+
+        def put_back() -> None:
+            start.rng.restore()
+            for module, name, buffer in places:
+                buffer.data.copy_(values[id(buffer)])  # by .data, for a graph that waits for its backward may hold it
+                module._buffers[name] = buffer
+            for now, old in attributes:
+                _put_back_tensors(now, old)
+
+        return start, put_back
+
     @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """A block after which generators, and tensors that the module keeps as plain attributes, are as before it."""
-        before = RngState.capture(self.devices)
-        kept = [(vars(module), dict(vars(module))) for module in self.module.modules()]
+    def untouched(self) -> Iterator[Start]:
+        """A block after which all is put back (`keep`); gives the start of a pass from here.
+
+        Virtual passes draw random numbers, and leave attributes behind where hooks store what they compute; a backward
+        pass through the real forward pass changes buffers where it recomputes a checkpointed BatchNorm.
+        """
+        start, put_back = self.keep()
         try:
-            yield
+            yield start
         finally:
-            before.restore()
-            for now, old in kept:
-                for name in [name for name in now.keys() | old.keys() if _tensor_changed(now.get(name), old.get(name))]:
-                    if name in old:
-                        now[name] = old[name]
-                    else:
-                        del now[name]
+            put_back()
 
 
 class _Holder(nn.Module):
@@ -179,8 +153,13 @@ class _Holder(nn.Module):
         return function()
 
 
-def _tensor_changed(now: Any, old: Any) -> bool:
-    return now is not old and isinstance(now, Tensor) | isinstance(old, Tensor)
+def _put_back_tensors(now: dict[str, Any], old: dict[str, Any]) -> None:
+    for name in now.keys() | old.keys():
+        if now.get(name) is not old.get(name) and any(isinstance(d.get(name), Tensor) for d in (now, old)):
+            if name in old:
+                now[name] = old[name]
+            else:
+                del now[name]
 
 
 def _primal(buffer: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakd.student import call
+from metakd.calling import call
 
 
 def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:

@@ -1,13 +1,18 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakd.batch import Batch, tensors
+from metakd.calling import call
+from metakd.estimators.derivatives import Gradients
 from metakd.handover import graph_leaves, hand_over
-from metakd.student import FunctionalStudent, call
+from metakd.kernels import compiled_parts
+from metakd.student import FunctionalStudent
 
 
 class TrainPass:
@@ -24,7 +29,7 @@ class TrainPass:
     Example:
         >>> student = nn.Linear(2, 1, bias=False)
         >>> train = TrainPass(student, FunctionalStudent(student), Batch(torch.ones(1, 2)))
-        >>> train.gradient(train.outputs.sum(), keep_graph=False)
+        >>> train.gradient_of(train.outputs.sum(), keep_graph=False)()
         {'weight': tensor([[1., 1.]])}
         >>> train.handed_over(train.outputs.sum()).backward()
         >>> student.weight.grad
@@ -35,6 +40,7 @@ class TrainPass:
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
+        self._compiled = bool(compiled_parts(student))
         self._device = next(iter(self._variables.values())).device.type
         self._leaves: list[Tensor] = []
         self._gradients: list[Tensor | None] | None = None
@@ -52,12 +58,19 @@ class TrainPass:
         half = torch.is_autocast_enabled(self._device) and torch.get_autocast_dtype(self._device) == torch.float16
         return not (self._hooked or self._upstream or half)
 
-    def gradient(self, loss: Tensor, *, keep_graph: bool) -> dict[str, Tensor | None]:
-        """The gradient of the loss by parameter name; None for parameters that it does not reach."""
+    def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[], Gradients] | None:
+        """Gives the gradient of the loss by parameter name, None for parameters that it does not reach.
+
+        None in place of the function where the user's backward pass needs the graph again and compiled code lets it go
+        after the first.
+        """
+        keep_graph = keep_graph or not self.can_hand_over
+        return None if keep_graph and self._compiled else partial(self._gradient, loss, keep_graph)
+
+    def _gradient(self, loss: Tensor, keep_graph: bool) -> Gradients:
         if not loss.requires_grad:
             return dict.fromkeys(self._variables)
         self._leaves = list(self._variables.values()) if self._hooked else graph_leaves(loss)
-        keep_graph = keep_graph or not self.can_hand_over
         self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: found.get(id(p)) for name, p in self._variables.items()}

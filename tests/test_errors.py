@@ -178,7 +178,8 @@ def test_a_failing_meta_step_changes_nothing():
 
 def test_a_learning_rate_of_zero_is_named():
     student, _, batch, meta_batch = parts()
-    balancer = BilevelLossBalancer(student, HARD, optimizer=torch.optim.SGD(student.parameters(), lr=0.0))
+    with pytest.warns(UserWarning, match=r"learning rate is 0.*meta_batch=None"):
+        balancer = BilevelLossBalancer(student, HARD, optimizer=torch.optim.SGD(student.parameters(), lr=0.0))
     with pytest.raises(MetaKDError, match=r"learning rate of 0.*meta_batch=None"):
         balancer(batch, meta_batch)
     assert balancer(batch, None).requires_grad

@@ -11,7 +11,9 @@ import torchopt
 
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
 from metakd.estimators import Adjoint, FiniteDifference, IdentityJacobian, Implicit, OneStep, Truncated, Unroll
-from tests.zoo import ZOO, meet
+from tests.zoo import QUIET, ZOO, meet
+
+pytestmark = QUIET
 
 
 def groups(params):
@@ -77,6 +79,8 @@ def lacks(name, estimator):
 def test_every_cell_agrees_or_says_why_not(name, rule):
     exact = {steps: hypergradient_of(name, rule, Unroll(), steps) for steps in (1, 3)}
     for estimator, steps, tolerance in CELLS:
+        if isinstance(estimator, FiniteDifference) and not ZOO[name].true_slope:
+            continue  # it sees move what torch holds fixed
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*(no forward-mode derivative|forward over reverse fails)")
             message = lacks(name, estimator)
@@ -88,7 +92,7 @@ def test_every_cell_agrees_or_says_why_not(name, rule):
         assert error <= tolerance, f"{estimator} with K = {steps}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].true_slope])
 def test_unroll_agrees_with_finite_differences(name):
     student, batch, meta_batch = meet(name)
     balancer = BilevelLossBalancer(

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metakd import BilevelLossBalancer, check_hypergradient, estimators, terms
-from metakd.student import call
-from tests.zoo import ZOO, meet
+from metakd.calling import call
+from tests.zoo import QUIET, ZOO, meet
+
+pytestmark = QUIET
 
 ESTIMATORS = [estimators.Adjoint(), estimators.OneStep(), estimators.OneStep("reverse"), estimators.Unroll()]
 
@@ -177,6 +179,7 @@ def test_hooks_on_parameters_run_once_in_the_real_backward_alone(accumulate):
     torch.testing.assert_close(student[2].weight.grad, plain[2].weight.grad, rtol=1e-12, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer. .* parameters are not the student's")
 def test_trainable_parameters_inside_a_term_get_their_gradient():
     student, batch, meta_batch = meet("mlp")
     projector = nn.Linear(3, 1).double()

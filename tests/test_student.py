@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from metakd import BilevelLossBalancer, MetaKDError, terms
-from metakd.student import FunctionalStudent, call, unwrap
+from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
+from metakd.calling import call
+from metakd.student import FunctionalStudent, unwrap
 from tests.zoo import ZOO, meet
+
+CE, SMOOTH = terms.CrossEntropy(), terms.CrossEntropy(label_smoothing=0.3)
 
 
 class TwoInputs(nn.Module):
@@ -67,7 +71,9 @@ def test_a_run_is_a_pure_function(name):
         start = functional.start()
         kept = {key: value.clone() for key, value in start.buffers.items()}
         first, end = functional.run(functional.detached(), x, start)
+        end = end()
         again, same_end = functional.run(functional.detached(), x, start)
+        same_end = same_end()
     assert torch.equal(first, again)
     for key, value in kept.items():
         assert torch.equal(start.buffers[key], value)
@@ -81,11 +87,112 @@ def test_runs_in_a_row_are_calls_in_a_row(name):
     functional = FunctionalStudent(student)
     with functional.untouched():
         _, middle = functional.run(functional.detached(), x, functional.start())
-        found, end = functional.run(functional.detached(), meta_x, middle)
+        found, end = functional.run(functional.detached(), meta_x, middle())
+        end = end()
     student(x)
     torch.testing.assert_close(found, student(meta_x), rtol=1e-12, atol=1e-12)
     for key, buffer in student.named_buffers():
         torch.testing.assert_close(end.buffers[key], buffer, rtol=1e-12, atol=1e-12)
+
+
+class Recomputed(nn.Module):
+    """Checkpoints its middle, and may checkpoint inside of it again."""
+
+    def __init__(self, middle, nested=False):
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 6), middle, nn.Linear(6, 3)
+        self.nested, self.passes = nested, 0
+
+    def forward(self, x):
+        return self.head(checkpoint(self.part, self.first(x), use_reentrant=False))
+
+    def part(self, x):
+        self.passes += 1
+        return checkpoint(self.middle, x, use_reentrant=False) if self.nested else self.middle(x)
+
+
+MIDDLES = {
+    "dropout": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.4)),
+    "batch_norm": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()),
+    "power_iteration": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh()),
+    "weight_norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh()),
+    "attention": lambda: nn.TransformerEncoderLayer(6, 2, 6, dropout=0.2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*in train mode every gradient of spectral norm")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", MIDDLES)
+def test_checkpoints_are_recomputed_as_part_of_their_virtual_pass(name, nested):
+    batches = [(torch.randn(n, 4).double(), torch.randint(3, (n,))) for n in (5, 6)]
+    found = []
+    for estimator in (estimators.OneStep("forward"), estimators.OneStep("reverse"), estimators.Unroll()):
+        torch.manual_seed(0)
+        student = Recomputed(MIDDLES[name](), nested).double()
+        before = {key: value.clone() for key, value in student.state_dict().items()}
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        balancer = BilevelLossBalancer(student, [CE, SMOOTH], optimizer=optimizer, estimator=estimator)
+        torch.manual_seed(1)
+        balancer.meta_step(batches[:1], batches[1])
+        assert student.passes >= 4  # forward and again, at both ends of the step
+        found.append(torch.cat([p.grad.flatten() for p in balancer.weighting.parameters()]))
+        for key, value in student.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-14)
+    if name != "power_iteration":  # a constant to autograd
+        found = check_hypergradient(balancer, [*batches, *batches], batches[0], directions=1)
+        assert max(found.relative_error.values()) < 1e-6
+
+
+def test_a_checkpointed_batch_norm_counts_each_training_batch_once():
+    student = Recomputed(MIDDLES["batch_norm"]())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = BilevelLossBalancer(student, [CE, SMOOTH], optimizer=optimizer)
+    batch = torch.randn(5, 4), torch.randint(3, (5,))
+    balancer(batch, batch)
+    assert student.middle[1].num_batches_tracked == 1
+
+
+class Remembers(nn.Linear):
+    """Keeps what it computed."""
+
+    last, cache = None, None
+
+    def forward(self, x):
+        self.last = self.other = super().forward(x)
+        self.cache = None
+        return self.last
+
+
+def test_tensors_kept_as_attributes_are_put_back():
+    student = Remembers(4, 3)
+    functional, x = FunctionalStudent(student), torch.randn(5, 4)
+    kept = student.last = student.cache = torch.zeros(1)
+    with functional.untouched():
+        outputs, _ = functional.run(functional.detached(), x, functional.start())
+        assert student.last is outputs and student.cache is None
+    assert student.last is kept and student.cache is kept and not hasattr(student, "other")
+    student.cache = None
+    with functional.untouched():
+        student.cache = torch.ones(1)
+    assert student.cache is None
+
+
+@pytest.mark.filterwarnings("ignore:.*in train mode every gradient of spectral norm")
+def test_the_hook_of_an_old_norm_leaves_the_real_weight():
+    student = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)))
+    balancer = BilevelLossBalancer(
+        student, [CE, SMOOTH], optimizer=torch.optim.SGD(student.parameters(), lr=0.1), estimator=estimators.Unroll()
+    )
+    batch = torch.randn(5, 4), torch.randint(3, (5,))
+    balancer(batch, batch)
+    weight = student[0].weight
+    balancer.weights(batch)
+    balancer.meta_step([batch], batch)
+    assert student[0].weight is weight
+    student[0].weight.sum().backward()  # of the real pass: its graph leads to the real parameter
+    assert student[0].weight_orig.grad is not None
 
 
 def test_kernels_are_put_back_after_an_error():

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
-from tests.zoo import ZOO, meet
+from tests.zoo import QUIET, ZOO, meet
+
+pytestmark = QUIET
 
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.3),
@@ -61,7 +63,7 @@ def test_one_step_forward_reverse_and_unroll_agree(name, rule):
         torch.testing.assert_close(other_loss, loss, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].true_slope])
 def test_one_step_agrees_with_finite_differences(name):
     student, batch, meta_batch = meet(name)
     mode = "forward" if ZOO[name].forward_mode else "reverse"

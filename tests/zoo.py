@@ -3,11 +3,19 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CLASSES = 3
+
+# What the animals make the library and torch say.
+QUIET = [
+    pytest.mark.filterwarnings("ignore:.*in train mode every gradient of spectral norm"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's tracer
+]
 
 
 class Animal(NamedTuple):
@@ -17,6 +25,7 @@ class Animal(NamedTuple):
     inputs: Callable[[int], Tensor]
     forward_mode: bool = True
     forward_over_reverse: bool = True
+    true_slope: bool = True  # False: torch itself holds a part fixed, and finite differences see it move
 
 
 class TiedLanguageModel(nn.Module):
@@ -112,6 +121,21 @@ class Custom(nn.Module):
         return self.head(NoForwardMode.apply(torch.tanh(self.body(x))))
 
 
+class TwoLevels(nn.Module):
+    """Recomputes its middle in the backward pass."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 6), middle, nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.middle, self.first(x), use_reentrant=False))
+
+
+def compiled_part() -> nn.Module:
+    return mlp(torch.compile(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), backend="aot_eager"))
+
+
 def rows(size: int) -> Tensor:
     return torch.randn(size, 4, dtype=torch.float64)
 
@@ -170,9 +194,18 @@ ZOO: dict[str, Animal] = {
     ),
     "unused_and_frozen": Animal(UnusedAndFrozen, rows),
     "moving_centre": Animal(MovingCentre, rows),
-    "weight_norm": Animal(weight_norm, rows, forward_mode=False),
+    "weight_norm": Animal(weight_norm, rows),
     "spectral_norm_eval": Animal(
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, CLASSES))).eval(), rows
+    ),
+    "spectral_norm_train": Animal(
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, CLASSES))), rows, true_slope=False
+    ),
+    "sync_batch_norm": Animal(lambda: conv(nn.SyncBatchNorm(4), nn.Tanh()), images),
+    "compiled_part": Animal(compiled_part, rows),
+    "checkpoint_dropout": Animal(lambda: TwoLevels(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.4))), rows),
+    "checkpoint_batch_norm": Animal(
+        lambda: TwoLevels(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())), rows
     ),
     "custom_function": Animal(Custom, rows, forward_mode=False, forward_over_reverse=False),
 }

@@ -66,7 +66,7 @@ def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Grad
     try:
         return gradients(loss, params, **options)
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        if not any(text in str(error) for text in ("is not implemented", "don't support automatic differentiation")):
             raise
         raise MetaKDError(f"{str(error).splitlines()[0][:160]}; {_NO_SECOND_ORDER}") from error
 

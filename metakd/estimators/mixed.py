@@ -63,7 +63,7 @@ class _NoGradStopsTangents(TorchFunctionMode):
     """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
+        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
             torch._C._set_fwd_grad_enabled(*args)
         return func(*args, **(kwargs or {}))
 

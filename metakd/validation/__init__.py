@@ -1,0 +1,57 @@
+"""`validate`: what is known about a student, its optimizer and an estimator before the first step."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from metakd.estimators import Estimator
+from metakd.validation import layers, setup
+from metakd.validation.finding import Finding, Subject
+
+__all__ = ["Finding", "validate"]
+
+_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    setup.frozen_parameters,
+    setup.lazy_parameters,
+    setup.held_parameters,
+    setup.learning_rates,
+    setup.mirrored_rule,
+    layers.checkpointing,
+    layers.twice_differentiable,
+    layers.embeddings,
+    layers.batch_norm,
+    layers.spectral_norm,
+    layers.weight_norm,
+    layers.recurrent,
+    layers.attention,
+    layers.compiled,
+    layers.wrappers,
+)
+
+
+def validate(
+    student: nn.Module, optimizer: torch.optim.Optimizer | None = None, estimator: Estimator | None = None
+) -> list[Finding]:
+    """What is known about a student before its first step, in plain English, with the cure.
+
+    Nothing is run and nothing is changed; so what a forward pass calls besides its layers is not seen.
+
+    Args:
+        student: the student, wrappers included.
+        optimizer: the student's own optimizer; None to leave it out.
+        estimator: how its hypergradients are to be taken; None for any estimator that is exact.
+
+    Returns:
+        The findings, errors first; the same thing in several modules is one finding.
+
+    Example:
+        >>> student = nn.Sequential(nn.EmbeddingBag(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        >>> for finding in validate(student, torch.optim.SGD(student.parameters(), lr=0.1)):
+        ...     print(f"[{finding.level}] {finding}")
+        [error] 0 (EmbeddingBag): torch has neither forward mode nor second derivatives for it. Use ...
+        [note] 1 (BatchNorm1d): in train mode it raises on a batch with a single value a channel. Where ...
+    """
+    subject = Subject.of(student, optimizer, estimator)
+    found = [finding for check in _CHECKS for finding in check(subject)]
+    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
