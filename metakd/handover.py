@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def graph_nodes(loss: Tensor) -> Iterator[Any]:
-    """All nodes of the graph that a loss hangs on."""
-    seen, waiting = set(), [loss.grad_fn]
+def graph_nodes(loss: Tensor, seen: set[Any] | None = None) -> Iterator[Any]:
+    """All nodes of the graph that a loss hangs on, without those `seen` before, to which they are added."""
+    seen, waiting = set() if seen is None else seen, [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

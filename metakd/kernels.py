@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metakd.dual_batch_norm import batch_norm
 from metakd.errors import MetaKDError
 
 
@@ -148,6 +149,7 @@ _NO_DERIVATIVE = {
 _SAME_FUNCTION: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.hardsigmoid: _hardsigmoid,
+    F.batch_norm: batch_norm,
     F.embedding: _lookup(F.embedding),
     F.embedding_bag: _lookup(F.embedding_bag),
     **{kernel: _recurrent(kernel) for kernel in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},

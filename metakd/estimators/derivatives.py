@@ -46,14 +46,19 @@ def filled(values: Gradients, like: Params) -> Params:
     return {name: torch.zeros_like(p) if (g := values[name]) is None else g for name, p in like.items()}
 
 
-def graph_gradients(loss: Tensor, params: Params) -> Gradients:
+def graph_gradients(loss: Tensor, params: Params, seen: set[Any] | None = None) -> Gradients:
     """`gradients` with a graph of their own, known to be twice differentiable as far as Python sees.
+
+    Args:
+        loss: a scalar.
+        params: what to differentiate in.
+        seen: nodes of the graph that need no look any more; new ones are added.
 
     Raises:
         MetaKDError: an operation on the way is marked @once_differentiable. Where its incoming gradient is constant,
             autograd would lose what hangs behind it without a word.
     """
-    reject_once_differentiable(loss)
+    reject_once_differentiable(loss, seen)
     return gradients(loss, params, create_graph=True)
 
 
@@ -71,13 +76,13 @@ def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Grad
         raise MetaKDError(f"{str(error).splitlines()[0][:160]}; {_NO_SECOND_ORDER}") from error
 
 
-def reject_once_differentiable(loss: Tensor) -> None:
+def reject_once_differentiable(loss: Tensor, seen: set[Any] | None = None) -> None:
     """See `graph_gradients`.
 
     Raises:
         MetaKDError: the graph of the loss holds an operation that is marked @once_differentiable.
     """
-    for node in graph_nodes(loss):
+    for node in graph_nodes(loss, seen):
         operation = getattr(type(node), "_forward_cls", None)
         # The mark is a wrapper that torch's own module defines around the user's backward.
         if operation and getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":

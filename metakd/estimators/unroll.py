@@ -1,6 +1,7 @@
 """`Unroll`: the exact hypergradient of K inner steps by autograd through all of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,8 +38,9 @@ class Unroll:
         if not problem.batches:
             raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
         params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
+        seen: set[Any] = set()
         for t in range(len(problem.batches)):
-            g = graph_gradients(problem.inner_loss(params, meta, t), params)
+            g = graph_gradients(problem.inner_loss(params, meta, t), params, seen)
             params, state = problem.step(g, state, params, meta)
         outer_loss, v, total = problem.outer_gradients(params)
         slopes = [(params[name] * value).sum() for name, value in v.items() if value is not None]

@@ -33,23 +33,44 @@ class _Kept(NamedTuple):
 
 
 class _Trail:
-    """The steps of the first sweep, last in, first out; on another device, if asked to."""
+    """The steps of the first sweep, last in, first out; on another device, if asked to.
 
-    def __init__(self, offload: torch.device | str | None) -> None:
-        self._offload = offload
+    All room is taken before the sweep: copies that are left behind between the large tensors of one step and the next
+    would keep the allocator from using that memory again.
+    """
+
+    def __init__(self, problem: Problem, steps: int, offload: torch.device | str | None) -> None:
+        like = _Kept(problem.params, problem.optimizer_state, {**problem.params})
+        self._rooms = [map_tensors(lambda t: torch.empty_like(t, device=offload), like) for _ in range(steps)]
         self._steps: list[tuple[_Kept, list[torch.device]]] = []
 
     def push(self, step: _Kept) -> None:
-        devices = [t.device for t in tensors(step)]
-        if self._offload is not None:
-            step = map_tensors(lambda t: t.to(self._offload), step)
-        self._steps.append((step, devices))
+        room = self._rooms.pop()
+        present = {name: g for name, g in step.gradient.items() if g is not None}
+        kept = _Kept(
+            _copied(step.params, room.params),
+            _copied(step.state, room.state),
+            dict.fromkeys(step.gradient) | _copied(present, {name: room.gradient[name] for name in present}),
+        )
+        self._steps.append((kept, [t.device for t in tensors(step)]))
 
     def pop(self) -> _Kept:
         step, devices = self._steps.pop()
         home = iter(devices)
         back: _Kept = map_tensors(lambda t: t.to(next(home)), step)
         return back
+
+
+def _copied(value: Any, room: Any) -> Any:
+    """The same nest, each tensor copied into the room's next one where that fits."""
+    rooms = iter(tensors(room))
+
+    def copy(t: Tensor) -> Tensor:
+        place = next(rooms, None)
+        fits = place is not None and place.shape == t.shape and place.dtype == t.dtype
+        return place.copy_(t) if place is not None and fits else t
+
+    return map_tensors(copy, value)
 
 
 def walk_back(
@@ -74,7 +95,7 @@ def walk_back(
     """
     count = len(problem.batches)
     start = max(count - horizon, 0)
-    trail = _Trail(offload)
+    trail = _Trail(problem, count - start, offload)
     params, state = problem.sweep(lambda t, *step: trail.push(_Kept(*step)) if t >= start else None)
     outer_loss, v, total = problem.outer_gradients(params)
     adjoints = _Adjoints(filled(v, params), [torch.zeros_like(t) for t in _floats(state)])

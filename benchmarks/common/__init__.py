@@ -1,0 +1,1 @@
+"""What the benchmarks share: cases, methods, measuring, and the record of a run."""

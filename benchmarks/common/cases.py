@@ -1,0 +1,144 @@
+"""The cases: a student, random data of its kind, and the bilevel problem on them."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakd import Batch
+from metakd.longtail import build_model
+from metakd.terms import CrossEntropy, SoftTarget, Term
+from metakd.weighting import LossMLP
+
+CLASSES, WORDS, LENGTH, WIDTH = 100, 1000, 32, 128
+TERMS: dict[str, Term] = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0)}
+
+
+class Transformer(nn.Module):
+    """A text classifier: four encoder layers, width 128, four heads, no dropout, the mean of the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.places = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, nhead=4, dim_feedforward=4 * WIDTH, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, num_layers=4)
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """(B, LENGTH) words to (B, CLASSES) logits."""
+        logits: Tensor = self.classifier(self.layers(self.words(words) + self.places).mean(1))
+        return logits
+
+
+class Lstm(nn.Module):
+    """A text classifier: two LSTM layers of 128 units, the last word's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, batch_first=True)
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """(B, LENGTH) words to (B, CLASSES) logits."""
+        logits: Tensor = self.classifier(self.lstm(self.words(words))[0][:, -1])
+        return logits
+
+
+def _images(size: int) -> Tensor:
+    return torch.randn(size, 3, 32, 32)
+
+
+def _words(size: int) -> Tensor:
+    return torch.randint(WORDS, (size, LENGTH))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student and its data.
+
+    Attributes:
+        student: builds it.
+        inputs: draws those of a batch.
+        batch_size: of the training batches and of the meta batch.
+        lr: of the inner steps.
+    """
+
+    student: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor]
+    batch_size: int
+    lr: float = 0.1
+
+
+CASES = {
+    "resnet8x4": Case(lambda: build_model("resnet8x4", classes=CLASSES), _images, 100),
+    "resnet20": Case(lambda: build_model("resnet20", classes=CLASSES), _images, 100),
+    "transformer": Case(Transformer, _words, 32, lr=0.01),
+    "lstm": Case(Lstm, _words, 32),
+    "convnet4": Case(lambda: build_model("convnet4", classes=CLASSES, channels=3), _images, 16),  # for a smoke test
+}
+
+
+class Task(NamedTuple):
+    """The bilevel problem of one cell: K inner steps on weighted losses, the cross-entropy of a meta batch after them.
+
+    Attributes:
+        student: in train mode.
+        weighting: the weight model; its features are the detached losses.
+        batches: one for each inner step, with a teacher's logits.
+        meta_batch: of the outer loss.
+        lr: of the inner SGD.
+    """
+
+    student: nn.Module
+    weighting: nn.Module
+    batches: list[Batch]
+    meta_batch: Batch
+    lr: float
+
+    @classmethod
+    def build(cls, case: Case, steps: int, *, batch_size: int | None = None, device: str = "cpu") -> "Task":
+        """The same task at every call."""
+        torch.manual_seed(0)
+        student, weighting = case.student().train(), LossMLP(len(TERMS), len(TERMS))
+        size = batch_size or case.batch_size
+
+        def batch() -> Batch:
+            inputs, targets = case.inputs(size), torch.randint(CLASSES, (size,))
+            teacher = torch.randn(size, CLASSES) + 3 * F.one_hot(targets, CLASSES)
+            return Batch(inputs.to(device), targets.to(device), teacher.to(device))
+
+        batches = [batch() for _ in range(steps)]
+        return cls(student.to(device), weighting.to(device), batches, batch(), case.lr)
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """All terms' losses, (B, M)."""
+        return torch.stack([term(outputs, batch) for term in TERMS.values()], dim=1)
+
+    def inner(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The weighted loss of an inner step."""
+        losses = self.losses(outputs, batch)
+        weights: Tensor = self.weighting(losses.detach(), batch)
+        return (weights * losses).sum() / len(losses)
+
+    def outer(self, outputs: Tensor) -> Tensor:
+        """The loss of the meta batch."""
+        return F.cross_entropy(outputs, self.meta_batch.targets)
+
+
+def differentiable_kernels(student: nn.Module) -> ExitStack:
+    """A block in which attention and LSTMs use kernels that can be differentiated twice."""
+    stack = ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    if any(isinstance(module, nn.RNNBase) for module in student.modules()):
+        backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+        for backend in backends:
+            stack.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False
+    return stack

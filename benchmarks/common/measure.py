@@ -1,0 +1,173 @@
+"""Time and memory of methods on a case. Each cell is a process of its own: `python -m benchmarks.common.measure`."""
+
+import copy
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.cases import CASES, Task
+from benchmarks.common.methods import Call
+
+ROOT = Path(__file__).parents[2]
+Prepare = Callable[[Task], Call]
+
+
+def in_process(kind: str, **cell: Any) -> dict[str, Any]:
+    """Measure a cell (`time_cell` or `memory_cell`) in a fresh process; where that dies, the cell says so."""
+    command = [sys.executable, "-m", "benchmarks.common.measure", json.dumps({"kind": kind, **cell})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode < 0:
+        return {"died": f"killed by signal {-done.returncode} (too little memory?)"}
+    return {"died": shorten((done.stderr.strip() or "no message").splitlines()[-1], 160)}
+
+
+def time_cell(
+    task: Task, methods: Mapping[str, Prepare], *, repeats: int, seconds: float, reference: str = "by hand"
+) -> dict[str, Any]:
+    """Rounds of all methods, one call each, with plain steps before each of them.
+
+    Args:
+        task: of the cell; each method gets a copy.
+        methods: "plain", the unit, among them.
+        repeats: most rounds.
+        seconds: no new round starts after so many.
+        reference: the method whose hypergradient the others' are compared with.
+
+    Returns:
+        rounds: name -> seconds in each round; for "plain" the list of its steps. errors: relative errors of the
+        hypergradients. failed: name -> why, for methods that raised.
+    """
+    calls: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # a peer may fail in any way, and the others shall go on
+            calls.pop(name, None)
+            failed[name] = shorten(f"{type(error).__name__}: {error}", 160)
+            return None
+
+    def warm_up(name: str) -> None:
+        methods[name](copy.deepcopy(task._replace(batches=task.batches[:1])))()
+        calls[name] = methods[name](copy.deepcopy(task))
+
+    for name in methods:
+        attempt(name, partial(warm_up, name))
+    plain = calls.pop("plain")
+    found: dict[str, Tensor] = {}
+    rounds: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    while len(rounds) < repeats and (not rounds or time.perf_counter() - start < seconds):
+        names = list(calls)
+        shift = len(rounds) % max(len(names), 1)  # nobody always follows the same one
+        this: dict[str, Any] = {"plain": []}
+        for name in names[shift:] + names[:shift]:
+            this["plain"] += [_timed(plain)[0] for _ in range(max(len(task.batches) // 4, 1))]
+            if (result := attempt(name, partial(_timed, calls[name]))) is not None:
+                this[name], gradient = result
+                if gradient:
+                    found[name] = torch.cat([g.detach().flatten() for g in gradient])
+        rounds.append(this)
+    return {"rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
+
+
+def _timed(call: Call) -> tuple[float, Sequence[Tensor]]:
+    gc.collect()
+    _synchronize()
+    start = time.perf_counter()
+    result = call()
+    _synchronize()
+    return round(time.perf_counter() - start, 6), result
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _relative_errors(found: Mapping[str, Tensor], reference: str) -> dict[str, float]:
+    if reference not in found:
+        return {}
+    right = found[reference]
+    return {name: float((value - right).norm() / right.norm()) for name, value in found.items() if name != reference}
+
+
+def memory_cell(case: str, task: Task, prepare: Prepare, device: str) -> dict[str, float]:
+    """Memory of a method's first call after one step on two samples, which loads the libraries; see `peak_memory`."""
+    prepare(Task.build(CASES[case], 1, batch_size=2, device=device))()
+    call = prepare(task)
+    gc.collect()
+    return peak_memory(call, device)
+
+
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> dict[str, float]:
+    """Memory in MB `before` a call and at its `peak`: resident in this process, on CUDA given out by the allocator.
+
+    On the CPU the peak is that since the process began.
+    """
+    if device == "cpu":
+        before = _resident()[0]
+        call()
+        peak = _resident()[1]
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    return {"before": round(before / 1e6, 1), "peak": round(peak / 1e6, 1)}
+
+
+def _resident() -> tuple[int, int]:
+    """Resident memory of this process in bytes, now and at its peak."""
+    # Linux's ru_maxrss starts at the peak of the process that started this one; VmHWM is this one's own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, peak = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+        return now, peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def main() -> None:
+    """Measure the cell that the command line describes as JSON, and print it as JSON."""
+    cell = json.loads(sys.argv[1])
+    torch.set_num_threads(cell["threads"])
+    _limit_memory()
+    task = Task.build(CASES[cell["case"]], cell["steps"], batch_size=cell["batch_size"], device=cell["device"])
+    methods = import_module(cell["module"]).METHODS
+    if cell["kind"] == "time":
+        chosen = {name: methods[name] for name in cell["methods"]}
+        found = time_cell(task, chosen, repeats=cell["repeats"], seconds=cell["seconds"])
+    else:
+        found = memory_cell(cell["case"], task, methods[cell["method"]], cell["device"])
+    print(json.dumps(found))
+
+
+def _limit_memory() -> None:
+    """Let an allocation that this machine has no room for fail, instead of ending the process with all its methods."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()
