@@ -43,7 +43,7 @@ def test_the_code_in_the_docs_runs(capsys):
     scope |= {name: getattr(metakd, name) for name in metakd.__all__}
     text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/index.md", "exec"), scope)
     assert "exact: the largest relative error is" in capsys.readouterr().out
