@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from metakd.dual_batch_norm import batch_norm
+from metakd.batch_norm import batch_norm
 from metakd.errors import MetaKDError
 
 

@@ -84,8 +84,11 @@ def reject_once_differentiable(loss: Tensor, seen: set[Any] | None = None) -> No
     """
     for node in graph_nodes(loss, seen):
         operation = getattr(type(node), "_forward_cls", None)
-        # The mark is a wrapper that torch's own module defines around the user's backward.
-        if operation and getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":
+        # The mark is a wrapper that torch's own module defines around the user's backward. The library's own operations
+        # are twice differentiable, and mark the second time.
+        if operation is None or operation.__module__.startswith("metakd."):
+            continue
+        if getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":
             raise MetaKDError(f"{operation.__name__}.backward is marked @once_differentiable; {_NO_SECOND_ORDER}")
 
 

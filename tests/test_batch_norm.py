@@ -1,13 +1,13 @@
-"""The fused tangent of batch normalisation is torch's own."""
+"""Batch normalisation by fused kernels: value, gradients, second derivatives and tangent are torch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from metakd.dual_batch_norm import batch_norm
+from metakd.batch_norm import batch_norm
 
 
 def tensors(shape, seed):
@@ -53,7 +53,63 @@ def test_value_tangent_and_statistics_are_torchs(shape, weight, bias, running, t
         torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-12)
 
 
-def test_without_a_tangent_and_where_a_graph_is_asked_for_it_is_torchs_function(monkeypatch):
+@given(
+    shape=st.sampled_from([(4, 3), (2, 3, 5), (3, 2, 2, 4), (2, 2, 1, 2, 3), (6, 1)]),
+    weight=st.sampled_from(["none", "constant", "learned", "zero"]),
+    bias=st.sampled_from(["none", "constant", "learned"]),
+    learned_input=st.booleans(),
+    training=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150)
+def test_gradients_and_second_derivatives_are_torchs(shape, weight, bias, learned_input, training, channels_last, seed):
+    assume(weight != "none" or bias != "learned")  # see the next test
+    x, cotangent = tensors(shape, seed)
+    if channels_last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    arguments = [x]
+    for i, kind in enumerate((weight, bias)):
+        p = tensors(shape[1], seed + i + 1)[0]
+        arguments.append({"none": None, "zero": torch.zeros_like(p)}.get(kind, p))
+    learned = [learned_input, weight in ("learned", "zero"), bias == "learned"]
+    if not any(learned):
+        learned[0] = True
+    found = []
+    for function in (batch_norm, F.batch_norm):
+        p = [
+            None if t is None else t.clone().requires_grad_(asked) for t, asked in zip(arguments, learned, strict=True)
+        ]
+        leaves = [t for t, asked in zip(p, learned, strict=True) if asked]
+        g = cotangent.clone().requires_grad_()
+        statistics = [torch.full((shape[1],), v, dtype=x.dtype) for v in (0.3, 1.7)]
+        y = function(p[0], *statistics, *p[1:], training=training)
+        first = torch.autograd.grad(y, leaves, g, create_graph=True)
+        pulls = [torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(seed)) for t in first]
+        slope = sum((t * pull).sum() for t, pull in zip(first, pulls, strict=True))
+        second = torch.autograd.grad(slope, [*leaves, g], allow_unused=True)
+        found.append([y, *statistics, *first, *(torch.zeros(()) if t is None else t for t in second)])
+    for ours, torchs in zip(*found, strict=True):
+        ours, torchs = torch.broadcast_tensors(ours, torchs)  # one may give zeros where the other gives nothing
+        torch.testing.assert_close(ours, torchs, rtol=1e-8, atol=1e-10, check_dtype=False)
+
+
+def test_gradgradcheck():
+    x, gamma, beta = torch.randn(5, 2, 3).double(), torch.randn(2).double(), torch.randn(2).double()
+    inputs = [t.requires_grad_() for t in (x, gamma, beta)]
+    assert torch.autograd.gradgradcheck(lambda x, w, b: batch_norm(x, None, None, w, b, True), inputs)
+
+
+def test_a_bias_without_a_weight():
+    """Its gradient is the sum of g; torch loses how that depends on g."""
+    x, g = (t.requires_grad_() for t in tensors((4, 3), 0))
+    beta = torch.zeros(3, dtype=x.dtype, requires_grad=True)
+    (found,) = torch.autograd.grad(batch_norm(x, None, None, None, beta, True), beta, g, create_graph=True)
+    torch.testing.assert_close(found, g.sum(0))
+    assert torch.equal(torch.autograd.grad(found.sum(), g)[0], torch.ones_like(g))
+
+
+def test_where_neither_or_both_are_asked_for_it_is_torchs_function(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "native_batch_norm", lambda *arguments: calls.append(arguments))
     x, tangent = tensors((4, 3), 0)
