@@ -18,7 +18,7 @@ from metakd.features import Features, evaluate_features, own_losses, student_and
 from metakd.inner import GradientTransformation, Params, inner_optimizer
 from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, weighted_mean
 from metakd.report import Report
-from metakd.student import FunctionalStudent, Start
+from metakd.student import FunctionalStudent
 from metakd.teacher import teacher_outputs
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
@@ -151,13 +151,14 @@ class BilevelLossBalancer:
             if learns and not torch.is_grad_enabled():
                 raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
-            train = TrainPass(self.student, self._functional, train_batch)
+            forward_mode = learns and self._memory.get("forward_mode", True)
+            train = TrainPass(self.student, self._functional, train_batch, record=forward_mode)
             losses = checked_losses(self.terms, train.outputs, train_batch, "the batch")
             with self._functional.untouched() as end:
                 features = evaluate_features(self.features, losses, train.outputs, train_batch)
                 if learns:
                     objective = self._objective(
-                        self._functional, [train_batch], meta_batch, start=snapshot.start, end=end
+                        self._functional, [train_batch], meta_batch, start=snapshot.start, end=end, tape=train.tape
                     )
                     loss, report = self._learn(snapshot, objective, train, losses, features)
                 else:
@@ -291,11 +292,11 @@ class BilevelLossBalancer:
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
 
     def _objective(
-        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **starts: Start
+        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **passes: Any
     ) -> Objective:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **starts)
+        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **passes)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():

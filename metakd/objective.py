@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.features import Features, evaluate_features
+from metakd.replay import Product
 from metakd.student import FunctionalStudent, Params, Start
 from metakd.terms import Term, evaluate
 
@@ -107,6 +108,7 @@ class Objective:
         meta_batch: the batch of the outer loss.
         start: where step 0 starts.
         end: where the meta batch's pass starts, if that is known already (K = 1 after the real forward pass).
+        tape: the products of the real forward pass over the first batch.
     """
 
     def __init__(
@@ -121,11 +123,13 @@ class Objective:
         *,
         start: Start,
         end: Start | None = None,
+        tape: Sequence[Product] = (),
     ) -> None:
         self.student, self.weighting, self.features = student, weighting, features
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
         self.batches, self.meta_batch = list(batches), meta_batch
         self._starts = [start] if end is None else [start, end]
+        self._tape = tape
         self._seen: dict[int, Tensor] = {}
 
     def inner_given_weights(self, params: Params, meta_params: Params, t: int) -> Tensor:
@@ -161,7 +165,7 @@ class Objective:
 
     def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
         batch = self.student.cast(self.batches[t])
-        outputs, end = self.student.run(params, batch.inputs, self._starts[t])
+        outputs, end = self.student.run(params, batch.inputs, self._starts[t], self._tape if t == 0 else ())
         losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
         if len(self._starts) == t + 1:
             self._starts.append(end())

@@ -1,6 +1,6 @@
 """A student as a pure function of its parameters, its buffers and the random numbers it draws."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch.func import functional_call
 from metakd.batch import map_tensors
 from metakd.calling import call
 from metakd.kernels import differentiable_kernels, recomputed_by
+from metakd.replay import Product, are_duals_of, replayed
 from metakd.rng import RngState
 
 Params = dict[str, Tensor]
@@ -93,10 +94,18 @@ class FunctionalStudent:
         buffers = {name: self.cast(b.detach().clone()) for name, b in self.module.named_buffers()}
         return Start(buffers, RngState.capture(self.devices))
 
-    def run(self, params: Params, inputs: Any, start: Start) -> tuple[Any, Callable[[], Start]]:
-        """One forward pass on `params`; returns the outputs, and what gives the start of the pass right after it."""
+    def run(
+        self, params: Params, inputs: Any, start: Start, tape: Sequence[Product] = ()
+    ) -> tuple[Any, Callable[[], Start]]:
+        """One forward pass on `params`; returns the outputs, and what gives the start of the pass right after it.
+
+        With the tape of a recorded pass over the same inputs from the same start, dual numbers take their values from
+        there if `params` are the module's own.
+        """
         start.rng.restore()
-        outputs, buffers = self._evaluate(params, start.buffers, partial(call, self.module, self.cast(inputs)))
+        known = tape if tape and are_duals_of(params, self.trainable()) else ()
+        with replayed(known):
+            outputs, buffers = self._evaluate(params, start.buffers, partial(call, self.module, self.cast(inputs)))
         return outputs, lambda: Start(buffers, RngState.capture(self.devices))
 
     def _evaluate(self, params: Params, buffers: Params, function: Callable[[], Any]) -> tuple[Any, Params]:

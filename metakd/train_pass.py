@@ -1,6 +1,6 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from metakd.calling import call
 from metakd.estimators.derivatives import Gradients
 from metakd.handover import graph_leaves, hand_over
 from metakd.kernels import compiled_parts
+from metakd.replay import Product, recorded
 from metakd.student import FunctionalStudent
 
 
@@ -25,6 +26,7 @@ class TrainPass:
         student: the module the user trains, wrappers included.
         functional: the same student as a function.
         batch: the training batch.
+        record: keep the products for a forward-mode pass over the same batch.
 
     Example:
         >>> student = nn.Linear(2, 1, bias=False)
@@ -36,7 +38,9 @@ class TrainPass:
         tensor([[1., 1.]])
     """
 
-    def __init__(self, student: nn.Module, functional: FunctionalStudent, batch: Batch) -> None:
+    def __init__(
+        self, student: nn.Module, functional: FunctionalStudent, batch: Batch, *, record: bool = False
+    ) -> None:
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
@@ -44,12 +48,18 @@ class TrainPass:
         self._device = next(iter(self._variables.values())).device.type
         self._leaves: list[Tensor] = []
         self._gradients: list[Tensor | None] | None = None
+        self.tape: Sequence[Product] = ()
         if self._hooked:
             # Gradients taken at a view of a parameter do not run the parameter's hooks; the real backward does.
             self._variables = {name: p.view_as(p) for name, p in self._variables.items()}
-            self.outputs: Any = call(functional.module, batch.inputs, dict(self._variables))
+            forward = partial(call, functional.module, batch.inputs, dict(self._variables))
         else:
-            self.outputs = call(student, batch.inputs)
+            forward = partial(call, student, batch.inputs)
+        if record and not self._compiled:
+            with recorded() as self.tape:
+                self.outputs: Any = forward()
+        else:
+            self.outputs = forward()
 
     @property
     def can_hand_over(self) -> bool:

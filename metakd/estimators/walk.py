@@ -43,12 +43,13 @@ class _Trail:
         like = _Kept(problem.params, problem.optimizer_state, {**problem.params})
         self._rooms = [map_tensors(lambda t: torch.empty_like(t, device=offload), like) for _ in range(steps)]
         self._steps: list[tuple[_Kept, list[torch.device]]] = []
+        self._start = problem.params
 
     def push(self, step: _Kept) -> None:
         room = self._rooms.pop()
         present = {name: g for name, g in step.gradient.items() if g is not None}
         kept = _Kept(
-            _copied(step.params, room.params),
+            step.params if step.params is self._start else _copied(step.params, room.params),
             _copied(step.state, room.state),
             dict.fromkeys(step.gradient) | _copied(present, {name: room.gradient[name] for name in present}),
         )
