@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
 from metakd.calling import call
 from metakd.student import FunctionalStudent, unwrap
-from tests.zoo import ZOO, meet
+from tests.zoo import CHECKPOINTS_HAVE_FORWARD_MODE, ZOO, meet
 
 CE, SMOOTH = terms.CrossEntropy(), terms.CrossEntropy(label_smoothing=0.3)
 
@@ -126,7 +126,8 @@ MIDDLES = {
 def test_checkpoints_are_recomputed_as_part_of_their_virtual_pass(name, nested):
     batches = [(torch.randn(n, 4).double(), torch.randint(3, (n,))) for n in (5, 6)]
     found = []
-    for estimator in (estimators.OneStep("forward"), estimators.OneStep("reverse"), estimators.Unroll()):
+    ways = [estimators.OneStep("forward"), estimators.OneStep("reverse"), estimators.Unroll()]
+    for estimator in ways if CHECKPOINTS_HAVE_FORWARD_MODE else ways[1:]:
         torch.manual_seed(0)
         student = Recomputed(MIDDLES[name](), nested).double()
         before = {key: value.clone() for key, value in student.state_dict().items()}
@@ -145,6 +146,7 @@ def test_checkpoints_are_recomputed_as_part_of_their_virtual_pass(name, nested):
         assert max(found.relative_error.values()) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:an operation of this model has no forward-mode derivative")
 def test_a_checkpointed_batch_norm_counts_each_training_batch_once():
     student = Recomputed(MIDDLES["batch_norm"]())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

@@ -1,5 +1,6 @@
 """Modules that have broken meta-gradient code elsewhere, and batches for them; all float64 and small."""
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CLASSES = 3
+
+# Older torch passes the inputs of a checkpoint through an operation that has no forward-mode derivative.
+CHECKPOINTS_HAVE_FORWARD_MODE = not hasattr(torch.utils.checkpoint, "_NoopSaveInputs")
 
 # What the animals make the library and torch say.
 QUIET = [
@@ -164,6 +168,13 @@ def weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
+def checkpointed(layer: nn.Module) -> Animal:
+    def build() -> nn.Module:
+        return TwoLevels(nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer), nn.Tanh()))
+
+    return Animal(build, rows, CHECKPOINTS_HAVE_FORWARD_MODE, CHECKPOINTS_HAVE_FORWARD_MODE)
+
+
 ZOO: dict[str, Animal] = {
     "linear": Animal(lambda: nn.Linear(4, CLASSES), rows),
     "mlp": Animal(lambda: mlp(nn.Tanh()), rows),
@@ -203,10 +214,8 @@ ZOO: dict[str, Animal] = {
     ),
     "sync_batch_norm": Animal(lambda: conv(nn.SyncBatchNorm(4), nn.Tanh()), images),
     "compiled_part": Animal(compiled_part, rows),
-    "checkpoint_dropout": Animal(lambda: TwoLevels(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.4))), rows),
-    "checkpoint_batch_norm": Animal(
-        lambda: TwoLevels(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())), rows
-    ),
+    "checkpoint_dropout": checkpointed(nn.Dropout(0.4)),
+    "checkpoint_batch_norm": checkpointed(nn.BatchNorm1d(6)),
     "custom_function": Animal(Custom, rows, forward_mode=False, forward_over_reverse=False),
 }
 

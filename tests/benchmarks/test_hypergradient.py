@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,26 +10,12 @@ import torch
 pytest.importorskip("higher")  # of the extra "benchmarks"
 
 from benchmarks import hypergradient_report
-from benchmarks.common.cases import CASES, Task
 from benchmarks.common.measure import ROOT, time_cell
 from benchmarks.common.methods import METHODS, ONE_STEP
-from metakd.batch import map_tensors
+from tests.benchmarks.problems import task
 
 EXACT = ("Unroll", "Adjoint", "TorchOpt MetaSGD", "higher")
 TIMED = ["--preset", "smoke", "--steps", "2", "--methods", "Adjoint", "by hand", "--threads", "1"]
-
-
-def double(value):
-    return value.double() if value.is_floating_point() else value
-
-
-def task(case, steps):
-    found = Task.build(replace(CASES[case], lr=0.05), steps, batch_size=3)
-    batches = [map_tensors(double, batch) for batch in found.batches]
-    meta_batch = map_tensors(double, found.meta_batch)
-    return found._replace(
-        student=found.student.double(), weighting=found.weighting.double(), batches=batches, meta_batch=meta_batch
-    )
 
 
 def hypergradient(name, case, steps=2):
