@@ -78,9 +78,9 @@ def dual_numbers() -> Iterator[None]:
 def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
     with dual_numbers():
         dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
-        loss = problem.inner(dual, meta, batch)
-        slope = forward_ad.unpack_dual(loss).tangent
-        return dict.fromkeys(meta) if slope is None else gradients(slope, meta)
+        slope = forward_ad.unpack_dual(problem.inner(dual, meta, batch)).tangent
+    # Outside of the block, where the backward pass has no tangents to carry along.
+    return dict.fromkeys(meta) if slope is None else gradients(slope, meta)
 
 
 def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
