@@ -11,6 +11,7 @@ STYLES = {
     "OneStep": ("#E69F00", "*", "-"),
     "Unroll": ("#56B4E9", "s", "-"),
     "Adjoint": ("#D55E00", "o", "-"),
+    "Adjoint, forward": ("#D55E00", "o", ":"),
     "IdentityJacobian": ("#009E73", "^", "-"),
     "FiniteDifference": ("#CC79A7", "v", "-"),
     "TorchOpt MetaSGD": ("#0072B2", "D", "--"),

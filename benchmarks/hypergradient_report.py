@@ -1,13 +1,22 @@
 """README.md of `hypergradient.py`: one table, the goals with their verdicts, the figure."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.common.cases import CASES
-from benchmarks.common.markdown import provenance, table
+from benchmarks.common.markdown import (
+    memory_is,
+    number,
+    plain_milliseconds,
+    provenance,
+    table,
+    verdict,
+    what_failed,
+    write_readme,
+)
 from benchmarks.common.methods import METHODS
-from benchmarks.common.numbers import Content, entries, find, memory, per_step, ratios
+from benchmarks.common.numbers import Content, entries, failures, find, memory, per_step, ratios
 from benchmarks.hypergradient_figure import draw
 
 TEXT = """\
@@ -44,44 +53,35 @@ The worst K counts. The whole process is the libraries, the data and the call.
 
 ![Time per inner step and memory against K](cost.png)
 """
-MEMORY = {
-    "cpu": "the peak of the process's resident memory less the resident memory before the call",
-    "cuda": "the peak of the GPU allocator less what was allocated before the call",
-}
 
 
 def write(content: Content, folder: Path) -> list[Path]:
-    """Write README.md and cost.png; what notes.md says comes last."""
-    notes = folder / "notes.md"
+    """Write README.md and cost.png."""
     text = TEXT.format(
         provenance=provenance(content),
-        memory=MEMORY[content["settings"]["device"]],
+        memory=memory_is(content),
         cases=_cases(content),
         methods=_methods(content),
         goals=_goals(content),
     )
-    readme, figure = folder / "README.md", folder / "cost.png"
-    readme.write_text(text + (f"\n{notes.read_text()}" if notes.exists() else ""))
+    figure = folder / "cost.png"
     draw(content, figure)
-    return [readme, figure]
+    return [write_readme(folder, text), figure]
 
 
 def _cases(content: Content) -> str:
     rows = []
     for case in entries(content, "case"):
         cells = [find(content, kind="time", case=case, steps=steps) for steps in sorted(entries(content, "steps"))]
-        rounds = [cell.get("rounds", []) for cell in cells]
-        plain = sorted(1000 * second for found in rounds for one in found for second in one["plain"])
-        if not plain:
+        if not (plain := plain_milliseconds(cells)):
             continue
-        low, high = plain[len(plain) // 10], plain[-1 - len(plain) // 10]
         rows.append(
             [
                 case,
                 str(content["settings"]["batch_size"] or CASES[case].batch_size),
                 f"{CASES[case].lr:g}",
-                f"{statistics.median(plain):.3g} ({low:.3g} to {high:.3g})",
-                ", ".join(str(len(found)) for found in rounds),
+                plain,
+                ", ".join(str(len(cell.get("rounds", []))) for cell in cells),
             ]
         )
     steps = ", ".join(map(str, sorted(entries(content, "steps"))))
@@ -92,13 +92,13 @@ def _cases(content: Content) -> str:
 def _methods(content: Content) -> str:
     steps = sorted(entries(content, "steps"))
     head = ["case", "method", *(f"time, K={k}" for k in steps), *(f"MB, K={k}" for k in steps), "error"]
-    failed = {(kind, case, name, k) for kind, case, name, k, _ in failures(content)}
+    failed = {(cell["kind"], cell["case"], name, cell["steps"]) for cell, name, _ in failures(content)}
     rows = []
     for case in entries(content, "case"):
         for name in METHODS:
             times, megabytes = (
                 [
-                    "fails" if (kind, case, name, k) in failed else _number(value(content, case, k, name), form)
+                    "fails" if (kind, case, name, k) in failed else number(value(content, case, k, name), form)
                     for k in steps
                 ]
                 for kind, value, form in (("time", per_step, ".2f"), ("memory", memory, ",.0f"))
@@ -108,37 +108,14 @@ def _methods(content: Content) -> str:
             if name == "plain":
                 times = ["1", *[""] * (len(steps) - 1)]
             if any([*times, *megabytes]):
-                rows.append([case, name, *times, *megabytes, _number(max(errors, default=None), ".0e")])
-    why = [f"- {case}, {name}, K = {k}, {kind}: {reason}" for kind, case, name, k, reason in failures(content)]
-    return "\n".join([table(head, rows, left=2), *(["\nWhat failed:\n", *why] if why else [])])
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form) if value else "0"
-
-
-def failures(content: Content) -> list[tuple[str, str, str, int, str]]:
-    """What could not be measured: kind, case, method, K and the reason."""
-    found = []
-    for cell in content["cells"]:
-        reasons = {cell.get("method", "all methods"): cell["died"]} if "died" in cell else cell.get("failed", {})
-        found += [(cell["kind"], cell["case"], name, cell["steps"], why) for name, why in reasons.items()]
-    return found
+                rows.append([case, name, *times, *megabytes, number(max(errors, default=None), ".0e")])
+    return table(head, rows, left=2) + what_failed(content, lambda cell: f"{cell['case']}, K = {cell['steps']}")
 
 
 def _goals(content: Content) -> str:
     cases = entries(content, "case")
-    rows = [[goal, *(_verdict(values[case], limit) for case in cases)] for goal, limit, values in goals(content)]
+    rows = [[goal, *(verdict(values[case], limit) for case in cases)] for goal, limit, values in goals(content)]
     return table(["goal", *cases], rows)
-
-
-def _verdict(values: Mapping[str, float | None], limit: float) -> str:
-    known = {where: value for where, value in values.items() if value is not None}
-    if not known:
-        return ""
-    worst = max(known, key=lambda where: known[where])
-    verdict = "met" if known[worst] <= limit else f"missed by {100 * (known[worst] / limit - 1):.1f} %"
-    return f"{verdict}: {known[worst]:.2f} at {worst}"
 
 
 Values = dict[str, dict[str, float | None]]
@@ -149,7 +126,7 @@ def goals(content: Content) -> list[tuple[str, float, Values]]:
     steps = sorted(entries(content, "steps"))
 
     def measured(value: Callable[[str, int], float | None], at: Iterable[int] = steps) -> Values:
-        return {case: {f"K = {k}": value(case, k) for k in at} for case in entries(content, "case")}
+        return {case: {f"at K = {k}": value(case, k) for k in at} for case in entries(content, "case")}
 
     def against_torchopt(case: str, k: int) -> float | None:
         found = ratios(find(content, kind="time", case=case, steps=k), "Adjoint", over="TorchOpt MetaSGD")

@@ -1,8 +1,9 @@
 """The cases: a student, random data of its kind, and the bilevel problem on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,22 +13,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakd import Batch
 from metakd.longtail import build_model
-from metakd.terms import CrossEntropy, SoftTarget, Term
+from metakd.terms import CrossEntropy, ReverseSoftTarget, SoftTarget, Term
 from metakd.weighting import LossMLP
 
 CLASSES, WORDS, LENGTH, WIDTH = 100, 1000, 32, 128
-TERMS: dict[str, Term] = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0)}
+TERMS: list[Term] = [  # a task has the first two, unless it wants more
+    CrossEntropy(),
+    SoftTarget(4.0),
+    ReverseSoftTarget(4.0),
+    CrossEntropy(label_smoothing=0.1),
+    SoftTarget(1.0),
+    ReverseSoftTarget(1.0),
+    SoftTarget(2.0),
+    ReverseSoftTarget(2.0),
+]
 
 
 class Transformer(nn.Module):
-    """A text classifier: four encoder layers, width 128, four heads, no dropout, the mean of the last layer."""
+    """A text classifier: encoder layers of width 128 with four heads, no dropout, the mean of the last layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 4) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
         self.places = nn.Parameter(torch.randn(LENGTH, WIDTH))
         layer = nn.TransformerEncoderLayer(WIDTH, nhead=4, dim_feedforward=4 * WIDTH, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, num_layers=4)
+        self.layers = nn.TransformerEncoder(layer, num_layers=layers)
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -37,12 +47,12 @@ class Transformer(nn.Module):
 
 
 class Lstm(nn.Module):
-    """A text classifier: two LSTM layers of 128 units, the last word's output."""
+    """A text classifier: LSTM layers of 128 units, the last word's output."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
-        self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=2, batch_first=True)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, num_layers=layers, batch_first=True)
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -65,23 +75,29 @@ class Case:
 
     Attributes:
         student: builds it.
+        teacher: builds its teacher.
         inputs: draws those of a batch.
         batch_size: of the training batches and of the meta batch.
         lr: of the inner steps.
     """
 
     student: Callable[[], nn.Module]
+    teacher: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
     batch_size: int
     lr: float = 0.1
 
 
+def _network(name: str) -> Callable[[], nn.Module]:
+    return partial(build_model, name, classes=CLASSES)
+
+
 CASES = {
-    "resnet8x4": Case(lambda: build_model("resnet8x4", classes=CLASSES), _images, 100),
-    "resnet20": Case(lambda: build_model("resnet20", classes=CLASSES), _images, 100),
-    "transformer": Case(Transformer, _words, 32, lr=0.01),
-    "lstm": Case(Lstm, _words, 32),
-    "convnet4": Case(lambda: build_model("convnet4", classes=CLASSES, channels=3), _images, 16),  # for a smoke test
+    "resnet8x4": Case(_network("resnet8x4"), _network("resnet32x4"), _images, 100),
+    "resnet20": Case(_network("resnet20"), _network("resnet56"), _images, 100),
+    "transformer": Case(Transformer, partial(Transformer, layers=8), _words, 32, lr=0.01),
+    "lstm": Case(Lstm, partial(Lstm, layers=4), _words, 32),
+    "convnet4": Case(_network("convnet4"), _network("convnet8"), _images, 16),  # for a smoke test
 }
 
 
@@ -91,9 +107,11 @@ class Task(NamedTuple):
     Attributes:
         student: in train mode.
         weighting: the weight model; its features are the detached losses.
-        batches: one for each inner step, with a teacher's logits.
+        batches: one for each inner step, with a teacher's logits if there is no teacher.
         meta_batch: of the outer loss.
         lr: of the inner SGD.
+        teacher: a network to run on every batch, in eval mode; or None.
+        terms: the per-sample losses.
     """
 
     student: nn.Module
@@ -101,25 +119,42 @@ class Task(NamedTuple):
     batches: list[Batch]
     meta_batch: Batch
     lr: float
+    teacher: nn.Module | None = None
+    terms: Sequence[Term] = TERMS[:2]
 
     @classmethod
-    def build(cls, case: Case, steps: int, *, batch_size: int | None = None, device: str = "cpu") -> "Task":
+    def build(
+        cls, case: Case, steps: int, *, batch_size: int | None = None, teacher: bool = False, device: str = "cpu"
+    ) -> "Task":
         """The same task at every call."""
         torch.manual_seed(0)
-        student, weighting = case.student().train(), LossMLP(len(TERMS), len(TERMS))
+        student, weighting = case.student().train(), LossMLP(2, 2)
         size = batch_size or case.batch_size
 
         def batch() -> Batch:
             inputs, targets = case.inputs(size), torch.randint(CLASSES, (size,))
-            teacher = torch.randn(size, CLASSES) + 3 * F.one_hot(targets, CLASSES)
-            return Batch(inputs.to(device), targets.to(device), teacher.to(device))
+            logits = (torch.randn(size, CLASSES) + 3 * F.one_hot(targets, CLASSES)).to(device)
+            return Batch(inputs.to(device), targets.to(device), None if teacher else logits)
 
         batches = [batch() for _ in range(steps)]
-        return cls(student.to(device), weighting.to(device), batches, batch(), case.lr)
+        network = case.teacher().to(device).eval() if teacher else None
+        return cls(student.to(device), weighting.to(device), batches, batch(), case.lr, network)
+
+    def with_terms(self, number: int) -> "Task":
+        """The same task on the first `number` of `TERMS`, with a new weight model."""
+        like = next(self.weighting.parameters())
+        return self._replace(terms=TERMS[:number], weighting=LossMLP(number, number).to(like))
+
+    def taught(self, batch: Batch) -> Batch:
+        """The batch with the outputs of the teacher, if there is one."""
+        if self.teacher is None:
+            return batch
+        with torch.no_grad():
+            return batch._replace(teacher=self.teacher(batch.inputs))
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """All terms' losses, (B, M)."""
-        return torch.stack([term(outputs, batch) for term in TERMS.values()], dim=1)
+        return torch.stack([term(outputs, batch) for term in self.terms], dim=1)
 
     def inner(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The weighted loss of an inner step."""

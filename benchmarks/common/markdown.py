@@ -1,7 +1,11 @@
-"""Tables and the line on hardware and versions for a generated README.md."""
+"""What a generated README.md is made of: tables, verdicts, the line on hardware and versions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from benchmarks.common.numbers import Content, failures
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -17,7 +21,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     return "\n".join([first, "|" + left * "---|" + (len(head) - left) * "---:|", *others])
 
 
-def provenance(content: Mapping[str, Any]) -> str:
+def provenance(content: Content) -> str:
     """The command of a record, its hardware and its versions."""
     about, settings = content["environment"], content["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -25,3 +29,64 @@ def provenance(content: Mapping[str, Any]) -> str:
     gpu = f"; {about['gpu']}" if about["gpu"] else ""
     threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)}"
     return f"```bash\n{content['command']}\n```\n\n{machine}{gpu}; {threads}; float32; {versions}."
+
+
+def write_readme(folder: Path, text: str) -> Path:
+    """Write README.md; what notes.md says comes last."""
+    notes, readme = folder / "notes.md", folder / "README.md"
+    readme.write_text(text + (f"\n{notes.read_text()}" if notes.exists() else ""))
+    return readme
+
+
+def memory_is(content: Content) -> str:
+    """What a record's numbers of memory are."""
+    return {
+        "cpu": "the peak of the process's resident memory less the resident memory before the call",
+        "cuda": "the peak of the GPU allocator less what was allocated before the call",
+    }[content["settings"]["device"]]
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted number; nothing for None.
+
+    Example:
+        >>> number(1234.5, ",.0f"), number(0.0, ".2f"), number(None, ".2f")
+        ('1,234', '0', '')
+    """
+    return "" if value is None else format(value, form) if value else "0"
+
+
+def plain_milliseconds(cells: Iterable[Mapping[str, Any]]) -> str:
+    """The unit of time in some time cells: median (10 to 90 % of them) in ms; nothing where none was measured.
+
+    Example:
+        >>> plain_milliseconds([{"rounds": [{"plain": [0.1, 0.2]}, {"plain": [0.3]}]}])
+        '200 (100 to 300)'
+    """
+    plain = sorted(1000 * second for cell in cells for one in cell.get("rounds", []) for second in one["plain"])
+    if not plain:
+        return ""
+    low, high = plain[len(plain) // 10], plain[-1 - len(plain) // 10]
+    middle, low, high = (f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}" for ms in (statistics.median(plain), low, high))
+    return f"{middle} ({low} to {high})"
+
+
+def verdict(values: Mapping[str, float | None], limit: float) -> str:
+    """Whether the largest of the values, each with its place, is within the limit; nothing for no values.
+
+    Example:
+        >>> verdict({"at K = 1": 2.0, "at K = 2": 3.0, "at K = 5": None}, 2.5), verdict({"": 2.0}, 2.5)
+        ('missed by 20.0 %: 3.00 at K = 2', 'met: 2.00')
+    """
+    known = {where: value for where, value in values.items() if value is not None}
+    if not known:
+        return ""
+    worst = max(known, key=lambda where: known[where])
+    judged = "met" if known[worst] <= limit else f"missed by {100 * (known[worst] / limit - 1):.1f} %"
+    return f"{judged}: {known[worst]:.2f} {worst}".strip()
+
+
+def what_failed(content: Content, where: Callable[[Mapping[str, Any]], str]) -> str:
+    """A list of what could not be measured; `where` names a cell's case and its like."""
+    lines = [f"- {where(cell)}, {name}, {cell['kind']}: {why}" for cell, name, why in failures(content)]
+    return "\n".join(["\n\nWhat failed:\n", *lines]) if lines else ""

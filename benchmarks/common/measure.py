@@ -150,7 +150,8 @@ def main() -> None:
     cell = json.loads(sys.argv[1])
     torch.set_num_threads(cell["threads"])
     _limit_memory()
-    task = Task.build(CASES[cell["case"]], cell["steps"], batch_size=cell["batch_size"], device=cell["device"])
+    options = {"batch_size": cell["batch_size"], "teacher": cell.get("teacher", False), "device": cell["device"]}
+    task = Task.build(CASES[cell["case"]], cell["steps"], **options)
     methods = import_module(cell["module"]).METHODS
     if cell["kind"] == "time":
         chosen = {name: methods[name] for name in cell["methods"]}

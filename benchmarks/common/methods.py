@@ -9,7 +9,7 @@ import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.common.cases import TERMS, Task, differentiable_kernels
+from benchmarks.common.cases import Task, differentiable_kernels
 from metakd import BilevelLossBalancer, estimators
 from metakd.estimators import Estimator
 
@@ -44,7 +44,7 @@ def by_metakd(estimator: Estimator, task: Task) -> Call:
     """`BilevelLossBalancer.meta_step`; the weight model's optimizer has lr 0, so all calls see the same weights."""
     balancer = BilevelLossBalancer(
         task.student,
-        TERMS,
+        task.terms,
         optimizer=torch.optim.SGD(task.student.parameters(), lr=task.lr),
         weighting=task.weighting,
         weighting_optimizer=torch.optim.SGD(task.weighting.parameters(), lr=0.0),
@@ -122,6 +122,7 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "OneStep": partial(by_metakd, estimators.OneStep()),
     "Unroll": partial(by_metakd, estimators.Unroll()),
     "Adjoint": partial(by_metakd, estimators.Adjoint()),
+    "Adjoint, forward": partial(by_metakd, estimators.Adjoint("forward")),
     "IdentityJacobian": partial(by_metakd, estimators.IdentityJacobian()),
     "FiniteDifference": partial(by_metakd, estimators.FiniteDifference()),
     "TorchOpt MetaSGD": by_torchopt,

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.common.loops import WINDOWS
+
 Content = Mapping[str, Any]
 
 
@@ -32,7 +34,22 @@ def per_step(content: Content, case: str, steps: int, name: str) -> float | None
     return statistics.median(found) / steps if found else None
 
 
+def per_iteration(content: Content, case: str, name: str, *, teacher: bool = False, over: str = "plain") -> list[float]:
+    """Time of a loop's iteration over another's, in each round."""
+    cell = find(content, kind="time", case=case, teacher=teacher)
+    return [ratio / (cell["steps"] if name in WINDOWS else 1) for ratio in ratios(cell, name, over)]
+
+
 def memory(content: Content, case: str, steps: int, name: str, *, whole: bool = False) -> float | None:
     """Memory of a method's call in MB: its peak less what was there before it, or the whole peak."""
     cell = find(content, kind="memory", case=case, steps=steps, method=name)
     return cell["peak"] - (0 if whole else cell["before"]) if "peak" in cell else None
+
+
+def failures(content: Content) -> list[tuple[dict[str, Any], str, str]]:
+    """What could not be measured: the cell, the method and the reason."""
+    found = []
+    for cell in content["cells"]:
+        reasons = {cell.get("method", "all methods"): cell["died"]} if "died" in cell else cell.get("failed", {})
+        found += [(cell, name, why) for name, why in reasons.items()]
+    return found

@@ -1,0 +1,137 @@
+"""The loops: each takes a task and returns a function that trains on it for one iteration, or for a period of them.
+
+An iteration is all that a user's loop does for a batch, the student's own step included.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from benchmarks.common import methods
+from benchmarks.common.cases import Task, differentiable_kernels
+from benchmarks.common.methods import Call
+from metakd import Batch, BilevelLossBalancer
+
+PERIOD = 5
+
+
+def plain(task: Task) -> Call:
+    """The unit of time: knowledge distillation with fixed weights."""
+    optimizer = _optimizer(task)
+
+    def iteration(batch: Batch) -> None:
+        batch = task.taught(batch)
+        loss = task.losses(task.student(batch.inputs), batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return _one_by_one(task, iteration)
+
+
+def by_metakd(task: Task, window: str | None = None) -> Call:
+    """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
+    optimizer, count = _optimizer(task), len(task.batches) if window else 1
+    balancer = BilevelLossBalancer(
+        task.student,
+        task.terms,
+        optimizer=optimizer,
+        weighting=task.weighting,
+        weighting_optimizer=_weighting_optimizer(task),
+        teacher=task.teacher,
+        features=lambda losses, outputs, batch: losses,
+        **({window: count} if window else {}),
+    )
+
+    def iteration(batch: Batch) -> None:
+        loss = balancer(batch, task.meta_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return _one_by_one(task, iteration, count)
+
+
+def by_peer(hypergradient: Callable[[Task], Call], task: Task) -> Call:
+    """A peer's hypergradient, the weight model's step, then a second forward pass under the new weights."""
+    optimizer, weighting_optimizer = _optimizer(task), _weighting_optimizer(task)
+
+    def iteration(batch: Batch) -> None:
+        batch = task.taught(batch)
+        gradient = hypergradient(task._replace(batches=[batch]))()
+        for p, g in zip(task.weighting.parameters(), gradient, strict=True):
+            p.grad = g
+        weighting_optimizer.step()
+        losses = task.losses(task.student(batch.inputs), batch)
+        with torch.no_grad():
+            weights = task.weighting(losses, batch)
+        loss = (weights * losses).sum() / len(losses)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return _one_by_one(task, iteration)
+
+
+def published(task: Task) -> Call:
+    """The hypergradient of the published codes: a copy of the student, and `backward` of the meta loss through it."""
+
+    def call() -> Sequence[Tensor]:
+        (batch,), student = task.batches, copy.deepcopy(task.student)
+        params = dict(student.named_parameters())
+        with differentiable_kernels(student):
+            loss = task.inner(student(batch.inputs), batch)
+            gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            ahead = {name: p - task.lr * g for (name, p), g in zip(params.items(), gradients, strict=True)}
+            meta_loss = task.outer(functional_call(student, ahead, task.meta_batch.inputs))
+            task.weighting.zero_grad()
+            meta_loss.backward()
+        return [p.grad for p in task.weighting.parameters() if p.grad is not None]
+
+    return call
+
+
+def metasgd_on_a_copy(task: Task) -> Call:
+    """`torchopt.MetaSGD` replaces the parameters of its module, where the student's optimizer would not find them."""
+    return methods.by_torchopt(task._replace(student=copy.deepcopy(task.student)))
+
+
+def _optimizer(task: Task) -> torch.optim.Optimizer:
+    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4)
+
+
+def _weighting_optimizer(task: Task) -> torch.optim.Optimizer:
+    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4)
+
+
+def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
+    """Calls of so many iterations each, which take the task's batches in turn."""
+    batches = cycle(task.batches)
+
+    def call() -> Sequence[Tensor]:
+        for _ in range(count):
+            iteration(next(batches))
+        return ()
+
+    return call
+
+
+METHODS: dict[str, Callable[[Task], Call]] = {
+    "plain": plain,
+    "accumulate=1": by_metakd,
+    f"accumulate={PERIOD}": partial(by_metakd, window="accumulate"),
+    f"every={PERIOD}": partial(by_metakd, window="every"),
+    "published way": partial(by_peer, published),
+    "by hand": partial(by_peer, methods.by_hand),
+    "TorchOpt MetaSGD": partial(by_peer, metasgd_on_a_copy),
+    "higher": partial(by_peer, methods.by_higher),
+    "4 terms": lambda task: by_metakd(task.with_terms(4)),
+    "8 terms": lambda task: by_metakd(task.with_terms(8)),
+}
+WINDOWS = (f"accumulate={PERIOD}", f"every={PERIOD}")
+WITH_TEACHER = ("accumulate=1", *WINDOWS, "published way")
