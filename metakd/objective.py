@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from metakd.batch import Batch
+from metakd.dual_losses import dual_losses
 from metakd.errors import MetaKDError
 from metakd.features import Features, evaluate_features
 from metakd.replay import Product
@@ -16,13 +18,17 @@ from metakd.terms import Term, evaluate
 
 
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
-    """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors.
+    """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors; of dual losses a dual number.
 
     Example:
         >>> import torch
         >>> weighted_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor(11.)
     """
+    value, tangent = forward_ad.unpack_dual(losses)
+    if tangent is not None and not losses.requires_grad:
+        dual: Tensor = forward_ad.make_dual(weighted_mean(weights, value), weighted_mean(weights, tangent))
+        return dual
     return (weights * losses).sum() / losses.shape[0]
 
 
@@ -166,7 +172,7 @@ class Objective:
     def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
         batch = self.student.cast(self.batches[t])
         outputs, end = self.student.run(params, batch.inputs, self._starts[t], self._tape if t == 0 else ())
-        losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
+        losses = dual_losses(lambda z: checked_losses(self.terms, z, batch, f"the batch of inner step {t}"), outputs)
         if len(self._starts) == t + 1:
             self._starts.append(end())
         return outputs, losses
