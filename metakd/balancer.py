@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakd.batch import Batch, as_batch, batch_size
+from metakd.batch import Batch, as_batch, batch_size, endless
 from metakd.checkpoint import check_state
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, OneStep, Problem
@@ -204,10 +204,10 @@ class BilevelLossBalancer:
             self._report = Report(losses, weights, None, result.outer_loss, norm)
             return self._report
 
-    def windows(self, batches: Iterable[Any], meta_batches: Iterator[Any], size: int) -> Iterator[Batch]:
+    def windows(self, batches: Iterable[Any], meta_batches: Iterable[Any], size: int) -> Iterator[Batch]:
         """The batches of a loader, with a `meta_step` through each `size` of them before the first is handed out.
 
-            for batch in balancer.windows(train_loader, meta_batches, 5):
+            for batch in balancer.windows(train_loader, meta_loader, 5):
                 loss = balancer.loss(batch)
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
 
@@ -216,26 +216,20 @@ class BilevelLossBalancer:
 
         Args:
             batches: the training loader.
-            meta_batches: an iterator over batches of the meta set, one taken for each window.
+            meta_batches: batches of the meta set, one taken for each window; a loader is begun anew where it ends, an
+                iterator goes on where it is.
             size: K, the number of inner steps.
 
         Yields:
             The training batches in order, each a `Batch` that holds the teacher's outputs already.
 
         Raises:
-            MetaKDError: see `meta_step`; also where the meta batches end first.
+            MetaKDError: see `meta_step`; also where an iterator over meta batches ends first.
         """
         _positive(size, "size")
-        items = iter(batches)
+        items, meta = iter(batches), endless(meta_batches)
         while window := [self._batch(item, f"batch {t}") for t, item in enumerate(islice(items, size))]:
-            try:
-                meta_batch = next(meta_batches)
-            except StopIteration:
-                raise MetaKDError(
-                    "the meta batches ended before the training batches; give an endless iterator, such as "
-                    "(batch for _ in itertools.count() for batch in meta_loader)"
-                ) from None
-            self.meta_step(window, meta_batch)
+            self.meta_step(window, next(meta))
             yield from window
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`Batch`, and how a data loader's item becomes one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,6 +80,29 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
     if not item:
         raise MetaKDError("the mapping from the loader holds no inputs for the student; add a key 'inputs'")
     return Batch(item, targets, teacher, index)
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader, again and again; an iterator gives those it has.
+
+    Raises:
+        MetaKDError: an iterator has ended, or a loader is empty.
+
+    Example:
+        >>> batches = endless(["a", "b"])
+        >>> [next(batches) for _ in range(3)]
+        ['a', 'b', 'a']
+    """
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty or isinstance(loader, Iterator):
+            raise MetaKDError(
+                "the meta batches ended before the training batches: give the loader itself, which is begun anew, "
+                "or an endless iterator; it must hold at least one batch"
+            )
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -107,6 +107,17 @@ def test_an_exhausted_meta_loader_is_named():
         assert torch.equal(a, b)
 
 
+def test_a_meta_loader_is_begun_anew():
+    balancer, meta = build(), loader(2, seed=1)
+    seen = []
+    step = balancer.meta_step
+    balancer.meta_step = lambda window, meta_batch: seen.append(meta_batch[0]) or step(window, meta_batch)
+    list(balancer.windows(loader(6), meta, 2))
+    assert [id(x) for x in seen] == [id(meta[i][0]) for i in (0, 1, 0)]
+    with pytest.raises(MetaKDError, match="at least one batch"):
+        next(build().windows(loader(2), [], 1))
+
+
 @pytest.mark.parametrize("size", [0, 1.5, None])
 def test_a_size_is_a_positive_number(size):
     with pytest.raises(MetaKDError, match="size must be a whole number of at least 1"):
