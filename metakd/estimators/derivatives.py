@@ -1,6 +1,6 @@
 """First and second derivatives of a scalar, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ def added(a: Gradients, b: Gradients) -> Gradients:
 def filled(values: Gradients, like: Params) -> Params:
     """The gradients of the names in `like`, with zeros in place of None."""
     return {name: torch.zeros_like(p) if (g := values[name]) is None else g for name, p in like.items()}
+
+
+def slope(gradient: Mapping[str, Tensor | None], along: Mapping[str, Tensor | None]) -> Tensor | None:
+    """The inner product of a gradient and a direction, over what both have; None where that is nothing."""
+    pairs = [(g, u) for name, g in gradient.items() if g is not None and (u := along.get(name)) is not None]
+    return torch.stack([(g * u).sum() for g, u in pairs]).sum() if pairs else None
 
 
 def graph_gradients(loss: Tensor, params: Params, seen: set[Any] | None = None) -> Gradients:

@@ -1,7 +1,6 @@
 """`hypergradient`: the pure function under the balancer, for any bilevel problem."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from metakd.errors import MetaKDError
 from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.nested import detached, on_flat, unflatten
-from metakd.estimators.problem import Estimator, Hypergradient, Problem
+from metakd.estimators.problem import Estimator, Hypergradient, Outer, Problem
 from metakd.inner import GradientTransformation, repaired
 
 Nest = Mapping[str, Any]
@@ -93,15 +92,16 @@ def build_problem(
     if not batches:
         raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one")
     theta, phi = detached(params, "params"), detached(meta_params, "meta_params")
-    outers = [outer] if outer_batches is None else [partial(_on_batch, outer, batch) for batch in outer_batches]
+
+    def outer_on(*batch: Any) -> Outer:
+        return lambda p, m: outer(unflatten(p, params), unflatten(m, meta_params), *batch)
+
+    outers = [outer_on()] if outer_batches is None else [outer_on(batch) for batch in outer_batches]
     if not outers:
         raise MetaKDError("outer_batches is empty; give at least one batch, or None for an outer loss without batches")
 
     def nested_inner(p: Any, m: Any, batch: Any) -> Tensor:
         return inner(unflatten(p, params), unflatten(m, meta_params), batch)
-
-    def nested_outer(one: Callable[[Any, Any], Tensor], p: Any, m: Any) -> Tensor:
-        return one(unflatten(p, params), unflatten(m, meta_params))
 
     def optimizer_at(m: Any) -> GradientTransformation:
         found = optimizer(unflatten(m, meta_params)) if callable(optimizer) else optimizer
@@ -116,8 +116,4 @@ def build_problem(
     start = optimizer_at(phi)
     state = start.init(unflatten(theta, params)) if optimizer_state is None else optimizer_state
     at = optimizer_at if callable(optimizer) else lambda _: start
-    return Problem(nested_inner, [partial(nested_outer, one) for one in outers], theta, phi, batches, at, state)
-
-
-def _on_batch(outer: Callable[..., Tensor], batch: Any, params: Any, meta_params: Any) -> Tensor:
-    return outer(params, meta_params, batch)
+    return Problem(nested_inner, outers, theta, phi, batches, at, state)

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients
+from metakd.estimators.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients, slope
 from metakd.estimators.problem import Problem
 from metakd.estimators.walk import Products
 from metakd.inner import Params
@@ -75,20 +75,25 @@ def dual_numbers() -> Iterator[None]:
         yield
 
 
+def duals(params: Params, u: Params) -> Params:
+    """Dual numbers that move along u; parameters that it leaves out do not move."""
+    return {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
+
+
 def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
     with dual_numbers():
-        dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
-        slope = forward_ad.unpack_dual(problem.inner(dual, meta, batch)).tangent
+        loss = problem.inner(duals(params, u), meta, batch)
+        derivative = forward_ad.unpack_dual(loss).tangent
     # Outside of the block, where the backward pass has no tangents to carry along.
-    return dict.fromkeys(meta) if slope is None else gradients(slope, meta)
+    return dict.fromkeys(meta) if derivative is None else gradients(derivative, meta)
 
 
 def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
     moved = leaves({name: params[name] for name in u})
     loss = problem.inner({**params, **moved}, meta, batch)
     g = graph_gradients(loss, moved)
-    slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None]
-    return second_order_gradients(torch.stack(slopes).sum(), meta) if slopes else dict.fromkeys(meta)
+    derivative = slope(g, u)
+    return dict.fromkeys(meta) if derivative is None else second_order_gradients(derivative, meta)
 
 
 def lacks_forward_mode(error: BaseException) -> bool:

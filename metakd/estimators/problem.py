@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, added, gradients, in_both, leaves
+from metakd.estimators.derivatives import Gradients, added, filled, gradients, in_both, leaves
 from metakd.inner import GradientTransformation, Params, apply
 
 Inner = Callable[[Params, Params, Any], Tensor]
@@ -152,8 +152,5 @@ def answer(
                 f"{g.numel()}; an inner step through a square root at zero does that (RMSprop, Adagrad: set their "
                 "eps inside the root), as does an inner loss without second derivatives"
             )
-    filled = {
-        name: torch.zeros_like(problem.meta_params[name]) if g is None else g.detach() for name, g in gradient.items()
-    }
-    detached = {name: p.detach() for name, p in params.items()}
-    return Hypergradient(outer_loss.detach(), filled, detached, map_tensors(Tensor.detach, optimizer_state))
+    found = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state
+    return Hypergradient(*map_tensors(Tensor.detach, found))

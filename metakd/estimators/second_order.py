@@ -15,8 +15,9 @@ from metakd.estimators.derivatives import (
     leaves,
     reject_once_differentiable,
     second_order_gradients,
+    slope,
 )
-from metakd.estimators.mixed import dual_numbers, first_line, lacks_forward_mode
+from metakd.estimators.mixed import dual_numbers, duals, first_line, lacks_forward_mode
 from metakd.estimators.problem import Problem
 from metakd.inner import Params
 
@@ -33,8 +34,9 @@ def reverse_over_reverse(
     """
     theta = leaves(params)
     g = graph_gradients(problem.inner(theta, meta, batch), theta)
-    slopes = [(value * u[name]).sum() for name, value in g.items() if value is not None and name in u]
-    return in_both(torch.stack(slopes).sum(), theta, meta, second_order_gradients)
+    derivative = slope(g, u)
+    assert derivative is not None  # u is the cotangent of what this gradient has
+    return in_both(derivative, theta, meta, second_order_gradients)
 
 
 def forward_over_reverse(
@@ -48,7 +50,7 @@ def forward_over_reverse(
     try:
         with dual_numbers():
             theta = leaves(params)
-            dual = {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in theta.items()}
+            dual = duals(theta, u)
             loss = problem.inner(dual, meta, batch)
             reject_once_differentiable(loss)
             in_params, in_meta = in_both(loss, dual, meta)

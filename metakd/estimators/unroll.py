@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import added, graph_gradients, leaves, second_order_gradients
+from metakd.estimators.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
 from metakd.estimators.problem import Hypergradient, Problem, answer
 
 
@@ -43,7 +41,7 @@ class Unroll:
             g = graph_gradients(problem.inner_loss(params, meta, t), params, seen)
             params, state = problem.step(g, state, params, meta)
         outer_loss, v, total = problem.outer_gradients(params)
-        slopes = [(params[name] * value).sum() for name, value in v.items() if value is not None]
-        if slopes:
-            total = added(total, second_order_gradients(torch.stack(slopes).sum(), meta))
+        through_params = slope(params, v)
+        if through_params is not None:
+            total = added(total, second_order_gradients(through_params, meta))
         return answer(problem, outer_loss, total, params, state)

@@ -239,3 +239,23 @@ def problems(**fixed):
         "seed": st.integers(0, 2**31 - 1),
     }
     return st.builds(Bilevel, **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+
+
+def most_kept(action):
+    """The most bytes that autograd held at once during a call."""
+    alive = peak = 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal alive, peak
+            self.tensor, self.size = tensor, tensor.nbytes
+            alive += self.size
+            peak = max(peak, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        action()
+    return peak

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, hypergradient, terms, weighting
 from metakd.batch import tensors
 from metakd.estimators import second_order
-from tests.estimators.problems import RULES, Bilevel
+from tests.estimators.problems import RULES, Bilevel, most_kept
 from tests.zoo import meet
 
 
@@ -70,24 +70,8 @@ def test_from_a_warm_state(rule, seed):
 
 
 def kept_bytes(estimator, steps):
-    """The most that autograd held at once, in bytes."""
-    alive = peak = 0
-
-    class Kept:
-        def __init__(self, tensor):
-            nonlocal alive, peak
-            self.tensor, self.size = tensor, tensor.nbytes
-            alive += self.size
-            peak = max(peak, alive)
-
-        def __del__(self):
-            nonlocal alive
-            alive -= self.size
-
     problem = Bilevel(steps=steps, batch_size=50, rule="momentum")
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        by(problem, estimator)
-    return peak
+    return most_kept(lambda: by(problem, estimator))
 
 
 def test_adjoint_holds_the_graph_of_one_step_at_a_time():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from metakd import MetaKDError, check_hypergradient, hypergradient
 from metakd.estimators import Adjoint, FiniteDifference, OneStep, Truncated, Unroll
-from tests.estimators.problems import RULES, Bilevel, relative
+from tests.estimators.problems import RULES, Bilevel, most_kept, relative
 
 EXACT = [Adjoint(), Adjoint("forward"), Adjoint("auto"), Unroll(), Truncated(3)]
 each_exact = pytest.mark.parametrize("estimator", EXACT, ids=str)
@@ -172,21 +172,11 @@ def test_several_outer_batches_are_their_mean(estimator):
 
 
 def test_one_outer_batchs_graph_at_a_time():
-    problem, alive, peak = Bilevel(), [0], [0]
-
-    class Kept:
-        def __init__(self, tensor):
-            self.tensor = tensor
-            alive[0] += tensor.nbytes
-            peak[0] = max(peak[0], alive[0])
-
-        def __del__(self):
-            alive[0] -= self.tensor.nbytes
+    problem = Bilevel()
 
     def most(number):
-        peak[0] = 0
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            hypergradient(
+        return most_kept(
+            lambda: hypergradient(
                 problem.inner,
                 lambda p, m, x: problem.outputs(p, x).exp().mean(),
                 problem.params,
@@ -195,7 +185,7 @@ def test_one_outer_batchs_graph_at_a_time():
                 optimizer=problem.torchopt(),
                 outer_batches=[torch.ones(200, 3, dtype=torch.float64)] * number,
             )
-        return peak[0]
+        )
 
     assert most(6) == most(1)
 
