@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
+from metakd.terms.counts import thirds
 
 _FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"
 _THIRDS_RULE = "many, medium, few: the 33/34/33 % of classes with the most, middling and fewest training images"
@@ -51,21 +52,13 @@ def group_classes(counts: Sequence[int]) -> Groups:
         >>> group_classes([4900, 3172, 2053, 1329, 860, 557, 360, 233, 151, 98])[1:]
         ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9))
     """
-    if len(counts) < 3:
-        raise MetaKDError(f"many, medium and few need at least three classes, but there are {len(counts)}")
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
     many = tuple(c for c in order if counts[c] > 100)
     few = tuple(c for c in order if counts[c] < 20)
     medium = tuple(c for c in order if 20 <= counts[c] <= 100)
     if min(len(many), len(medium), len(few)) >= 2:
         return Groups(_FIELD_RULE, many, medium, few)
-    third = max(round(0.33 * len(counts)), 1)
-    return Groups(
-        _THIRDS_RULE,
-        tuple(order[:third]),
-        tuple(order[third : len(order) - third]),
-        tuple(order[len(order) - third :]),
-    )
+    return Groups(_THIRDS_RULE, *thirds(counts))
 
 
 class Scores(NamedTuple):
@@ -78,6 +71,7 @@ class Scores(NamedTuple):
         few: mean accuracy of the classes with few training images.
         per_class: accuracy of every class.
         loss: mean cross-entropy.
+        ece: expected calibration error of the predicted class over 15 bins of confidence (Guo et al., 2017).
     """
 
     overall: float
@@ -86,6 +80,7 @@ class Scores(NamedTuple):
     few: float
     per_class: tuple[float, ...]
     loss: float
+    ece: float
 
 
 @torch.no_grad()
@@ -98,7 +93,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
         groups: from `group_classes`.
 
     Returns:
-        Accuracies in percent, computed by torchmetrics' ``MulticlassAccuracy``.
+        The scores, computed by torchmetrics.
 
     Raises:
         MetaKDError: torchmetrics is not installed.
@@ -106,7 +101,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     with contextlib.suppress(MetaKDError):
         import_torchvision()  # torchmetrics imports it where it is installed, and would meet its failure
     try:
-        from torchmetrics.classification import MulticlassAccuracy
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
     except ImportError as error:
         raise MetaKDError(
             f"accuracies are computed by torchmetrics, which could not be imported ({error}); install it "
@@ -118,11 +113,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     model.eval()
     overall = MulticlassAccuracy(classes, average="micro", validate_args=False)
     per_class = MulticlassAccuracy(classes, average="none", validate_args=False)
-    loss, seen = 0.0, 0
+    calibration = MulticlassCalibrationError(classes, n_bins=15, validate_args=False)
+    loss, seen = torch.zeros((), dtype=torch.float64), 0
     for inputs, targets, _ in batches:
         logits = model(inputs)
-        loss += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        loss = loss.to(logits.device) + nn.functional.cross_entropy(logits, targets, reduction="sum")
         seen += len(targets)
+        calibration.to(logits.device).update(logits.softmax(1), targets)
         for metric in (overall, per_class):
             metric.to(logits.device).update(logits.argmax(1), targets)
     for module, flag in flags:
@@ -130,4 +127,5 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     accuracy = 100 * per_class.compute().double().cpu()
     many, medium, few = (round(float(accuracy[list(group)].mean()), 4) for group in groups[1:])
     rounded = tuple(round(value, 4) for value in accuracy.tolist())  # float32 gives no more digits
-    return Scores(round(100 * float(overall.compute()), 4), many, medium, few, rounded, loss / max(seen, 1))
+    top, ece = (round(100 * float(metric.compute()), 4) for metric in (overall, calibration))
+    return Scores(top, many, medium, few, rounded, float(loss) / max(seen, 1), ece)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metakd.errors import MetaKDError
 
-_NAMES = "resnet<6n+2> (resnet8, resnet20, ...), resnet<6n+2>x<widening>, mlp<hidden>, convnet<width>"
+_NAMES = "resnet<6n+2>[x<widening>][s<stride of the stem>] (resnet8, resnet8x4, resnet8s2), mlp<hidden>, convnet<width>"
 
 
 class BasicBlock(nn.Module):
@@ -46,9 +46,10 @@ class CifarResNet(nn.Module):
         widths: channels of the stem and of the three stages.
         classes: number of classes.
         channels: channels of the images.
+        stride: of the stem; 2 makes everything after it four times cheaper.
 
     Raises:
-        MetaKDError: if the depth is not 6n + 2, or there are not four widths.
+        MetaKDError: if the depth is not 6n + 2, there are not four widths, or the stride is not 1 or more.
 
     Example:
         >>> import torch
@@ -56,12 +57,14 @@ class CifarResNet(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int, widths: Sequence[int], classes: int, channels: int = 3) -> None:
+    def __init__(self, depth: int, widths: Sequence[int], classes: int, channels: int = 3, stride: int = 1) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise MetaKDError(f"A CIFAR ResNet has 6n + 2 layers (8, 14, 20, 26, 32, ...), not {depth}.")
         if len(widths) != 4:
             raise MetaKDError(f"A CIFAR ResNet has four widths (stem and three stages), not {len(widths)}.")
+        if stride < 1:
+            raise MetaKDError(f"The stem's stride is {stride}; it must be at least 1.")
         stem, *stages = widths
         blocks: list[nn.Module] = []
         inputs = stem
@@ -69,7 +72,8 @@ class CifarResNet(nn.Module):
             for i in range((depth - 2) // 6):
                 blocks.append(BasicBlock(inputs, outputs, stride=2 if stage and not i else 1))
                 inputs = outputs
-        self.stem = nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU())
+        first = nn.Conv2d(channels, stem, 3, stride, padding=1, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(stem), nn.ReLU())
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(inputs, classes)
         for module in self.modules():
@@ -111,11 +115,11 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
     """Build a network by name.
 
     ``resnet20`` has widths 16-16-32-64, ``resnet8x4`` 32-64-128-256 (the stem twice, the stages four times
-    as wide: the usual teacher and student of distillation papers); ``mlp64`` and ``mlp64-32`` are
-    perceptrons, ``convnet16`` two convolutions.
+    as wide: the usual teacher and student of distillation papers), ``resnet8s2`` has a stem of stride 2;
+    ``mlp64`` and ``mlp64-32`` are perceptrons, ``convnet16`` two convolutions.
 
     Args:
-        name: see above; depth, widening and widths may be any number that fits.
+        name: see above; depth, widening, stride and widths may be any number that fits.
         classes: number of classes.
         channels: channels of the images.
         size: height and width of the images (perceptrons only).
@@ -127,10 +131,11 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
         >>> sum(p.numel() for p in build_model("resnet20", classes=10).parameters())
         272474
     """
-    if found := re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name):
+    if found := re.fullmatch(r"resnet(\d+)(?:x(\d+))?(?:s(\d+))?", name):
         depth, wide = int(found[1]), int(found[2] or 1)
         stem = 16 * max(wide // 2, 1)
-        return CifarResNet(depth, (stem, 16 * wide, 32 * wide, 64 * wide), classes, channels)
+        widths = (stem, 16 * wide, 32 * wide, 64 * wide)
+        return CifarResNet(depth, widths, classes, channels, stride=int(found[3] or 1))
     if found := re.fullmatch(r"mlp(\d+(?:-\d+)*)", name):
         return mlp([int(width) for width in found[1].split("-")], classes, channels * size * size)
     if found := re.fullmatch(r"convnet(\d+)", name):

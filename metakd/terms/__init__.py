@@ -2,17 +2,29 @@
 
 from metakd.terms.base import Term, evaluate, named
 from metakd.terms.cross_entropy import CrossEntropy
+from metakd.terms.debiased import DebiasedSoftTarget
+from metakd.terms.decoupled import NonTargetClass, TargetClass
+from metakd.terms.gated import GatedSoftTarget
+from metakd.terms.groups import GroupTarget, WithinGroupTarget
 from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
 from metakd.terms.reading import logits
+from metakd.terms.rebalanced import RebalancedSoftTarget
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
 
 __all__ = [
     "BalancedSoftmax",
     "CrossEntropy",
+    "DebiasedSoftTarget",
+    "GatedSoftTarget",
+    "GroupTarget",
     "LogitAdjusted",
+    "NonTargetClass",
+    "RebalancedSoftTarget",
     "ReverseSoftTarget",
     "SoftTarget",
+    "TargetClass",
     "Term",
+    "WithinGroupTarget",
     "evaluate",
     "logits",
     "named",

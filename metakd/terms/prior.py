@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metakd.batch import Batch
-from metakd.errors import MetaKDError
+from metakd.terms.counts import log_prior, positive_counts
 from metakd.terms.reading import class_indices, logits
 
 
@@ -46,33 +44,18 @@ class LogitAdjusted:
     uses_teacher: ClassVar[bool] = False
 
     def __init__(self, counts: Sequence[float] | Tensor, tau: float = 1.0) -> None:
-        self.counts = _positive(counts)
-        if not (tau >= 0.0 and math.isfinite(tau)):
-            raise MetaKDError(f"tau is {tau}, it must be finite and at least 0; 1 is the usual choice")
+        self.counts = positive_counts(counts)
         self.tau = float(tau)
-        self._shifts: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._shift = log_prior(self.counts, self.tau)
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         z = logits(outputs)
-        if len(self.counts) != z.shape[1]:
-            raise MetaKDError(
-                f"there are {len(self.counts)} class counts but the student has {z.shape[1]} outputs; pass "
-                "one count a class, in label order"
-            )
-        return F.cross_entropy(z + self._shift(z), class_indices(z, batch), reduction="none")
+        return F.cross_entropy(z + self._shift.like(z), class_indices(z, batch), reduction="none")
 
     def __repr__(self) -> str:
         """Say how many classes there are, not every count."""
         return f"{type(self).__name__}({len(self.counts)} classes, tau={self.tau:g})"
-
-    def _shift(self, like: Tensor) -> Tensor:
-        # Kept per device and dtype: no copy to the GPU at every step, and no digits lost on the way.
-        key = (like.device, like.dtype)
-        if key not in self._shifts:
-            counts = torch.tensor(self.counts, dtype=torch.float64)
-            self._shifts[key] = (self.tau * (counts.log() - counts.sum().log())).to(like.device, like.dtype)
-        return self._shifts[key]
 
 
 class BalancedSoftmax(LogitAdjusted):
@@ -103,24 +86,3 @@ class BalancedSoftmax(LogitAdjusted):
 
     def __init__(self, counts: Sequence[float] | Tensor) -> None:
         super().__init__(counts, tau=1.0)
-
-
-def _positive(counts: Sequence[float] | Tensor) -> tuple[float, ...]:
-    try:
-        values = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MetaKDError(
-            f"class counts must be numbers, one a class, got {type(counts).__name__}: {error}; pass a list or a tensor"
-        ) from error
-    if values.ndim != 1 or values.numel() == 0:
-        raise MetaKDError(
-            f"class counts have shape {tuple(values.shape)}, expected (C,): one number a class, in label order"
-        )
-    numbers = tuple(values.tolist())
-    for label, count in enumerate(numbers):
-        if not (count > 0.0 and math.isfinite(count)):
-            raise MetaKDError(
-                f"class {label} has count {count:g}, every count must be positive and finite; leave out "
-                "classes without training samples or give them a small count"
-            )
-    return numbers

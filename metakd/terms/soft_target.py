@@ -4,63 +4,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.softened import Softened, softened
 
 
 @dataclass(frozen=True)
-class _Softened:
-    """What both directions share: the temperature, its check, and both log probabilities."""
-
-    temperature: float = 4.0
-    uses_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise MetaKDError(
-                f"temperature is {self.temperature}, it must be positive and finite; 1 leaves the "
-                "probabilities as they are, 4 is a common choice for distillation"
-            )
-
-    def _log_probabilities(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        student = logits(outputs)
-        return self._softened(student), self._softened(teacher_logits(student, batch))
-
-    def _softened(self, z: Tensor) -> Tensor:
-        # Log probabilities of -inf (masked classes, overflow) would make 0 * inf = NaN in the divergence.
-        return F.log_softmax(z / self.temperature, dim=1).clamp(min=torch.finfo(z.dtype).min)
-
-    def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        """`T^2 KL(of || given)` of each row, both as log probabilities."""
-        return self.temperature**2 * F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
-
-
-class SoftTarget(_Softened):
+class SoftTarget(Softened):
     """Knowledge distillation: divergence of the student from the teacher, both softened.
 
     `loss_i = T^2 KL(p_i || q_i) = T^2 sum_c p_ic (log p_ic - log q_ic)` with the teacher's
     `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. The factor `T^2` keeps
-    the size of the gradient when `T` changes. It covers every class the teacher gives mass to.
+    the size of the gradient when `T` changes. It covers every class the teacher gives mass to. With a
+    `power` `a` other than 1, `p^a` renormalised, which is `softmax(a z_teacher / T)`, stands in for `p`:
+    below 1 it moves the teacher's mass towards the classes it seldom predicts.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015). Ours differs in that
     it is the divergence, not the cross-entropy (same gradient, and zero where the student equals the
-    teacher), and that no gradient ever flows into the teacher.
+    teacher), and that no gradient ever flows into the teacher. The power is that of He, Wu, Wei, DiVE (ICCV
+    2021, arXiv 2103.15042), who use `power=0.5`, `temperature=3`.
 
     Args:
         temperature: `T > 0`.
+        power: `a > 0`, of the teacher's probabilities.
 
     Raises:
-        MetaKDError: `temperature` not positive; when called, the teacher's outputs missing or of another
-            shape than the student's.
+        MetaKDError: `temperature` or `power` not positive and finite; when called, the teacher's outputs
+            missing or of another shape than the student's.
 
     Example:
         >>> import torch
@@ -71,13 +48,28 @@ class SoftTarget(_Softened):
         tensor([0.0000, 7.3939])
     """
 
+    temperature: float = 4.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check temperature and power."""
+        super().__post_init__()
+        if not (self.power > 0.0 and math.isfinite(self.power)):
+            raise MetaKDError(
+                f"power is {self.power}, it must be positive and finite; 1 leaves the teacher's probabilities as "
+                "they are, 0.5 flattens them as DiVE does"
+            )
+
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student, teacher = self._log_probabilities(outputs, batch)
-        return self._divergence(of=teacher, given=student)
+        student = logits(outputs)
+        # A power of probabilities is a lower temperature: p^a, renormalised, is softmax(a z / T).
+        teacher = softened(teacher_logits(student, batch), self.temperature / self.power)
+        return self._divergence(of=teacher, given=softened(student, self.temperature))
 
 
-class ReverseSoftTarget(_Softened):
+@dataclass(frozen=True)
+class ReverseSoftTarget(Softened):
     """Reverse divergence: of the teacher from the student, both softened.
 
     `loss_i = T^2 KL(q_i || p_i) = T^2 sum_c q_ic (log q_ic - log p_ic)` with the teacher's
@@ -106,7 +98,10 @@ class ReverseSoftTarget(_Softened):
         tensor([0.3278])
     """
 
+    temperature: float = 4.0
+
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student, teacher = self._log_probabilities(outputs, batch)
-        return self._divergence(of=student, given=teacher)
+        student = logits(outputs)
+        teacher = softened(teacher_logits(student, batch), self.temperature)
+        return self._divergence(of=softened(student, self.temperature), given=teacher)

@@ -38,6 +38,10 @@ def test_scores_against_counting():
     assert scores.medium == pytest.approx(sum(by_class[2:4]) / 2, abs=1e-3)
     assert scores.few == pytest.approx(sum(by_class[4:]) / 2, abs=1e-3)
     assert scores.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
+    confidence = logits.softmax(1).amax(1)
+    bins = (confidence * 15).long()
+    gaps = [abs(float((right - confidence)[bins == b].sum())) for b in range(15)]
+    assert scores.ece == pytest.approx(100 * sum(gaps) / 200, abs=1e-3)
 
 
 def test_evaluation_runs_in_eval_mode_and_puts_every_flag_back():

@@ -33,7 +33,7 @@ def run(overall):
         }
         for e in (1, 2)
     ]
-    return Run(history, Scores(overall, 90.0, 70.0, 20.25, (90.0, 70.0, 20.25), 0.7))
+    return Run(history, Scores(overall, 90.0, 70.0, 20.25, (90.0, 70.0, 20.25), 0.7, 5.0))
 
 
 def test_report_holds_command_data_groups_and_every_number(data, tmp_path, monkeypatch):

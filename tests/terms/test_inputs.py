@@ -1,15 +1,33 @@
 """What a term refuses, and that the message says what was wrong and what to do."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms import BalancedSoftmax, CrossEntropy, LogitAdjusted, ReverseSoftTarget, SoftTarget, logits
+from metakd.terms import (
+    BalancedSoftmax,
+    CrossEntropy,
+    GatedSoftTarget,
+    GroupTarget,
+    LogitAdjusted,
+    NonTargetClass,
+    RebalancedSoftTarget,
+    ReverseSoftTarget,
+    SoftTarget,
+    TargetClass,
+    WithinGroupTarget,
+    logits,
+)
 
-Z = torch.zeros(3, 4)
-LABELED = [CrossEntropy(), BalancedSoftmax([1, 2, 3, 4]), LogitAdjusted([1, 2, 3, 4])]
-TAUGHT = [SoftTarget(), ReverseSoftTarget()]
+Z, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+COUNTED = [BalancedSoftmax, LogitAdjusted, RebalancedSoftTarget, GroupTarget, WithinGroupTarget]
+SOFTENED = [SoftTarget, ReverseSoftTarget, GatedSoftTarget, TargetClass, NonTargetClass]
+BOTH = [GatedSoftTarget(), TargetClass(), NonTargetClass()]
+LABELED = [CrossEntropy(), *(family([1, 2, 3, 4]) for family in COUNTED[:2]), *BOTH]
+TAUGHT = [SoftTarget(), ReverseSoftTarget(), *(family([1, 2, 3, 4]) for family in COUNTED[2:]), *BOTH]
 
 
 def message(function, *args, **kwargs):
@@ -20,7 +38,7 @@ def message(function, *args, **kwargs):
 
 @pytest.mark.parametrize("term", LABELED)
 def test_missing_targets(term):
-    found = message(term, Z, Batch(None))
+    found = message(term, Z, Batch(None, teacher=Z))
     assert "batch.targets is None" in found and "Batch(targets=...)" in found
 
 
@@ -36,7 +54,7 @@ def test_missing_targets(term):
     ],
 )
 def test_targets_that_are_no_class_indices(term, targets, got):
-    found = message(term, Z, Batch(None, targets))
+    found = message(term, Z, Batch(None, targets, Z))
     assert got in found and "shape (3,)" in found and "(3, 4)" in found and "argmax" in found
 
 
@@ -48,7 +66,7 @@ def test_targets_that_are_no_tensor():
 @pytest.mark.parametrize("term", LABELED)
 @pytest.mark.parametrize("label", [4, 7, -1, -100])
 def test_labels_out_of_range(term, label):
-    found = message(term, Z, Batch(None, torch.tensor([0, label, 3])))
+    found = message(term, Z, Batch(None, torch.tensor([0, label, 3]), Z))
     assert f"label {label} is out of range [0, 4)" in found and "the student has 4 outputs" in found
 
 
@@ -59,7 +77,7 @@ def test_targets_on_another_device():
 
 @pytest.mark.parametrize("term", TAUGHT)
 def test_a_missing_teacher(term):
-    found = message(term, Z, Batch(None))
+    found = message(term, Z, Batch(None, Y))
     assert "batch.teacher is None" in found
     assert "BilevelLossBalancer(..., teacher=...)" in found and "Batch(teacher=...)" in found
 
@@ -67,13 +85,13 @@ def test_a_missing_teacher(term):
 @pytest.mark.parametrize("term", TAUGHT)
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4)])
 def test_a_teacher_of_another_shape(term, shape):
-    found = message(term, Z, Batch(None, teacher=torch.zeros(shape)))
+    found = message(term, Z, Batch(None, Y, torch.zeros(shape)))
     assert f"teacher's outputs have shape {shape}" in found and "the student's (3, 4)" in found
 
 
 @pytest.mark.parametrize("term", TAUGHT)
 def test_a_teacher_on_another_device(term):
-    found = message(term, Z, Batch(None, teacher=torch.zeros(3, 4, device="meta")))
+    found = message(term, Z, Batch(None, Y, torch.zeros(3, 4, device="meta")))
     assert "the teacher's outputs are on meta" in found and "on cpu" in found
 
 
@@ -93,14 +111,14 @@ def test_outputs_that_are_no_logits(outputs, got):
     assert got in found and "(B, C)" in found and "term of your own" in found
 
 
-@pytest.mark.parametrize("family", [BalancedSoftmax, LogitAdjusted])
+@pytest.mark.parametrize("family", COUNTED)
 @pytest.mark.parametrize("counts", [[1, 2, 3], [1, 2, 3, 4, 5]])
 def test_a_wrong_number_of_counts(family, counts):
-    found = message(family(counts), Z, Batch(None, torch.zeros(3, dtype=torch.int64)))
+    found = message(family(counts), Z, Batch(None, Y, Z))
     assert f"{len(counts)} class counts" in found and "4 outputs" in found
 
 
-@pytest.mark.parametrize("family", [BalancedSoftmax, LogitAdjusted])
+@pytest.mark.parametrize("family", COUNTED)
 @pytest.mark.parametrize("bad", [0, -3, float("nan"), float("inf")])
 def test_counts_that_are_not_positive(family, bad):
     found = message(family, [5, bad, 7])
@@ -122,7 +140,7 @@ def test_a_bad_tau(tau):
     assert f"tau is {tau}" in message(LogitAdjusted, [1, 2], tau=tau)
 
 
-@pytest.mark.parametrize("family", [SoftTarget, ReverseSoftTarget])
+@pytest.mark.parametrize("family", [*SOFTENED, *(partial(family, [1, 2, 3]) for family in COUNTED[2:])])
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bad_temperature(family, temperature):
     found = message(family, temperature=temperature)
@@ -133,3 +151,28 @@ def test_a_bad_temperature(family, temperature):
 def test_a_bad_label_smoothing(smoothing):
     found = message(CrossEntropy, label_smoothing=smoothing)
     assert f"label_smoothing is {smoothing}" in found and "[0, 1)" in found
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bad_power(power):
+    found = message(SoftTarget, power=power)
+    assert f"power is {power}" in found and "must be positive" in found
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.0, 2.0, float("nan")])
+def test_a_bad_beta(beta):
+    found = message(RebalancedSoftTarget, [1, 2], beta=beta)
+    assert f"beta is {beta}" in found and "[0, 1)" in found
+
+
+@pytest.mark.parametrize("family", [GroupTarget, WithinGroupTarget])
+@pytest.mark.parametrize("counts", [[5], [5, 4]])
+def test_too_few_classes_for_three_groups(family, counts):
+    found = message(family, counts)
+    assert "at least three classes" in found and f"there are {len(counts)} counts" in found
+
+
+@pytest.mark.parametrize("term", [TargetClass(), NonTargetClass()])
+def test_a_single_class_has_no_rest(term):
+    found = message(term, torch.zeros(3, 1), Batch(None, Y, torch.zeros(3, 1)))
+    assert "the student has 1 output" in found and "another class" in found

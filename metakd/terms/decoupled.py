@@ -1,0 +1,108 @@
+"""Distillation in two parts: how sure of the label, and how the rest is shared among the other classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.terms.reading import class_indices, logits, teacher_logits
+from metakd.terms.softened import Softened, floored, log_masses, softened
+
+
+@dataclass(frozen=True)
+class TargetClass(Softened):
+    """Target-class distillation (DKD's TCKD): divergence in the probability of the label.
+
+    `loss_i = T^2 KL(b_i^p || b_i^q)` with `b = (p_y, 1 - p_y)`, the probability of the label `y` and of all other
+    classes together, of the teacher's `p = softmax(z_teacher / T)` and the student's
+    `q = softmax(z_student / T)`. Together with `NonTargetClass`, each sample has
+    `SoftTarget = TargetClass + (1 - p_y) NonTargetClass`.
+
+    Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 2,
+    `batch.targets` `(B,)` integers, result `(B,)`.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), alpha's term. Ours
+    is this term alone, without the factor and its warm-up; it is computed from log probabilities.
+
+    Args:
+        temperature: `T > 0`.
+
+    Raises:
+        MetaKDError: `temperature` not positive and finite; when called, a single class, targets that are missing,
+            are not `(B,)` integers, or are out of range; the teacher's outputs missing or of another shape than
+            the student's.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.terms import TargetClass
+        >>> batch = Batch(None, targets=torch.tensor([0]), teacher=torch.tensor([[2.0, 1.0, 0.0]]))
+        >>> TargetClass(temperature=1.0)(torch.tensor([[2.0, 0.0, 1.0]]), batch)  # as sure of the label
+        tensor([0.])
+    """
+
+    temperature: float = 4.0
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the loss of each sample, shape `(B,)`."""
+        student, teacher = _target_and_rest(outputs, batch, self.temperature)
+        return self._divergence(of=log_masses(teacher), given=log_masses(student))
+
+
+@dataclass(frozen=True)
+class NonTargetClass(Softened):
+    """Non-target-class distillation (DKD's NCKD): divergence among the classes other than the label.
+
+    `loss_i = T^2 KL(p^_i || q^_i)` with the teacher's `p^` and the student's `q^` the softmax of `z / T` over
+    the C - 1 classes other than the label. Ordinary distillation multiplies it by the teacher's `1 - p_y`, and
+    so drops it where the teacher is sure; see `TargetClass`.
+
+    Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 2,
+    `batch.targets` `(B,)` integers, result `(B,)`.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), beta's term. Ours is
+    this term alone, without the factor and its warm-up; it leaves the label out, where the authors' code
+    lowers its logit by 1000.
+
+    Args:
+        temperature: `T > 0`.
+
+    Raises:
+        MetaKDError: as `TargetClass`.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.terms import NonTargetClass
+        >>> batch = Batch(None, targets=torch.tensor([0]), teacher=torch.tensor([[9.0, 1.0, 0.0]]))
+        >>> NonTargetClass(temperature=1.0)(torch.tensor([[2.0, 0.0, 1.0]]), batch)
+        tensor([0.4621])
+    """
+
+    temperature: float = 4.0
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the loss of each sample, shape `(B,)`."""
+        (_, student), (_, teacher) = _target_and_rest(outputs, batch, self.temperature)
+        return self._divergence(of=softened(teacher), given=softened(student))
+
+
+def _target_and_rest(outputs: Any, batch: Batch, temperature: float) -> list[tuple[Tensor, Tensor]]:
+    """For student and teacher, the softened logits `(B, 1)` of the label and `(B, C - 1)` of the others."""
+    student = logits(outputs)
+    teacher = teacher_logits(student, batch)
+    labels = class_indices(student, batch)[:, None]
+    classes = student.shape[1]
+    if classes < 2:
+        raise MetaKDError(
+            f"the student has {classes} output, but beside the label there must be another class; for one logit of "
+            "a yes/no question give logits of both answers: torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
+    others = torch.arange(classes - 1, device=labels.device)
+    others = others + (others >= labels)
+    return [(z.gather(1, labels), z.gather(1, others)) for z in (floored(x / temperature) for x in (student, teacher))]

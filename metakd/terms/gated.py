@@ -1,0 +1,62 @@
+"""Soft targets that count more where the student is worse than the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd.batch import Batch
+from metakd.terms.reading import class_indices, logits, teacher_logits
+from metakd.terms.softened import Softened, softened
+
+
+@dataclass(frozen=True)
+class GatedSoftTarget(Softened):
+    """Weighted soft labels (WSL): soft cross-entropy times a gate of the two networks' losses.
+
+    `loss_i = T^2 g_i (-sum_c p_ic log q_ic)` with the teacher's `p = softmax(z_teacher / T)`, the student's
+    `q = softmax(z_student / T)` and the gate `g_i = 1 - exp(-CE_student,i / CE_teacher,i)`, in which both
+    cross-entropies with the label are at `T = 1`. The gate is between 0 and 1 and is near 1 where the student
+    is much worse than the teacher. Where `CE_teacher` is 0 it is 1, its limit, or 0 if `CE_student` is 0 too.
+
+    The gate is a constant to differentiation. One inner step of a bilevel problem is exact with it; through
+    several steps, the derivatives leave out how the gate of a later step follows from the earlier ones.
+
+    Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), `batch.targets` `(B,)`
+    integers, result `(B,)`.
+
+    Source: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective"
+    (ICLR 2021, arXiv 2102.00650). Ours is this term alone, without the paper's cross-entropy and factor of 2.25
+    to 2.5; the authors' code adds 1e-7 to `CE_teacher`, ours takes the limit.
+
+    Args:
+        temperature: `T > 0`.
+
+    Raises:
+        MetaKDError: `temperature` not positive and finite; when called, targets that are missing, are not `(B,)`
+            integers, or are out of range; the teacher's outputs missing or of another shape than the student's.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.terms import GatedSoftTarget
+        >>> batch = Batch(None, targets=torch.tensor([0, 0]), teacher=torch.tensor([[2.0, 0.0], [2.0, 0.0]]))
+        >>> GatedSoftTarget(temperature=1.0)(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), batch)
+        tensor([0.2309, 1.8885])
+    """
+
+    temperature: float = 4.0
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the loss of each sample, shape `(B,)`."""
+        student = logits(outputs)
+        teacher = teacher_logits(student, batch)
+        labels = class_indices(student, batch)[:, None]
+        hard, teachers_hard = (-softened(z.detach()).gather(1, labels).squeeze(1) for z in (student, teacher))
+        ratio = hard / teachers_hard.clamp(min=torch.finfo(student.dtype).tiny)
+        gate = -torch.expm1(-ratio)
+        p, log_q = softened(teacher, self.temperature).exp(), softened(student, self.temperature)
+        return self.temperature**2 * gate * -(p * log_q).sum(dim=1)

@@ -1,0 +1,48 @@
+"""What the distillation terms share: softened probabilities, their divergence, and the mass of parts of the classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakd.errors import MetaKDError
+
+
+class Softened:
+    """A term with a temperature that compares the student with the teacher."""
+
+    temperature: float
+    uses_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the temperature."""
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise MetaKDError(
+                f"temperature is {self.temperature}, it must be positive and finite; 1 leaves the "
+                "probabilities as they are, 4 is a common choice for distillation"
+            )
+
+    def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
+        """`T^2 KL(of || given)` of each row, both as log probabilities."""
+        return self.temperature**2 * F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
+
+
+def softened(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log softmax(z / T)` of each row, never below the smallest finite number."""
+    # Log probabilities of -inf (masked classes, overflow) would make 0 * inf = NaN in the divergence.
+    return F.log_softmax(z / temperature, dim=1).clamp(min=torch.finfo(z.dtype).min)
+
+
+def floored(z: Tensor) -> Tensor:
+    """The logits with the smallest finite number for -inf, so that a part where every class is masked has no NaN."""
+    return z.clamp(min=torch.finfo(z.dtype).min)
+
+
+def log_masses(parts: Sequence[Tensor]) -> Tensor:
+    """The log probability of each part `(B, P)`, from the logits `(B, C_p)` of the classes in each."""
+    return softened(torch.stack([part.logsumexp(dim=1) for part in parts], dim=1))
