@@ -26,8 +26,8 @@ class LossMLP(nn.Module):
 
     Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose weight model has tanh layers of 64 units and
     independent sigmoids, with no sum-to-one constraint; the idea of a network from losses to weights is Shu
-    et al., "Meta-Weight-Net" (NeurIPS 2019). Ours differs in offering other output maps; weights are never
-    normalised over the batch.
+    et al., "Meta-Weight-Net" (NeurIPS 2019). Ours differs in offering other output maps; `Normalised` normalises
+    the weights over the batch.
 
     The features are taken in the parameters' dtype and outside of autocast: the model is tiny, and its
     hypergradient needs the digits.
@@ -38,10 +38,11 @@ class LossMLP(nn.Module):
         hidden: units of each hidden layer; empty for a linear model.
         output: the map to weights: `"sigmoid"`, `"softplus"`, `"softmax"` over the terms, or
             `"identity"`.
+        activation: class of the module after each hidden layer, such as `nn.Tanh` or `nn.ReLU`.
 
     Raises:
-        MetaKDError: a size that is not a positive integer, or an unknown output map; when called, features
-            that are not `(B, F)`.
+        MetaKDError: a size that is not a positive integer, an unknown output map, or an activation that is no
+            class of modules; when called, features that are not `(B, F)`.
 
     Example:
         >>> import torch
@@ -59,17 +60,20 @@ class LossMLP(nn.Module):
         hidden: Sequence[int] = (64, 64),
         *,
         output: str = "sigmoid",
+        activation: type[nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise MetaKDError(f"hidden is {hidden!r}, it must be a sequence of layer sizes; write hidden=(64,)")
+        if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
+            raise MetaKDError(f"activation is {activation!r}, it must be a class of modules; write activation=nn.ReLU")
         self.terms = positive_int(terms, "terms")
         self.output = output
         output_map(output)
         sizes = [positive_int(units, f"hidden[{i}]") for i, units in enumerate(hidden)] + [self.terms]
         layers: list[nn.Module] = [_first(features, sizes[0])]
         for before, after in pairwise(sizes):
-            layers += [nn.Tanh(), nn.Linear(before, after)]
+            layers += [activation(), nn.Linear(before, after)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:

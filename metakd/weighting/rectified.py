@@ -18,18 +18,25 @@ class Rectified(nn.Module):
     that the balancer's `(1/B) sum_ik w_ik l_ik` weights its losses with numbers that sum to one. Where no
     sample helps, all weights are zero.
 
-    It has no parameters. Where no influence is known, in calls without a hypergradient, every weight is one.
+    With `over="sample"` every sample shares out a weight of one among its own terms,
+    `w_ik = max(0, -I_ik) / sum_l max(0, -I_il)`, in equal parts where none of them helps.
+
+    It has no parameters. Where no influence is known, in calls without a hypergradient, the weights are equal: one,
+    or 1/M over a sample.
 
     Shapes: influence `(B, M)`, result `(B, M)`.
 
     Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (ICML 2018). Ours differs in
-    weighting several terms at once; with one term it is the paper's rule.
+    weighting several terms at once; with one term it is the paper's rule. Over a sample it is the rule of RW-KD:
+    see `recipes.rw_kd`.
 
     Args:
         terms: M, the number of terms.
+        over: what the weights are shared out over, the `"batch"` or each `"sample"`.
 
     Raises:
-        MetaKDError: `terms` not a positive integer; when called, an influence that is not `(B, M)`.
+        MetaKDError: `terms` not a positive integer, or an unknown `over`; when called, an influence that is not
+            `(B, M)`.
 
     Example:
         >>> import torch
@@ -41,13 +48,16 @@ class Rectified(nn.Module):
                 [0.]])
     """
 
-    def __init__(self, terms: int = 1) -> None:
+    def __init__(self, terms: int = 1, *, over: str = "batch") -> None:
         super().__init__()
         self.terms = positive_int(terms, "terms")
+        if over not in ("batch", "sample"):
+            raise MetaKDError(f"Rectified shares weights out over the 'batch' or each 'sample', not over {over!r}")
+        self.over = over
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Return equal weights of one, shape `(B, M)`: the answer where no influence is known."""
-        return features.new_ones(features.shape[0], self.terms)
+        """Return equal weights, shape `(B, M)`: the answer where no influence is known."""
+        return features.new_full((features.shape[0], self.terms), 1.0 if self.over == "batch" else 1.0 / self.terms)
 
     def lookahead_weights(self, features: Tensor, batch: Batch) -> Tensor:
         """Return the weights at which the influence is taken, zeros of shape `(B, M)`."""
@@ -61,5 +71,8 @@ class Rectified(nn.Module):
                 "weight model with one column a term: Rectified(terms=...)"
             )
         helpful = influence.detach().clamp(max=0.0).abs()
+        if self.over == "sample":
+            shares = helpful.sum(dim=1, keepdim=True)
+            return torch.where(shares > 0, helpful / torch.where(shares > 0, shares, 1.0), 1.0 / self.terms)
         total = helpful.sum()
         return helpful / torch.where(total > 0, total, 1.0) * influence.shape[0]

@@ -89,9 +89,8 @@ class SampleTable(_Table):
     Shapes: features `(B, F)` (only B is used), `batch.index` `(B,)` integers, result `(B, M)`.
 
     Source: Sivasubramanian et al., AMAL ("Adaptive mixing of auxiliary losses in supervised learning", AAAI
-    2023), a table of weights clamped to [0, 2]. Ours differs in that an output map keeps the weights in range
-    instead of a clamp, where the gradient would vanish, and that the lookahead is of all the student's
-    parameters, not of its last layer.
+    2023), a table of weights clamped to [0, 2] after each step, with a lookahead of the last layer: `recipes.amal`.
+    Ours differs in that an output map keeps the weights in range.
 
     A row learns only when its sample is in the batch. An optimizer with momentum or weight decay, the
     balancer's default Adam among them, moves the other rows too; give `torch.optim.SGD` where that is not

@@ -17,9 +17,8 @@ class TermScalars(nn.Module):
     Shapes: features `(B, F)` (only B is used), result `(B, M)`.
 
     Source: Liu et al., "Auto-lambda: Disentangling Dynamic Task Relationships" (TMLR 2022), which learns one
-    scalar a task by the same one-step lookahead. Ours differs in that the meta loss is the balancer's
-    `meta_loss` on its meta batch, not the primary tasks' training loss, and that the output map keeps
-    weights in range instead of clamping.
+    scalar a task by the same one-step lookahead: `recipes.auto_lambda`. Ours differs in that an output map keeps
+    the weights in range, where theirs are free numbers.
 
     Args:
         terms: M, the number of terms.

@@ -9,11 +9,21 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from metakd.batch import Batch
-from metakd.weighting import ClassTable, LossMLP, Rectified, SampleTable, TermScalars
+from metakd.weighting import (
+    ClassTable,
+    EntropyGate,
+    LossMLP,
+    Normalised,
+    Rectified,
+    SampleTable,
+    TermScalars,
+    entropies,
+)
 
 MAPS = {
     "sigmoid": lambda a: 1 / (1 + (-a).exp()),
@@ -257,3 +267,77 @@ def test_rectified_without_an_influence():
     assert torch.equal(Rectified(3)(features, EMPTY), torch.ones(4, 3, dtype=torch.float64))
     zeros = Rectified(3).lookahead_weights(features, EMPTY)
     assert torch.equal(zeros, torch.zeros(4, 3, dtype=torch.float64))
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 999))
+def test_rectified_over_a_sample(rows, terms, seed):
+    influence = torch.randn(rows, terms, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights = Rectified(terms, over="sample").from_influence(influence)
+    helpful = [[max(0.0, -value) for value in row] for row in influence.tolist()]
+    expected = [[value / math.fsum(row) for value in row] if any(row) else [1 / terms] * terms for row in helpful]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_rectified_over_a_sample_has_weights_that_sum_to_one():
+    model = Rectified(4, over="sample")
+    assert torch.equal(model(torch.rand(3, 2), EMPTY), torch.full((3, 4), 0.25))
+    for size in (0.0, 1e-44, 1e30):
+        weights = model.from_influence(torch.tensor([[-size, 0.0, -size, size]]))
+        expected = [[0.5, 0.0, 0.5, 0.0]] if size else [[0.25] * 4]
+        torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+@given(ROWS, TERMS, st.sampled_from(["sigmoid", "softplus"]), st.integers(0, 99))
+def test_normalised_weights_are_shares_of_the_batch_size(rows, terms, output, seed):
+    table, batch = SampleTable(7, terms, init=0.5, output=output), batch_of(rows, 7, seed)
+    torch.nn.init.normal_(table.free)
+    features = torch.zeros(rows, 1)
+    plain, found = table(features, batch), Normalised(table)(features, batch)
+    torch.testing.assert_close(found, plain * rows / sum(plain.flatten().tolist()))
+    assert found.sum().item() == pytest.approx(rows, rel=1e-5)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 0.0), (1e-44, 0.5), (1e30, 0.5)])
+def test_normalised_weights_of_any_size(value, expected):
+    table = TermScalars(2, output="identity")
+    torch.nn.init.constant_(table.free, value)
+    torch.testing.assert_close(Normalised(table)(torch.zeros(3, 1), EMPTY), torch.full((3, 2), expected))
+
+
+def test_derivatives_go_through_the_normalisation():
+    model = Normalised(LossMLP(2, 1, (4,))).double()
+    names = [name for name, _ in model.named_parameters()]
+    features = torch.rand(4, 2, dtype=torch.float64)
+
+    def weights(*values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (features, EMPTY))
+
+    parameters = [p.detach().normal_().requires_grad_() for p in model.parameters()]
+    assert gradcheck(weights, parameters, check_forward_ad=True) and gradgradcheck(weights, parameters)
+
+
+def test_the_mlp_takes_other_activations():
+    model = LossMLP(2, 1, (3,), activation=nn.ReLU).double()
+    w, b, v, c = model.parameters()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    expected = 1 / (1 + (-((x @ w.T + b).clamp(min=0) @ v.T + c)).exp())
+    torch.testing.assert_close(model(x, EMPTY), expected, rtol=1e-12, atol=0)
+
+
+@given(ROWS, st.integers(2, 5), st.integers(0, 999))
+def test_the_gate_compares_entropies(rows, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(2, rows, classes, generator=generator, dtype=torch.float64)).unbind()
+    found = entropies(torch.zeros(rows, 3), student, Batch(None, teacher=teacher))
+    for z, column in ((student, found[:, 0]), (teacher, found[:, 1])):
+        p = z.exp() / z.exp().sum(1, keepdim=True)
+        torch.testing.assert_close(column, -(p * p.log()).sum(1), rtol=1e-9, atol=1e-12)
+    expected = [[1.0, 0.5, 3.0] if s > t else [1.0, 3.0, 0.5] for s, t in found.tolist()]
+    assert EntropyGate(0.5, 3.0)(found, EMPTY).tolist() == expected
+
+
+def test_the_gate_at_certainty_and_at_a_tie():
+    sure = torch.tensor([[float("-inf"), 0.0]])
+    found = entropies(torch.zeros(1, 3), sure, Batch(None, teacher=sure))
+    assert found.tolist() == [[0.0, 0.0]]
+    assert EntropyGate()(found, EMPTY).tolist() == [[1.0, 2.0, 1.0]]

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch import nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.weighting import ClassTable, LossMLP, Rectified, SampleTable, TermScalars
+from metakd.weighting import (
+    ClassTable,
+    EntropyGate,
+    LossMLP,
+    Normalised,
+    Rectified,
+    SampleTable,
+    TermScalars,
+    entropies,
+)
 
 X = torch.zeros(3, 1)
 
@@ -118,3 +128,38 @@ def test_features_of_a_wrong_shape_before_their_number_is_known():
 def test_an_influence_of_a_wrong_shape(shape):
     found = message(Rectified(2).from_influence, torch.zeros(shape))
     assert f"shape {shape}, expected (B, 2)" in found and "Rectified(terms=...)" in found
+
+
+@pytest.mark.parametrize("over", ["samples", "", None])
+def test_weights_shared_out_over_something_else(over):
+    found = message(Rectified, 2, over=over)
+    assert repr(over) in found and "'batch'" in found and "'sample'" in found
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), "relu", torch.tanh, None, dict])
+def test_an_activation_that_is_no_class_of_modules(activation):
+    found = message(LossMLP, 2, 2, activation=activation)
+    assert f"activation is {activation!r}" in found and "activation=nn.ReLU" in found
+
+
+def test_what_cannot_be_normalised():
+    assert "got str" in message(Normalised, "mlp")
+    table = TermScalars(2, init=-0.5, output="identity")
+    found = message(Normalised(table), X, Batch(None))
+    assert "the weight -0.5 is negative" in found and "give TermScalars an output" in found
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))])
+def test_a_gate_without_an_order(low, high):
+    found = message(EntropyGate, low, high)
+    assert f"low={low}" in found and f"high={high}" in found
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3), (3, 2, 1)])
+def test_features_that_are_no_entropies(shape):
+    found = message(EntropyGate(), torch.zeros(shape), Batch(None))
+    assert f"shape {shape}, expected (B, 2)" in found and "features=weighting.entropies" in found
+
+
+def test_entropies_without_a_teacher():
+    assert "batch.teacher is None" in message(entropies, X, torch.zeros(3, 2), Batch(None))

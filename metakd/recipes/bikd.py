@@ -1,0 +1,79 @@
+"""BiKD: two weights a sample, from the losses of student and teacher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from metakd.balancer import BilevelLossBalancer
+from metakd.features import student_and_teacher
+from metakd.recipes.base import adam, beside, configured, hard_and_soft
+from metakd.weighting import LossMLP
+from metakd.weighting.base import positive_int
+
+
+def bikd(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    *,
+    optimizer: torch.optim.Optimizer,
+    classes: int | None = None,
+    temperature: float = 4.0,
+    hidden: Sequence[int] | None = None,
+    accumulate: int = 5,
+    lr: float = 1e-3,
+    **options: Any,
+) -> BilevelLossBalancer:
+    r"""BiKD: how much label and teacher count for each sample, learned on a balanced meta set.
+
+    $$\frac{1}{B} \sum_i w_i^\mathrm{hard}\, \mathrm{CE}_i + w_i^\mathrm{soft}\, T^2\, \mathrm{KL}(p_i^T \,\|\, q_i^T),
+      \qquad w_i = \sigma(\mathrm{MLP}(\mathrm{CE}_i(q), \mathrm{CE}_i(p)))$$
+
+    with student $q$ and teacher $p$. The meta loss is the cross-entropy of the meta batch after one plain SGD step at
+    the current learning rate; Adam (weight decay 1e-4) steps the MLP after every `accumulate` hypergradients, with
+    their mean.
+
+    Source: Nguyen, Phan, Ta, "Balancing Knowledge Distillation for Imbalance Learning with Bilevel Optimization"
+    (PAKDD 2026, arXiv 2605.17839) and its published code. Ours differs in that the teacher is in eval mode (theirs
+    stays in train mode, so that its batch statistics drift), and that the weights of the real step come from the
+    losses of the same forward pass as the lookahead's. A user's scheduler that cuts the student's learning rate should
+    cut the weight model's by 0.8, as theirs does: `balancer.weighting_optimizer` is an ordinary optimizer. Their
+    CIFAR-10 command takes cross-entropy + divergence for the meta loss: pass such a term as `meta_loss`.
+
+    Args:
+        student: any classifier.
+        teacher: any classifier with the same classes; None where batches hold its outputs (`Batch(teacher=...)`).
+        optimizer: the student's.
+        classes: their number, which decides the default of `hidden`.
+        temperature: T.
+        hidden: tanh layers of the MLP. Default: (64,), and (64, 64) from 100 classes on, as the authors recommend.
+        accumulate: k, the hypergradients averaged for a step of the MLP.
+        lr: of the MLP.
+        options: other arguments of `BilevelLossBalancer`.
+
+    Raises:
+        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
+
+    Example:
+        >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> balancer = bikd(student, teacher, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
+        >>> batch, meta_batch = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> balancer(batch, meta_batch).backward()
+        >>> balancer.report.weights.shape
+        torch.Size([8, 2])
+    """
+    if hidden is None:
+        hidden = (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
+    weighting = beside(student, LossMLP(2, 2, hidden))
+    return configured(
+        "bikd",
+        student,
+        hard_and_soft(temperature),
+        {"features": student_and_teacher, **options},
+        optimizer=optimizer,
+        teacher=teacher,
+        weighting=weighting,
+        weighting_optimizer=adam(weighting, lr, weight_decay=1e-4),
+        accumulate=accumulate,
+    )

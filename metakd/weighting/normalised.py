@@ -1,0 +1,60 @@
+"""Another model's weights, normalised over the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+
+
+class Normalised(nn.Module):
+    """Another model's weights, scaled so that those of a batch sum to its size.
+
+    `w_ik = B m_ik / sum_jl m_jl` with the model's weights `m`: the balancer's `(1/B) sum_ik w_ik l_ik` then weights
+    its losses with numbers that sum to one. Where all the model's weights are zero, so are these.
+
+    A sample's weight depends on the batch it is in, and the hypergradient goes through the sum. A batch of one sample
+    and one term has the weight one whatever the model says, so there is nothing to learn from it: use
+    `DataLoader(drop_last=True)`.
+
+    Shapes: features `(B, F)`, result `(B, M)`.
+
+    Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), whose published code for imbalanced classes normalises so.
+    Ours differs in taking any model and several terms.
+
+    Args:
+        model: a weight model, any `nn.Module` `(features, batch) -> (B, M)` with no negative weights.
+
+    Raises:
+        MetaKDError: `model` is no module; when called, one of its weights is negative.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.weighting import ClassTable, Normalised
+        >>> table = ClassTable(classes=2, terms=1, output="identity")
+        >>> table.free.data = torch.tensor([[1.0], [3.0]])
+        >>> Normalised(table)(torch.zeros(3, 1), Batch(None, torch.tensor([0, 1, 1]))).detach().flatten()
+        tensor([0.4286, 1.2857, 1.2857])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise MetaKDError(
+                f"Normalised wraps a weight model, an nn.Module (features, batch) -> (B, M), got {type(model).__name__}"
+            )
+        self.model = model
+
+    def forward(self, features: Tensor, batch: Batch) -> Tensor:
+        """Return the weights, shape `(B, M)`."""
+        weights: Tensor = self.model(features, batch)
+        if bool((weights < 0).any()):
+            raise MetaKDError(
+                f"the weight {weights.min().item():g} is negative and cannot be normalised; give "
+                f"{type(self.model).__name__} an output that is never negative, such as output='sigmoid' or 'softplus'"
+            )
+        total = weights.sum()
+        return weights / torch.where(total > 0, total, 1.0) * weights.shape[0]

@@ -1,0 +1,56 @@
+"""Meta-Weight-Net against its published iteration, written out."""
+
+import copy
+
+import pytest
+import torch
+
+from metakd import recipes
+from tests.recipes.by_hand import close, hard, meta_batch, mlp, step_ahead, student, train_batch
+
+
+def normalised(weights):
+    return weights / weights.sum()
+
+
+def test_iterations_are_those_of_the_published_code():
+    model = student()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    balancer = recipes.meta_weight_net(model, optimizer=sgd, hidden=8, lr=1e-2)
+    weights = [p.detach().clone().requires_grad_() for p in balancer.weighting.parameters()]
+    assert [tuple(w.shape) for w in weights] == [(8, 1), (8,), (1, 8), (1,)]
+    adam = torch.optim.Adam(weights, lr=1e-2, weight_decay=1e-4)
+    for t in range(4):
+        twin = copy.deepcopy(model)
+        loss = balancer(train_batch(t), meta_batch(t))
+        sgd.zero_grad()
+        loss.backward()
+
+        (x, y, _), (meta_x, meta_y) = train_batch(t), meta_batch(t)
+        costs = hard(twin(x), y)[:, None]
+        inner = (normalised(mlp(weights, costs.detach(), torch.relu)) * costs).sum()
+        outer = hard(step_ahead(twin, inner, 0.3)(meta_x), meta_y).mean()
+        adam.zero_grad()
+        outer.backward(inputs=weights)
+        for found, expected in zip(balancer.weighting.parameters(), weights, strict=True):
+            close(found.grad, expected.grad)
+        adam.step()
+        costs = hard(twin(x), y)[:, None]
+        new = normalised(mlp(weights, costs.detach(), torch.relu).detach())
+        (new * costs).sum().backward()
+
+        close(loss, (new * costs).sum())
+        close(balancer.report.weights / len(y), new)
+        for found, expected in zip(balancer.weighting.parameters(), weights, strict=True):
+            close(found.detach(), expected.detach())
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(p.grad, q.grad)
+        sgd.step()
+
+
+def test_a_teacher_given_for_another_purpose_changes_nothing_but_what_terms_see():
+    model = student()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    balancer = recipes.meta_weight_net(model, optimizer=sgd, teacher=student().eval())
+    balancer(train_batch(0), meta_batch(0))
+    assert balancer.report.weights.mean().item() == pytest.approx(1.0)
