@@ -1,0 +1,1 @@
+"""The long-tailed table: presets, methods, one cell's training, and the report."""

@@ -1,0 +1,56 @@
+"""Methods that mix their terms by fixed weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.longtail.setting import Setting
+from metakd import Batch, terms
+
+Mixture = Mapping[str, tuple[float, terms.Term]]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A sum of terms, each times its weight.
+
+    Attributes:
+        title: the method's name in the table.
+        mixture: the class counts -> name -> (weight, term).
+        warmup: the share of the epochs over which the weights of the terms that use a teacher rise from zero.
+    """
+
+    title: str
+    mixture: Callable[[tuple[int, ...]], Mixture]
+    warmup: float = 0.0
+
+    def __call__(self, setting: Setting) -> "FixedObjective":
+        """The loss of one cell."""
+        return FixedObjective(setting, self.mixture(setting.counts), self.warmup * setting.preset.epochs)
+
+
+@dataclass
+class FixedObjective:
+    """See `setting.Objective`."""
+
+    setting: Setting
+    mixture: Mixture
+    warmup: float
+    parts: dict[str, Any] = field(default_factory=dict)
+    balancer: None = None
+
+    def epoch(self, epoch: int, batches: Iterable[Any], meta_batches: Iterator[Any]) -> Iterator[tuple[Batch, Tensor]]:
+        """See `setting.Objective`; the meta batches are not looked at."""
+        student, teacher = self.setting.student, self.setting.teacher
+        uses = {name: getattr(term, "uses_teacher", True) for name, (_, term) in self.mixture.items()}
+        rise = min((epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        for inputs, targets, index in batches:
+            with torch.no_grad():
+                batch = Batch(inputs, targets, teacher(inputs) if any(uses.values()) else None, index)
+            outputs = student(inputs)
+            losses = {name: term(outputs, batch).mean() for name, (_, term) in self.mixture.items()}
+            weights = {name: weight * (rise if uses[name] else 1.0) for name, (weight, _) in self.mixture.items()}
+            yield batch, sum((weights[name] * loss for name, loss in losses.items()), outputs.new_zeros(()))

@@ -1,0 +1,151 @@
+"""Every method of the table by name, and the controls that a suffix makes of it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.longtail.best import best, best_mixture
+from benchmarks.longtail.fixed import Fixed
+from benchmarks.longtail.learned import CONTROLS, Learned
+from benchmarks.longtail.setting import Setting
+from metakd import Batch, BilevelLossBalancer, MetaKDError, recipes
+from metakd.estimators import Adjoint
+from metakd.terms import (
+    BalancedSoftmax,
+    CrossEntropy,
+    GatedSoftTarget,
+    GroupTarget,
+    NonTargetClass,
+    RebalancedSoftTarget,
+    ReverseSoftTarget,
+    SoftTarget,
+    TargetClass,
+    WithinGroupTarget,
+)
+from metakd.weighting import EntropyGate, entropies
+
+Method = Fixed | Learned
+
+
+def bikd(**options: Any) -> Callable[[Setting], BilevelLossBalancer]:
+    """BiKD's weight model over CE and KD."""
+
+    def build(setting: Setting) -> BilevelLossBalancer:
+        student, teacher, optimizer, counts, preset = setting
+        hidden = preset.hidden * 2 if len(counts) == 100 else preset.hidden
+        chosen = {"hidden": hidden, "lr": preset.weighting_lr, **options}
+        return recipes.bikd(student, teacher, optimizer=optimizer, **chosen)
+
+    return build
+
+
+def cross_entropy_and_soft_target(outputs: Any, batch: Batch) -> Tensor:
+    """The upper loss of BiKD's published CIFAR-10 command."""
+    both: Tensor = CrossEntropy()(outputs, batch) + SoftTarget(temperature=4.0)(outputs, batch)
+    return both
+
+
+def amal(setting: Setting) -> BilevelLossBalancer:
+    """AMAL's table of weights, the lookahead of the last layer alone."""
+    student, teacher, optimizer, counts, _ = setting
+    names = [name for name, _ in student.named_parameters()]
+    last = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
+    return recipes.amal(student, teacher, optimizer=optimizer, samples=sum(counts), last_layer=last)
+
+
+def bd_kd(setting: Setting) -> BilevelLossBalancer:
+    """BD-KD's gate between both divergences; the teacher stays as it is."""
+    terms = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0), "reverse": ReverseSoftTarget(temperature=4.0)}
+    student, teacher, optimizer, _, _ = setting
+    return BilevelLossBalancer(
+        student, terms, optimizer=optimizer, teacher=teacher, weighting=EntropyGate(), features=entropies
+    )
+
+
+FIXED: dict[str, Method] = {
+    "ce": Fixed("CE", lambda n: {"hard": (1.0, CrossEntropy())}),
+    "kd": Fixed("KD", lambda n: {"hard": (0.5, CrossEntropy()), "soft": (0.5, SoftTarget(temperature=4.0))}),
+    "bskd": Fixed(
+        "balanced-softmax KD", lambda n: {"hard": (0.5, BalancedSoftmax(n)), "soft": (0.5, SoftTarget(temperature=4.0))}
+    ),
+    "bkd": Fixed("BKD", lambda n: {"hard": (1.0, CrossEntropy()), "soft": (1.0, RebalancedSoftTarget(n))}),
+    "dive": Fixed(
+        "DiVE",
+        lambda n: {"hard": (0.5, BalancedSoftmax(n)), "soft": (0.5, SoftTarget(temperature=3.0, power=0.5))},
+    ),
+    "wsl": Fixed("WSL", lambda n: {"hard": (1.0, CrossEntropy()), "soft": (2.25, GatedSoftTarget(temperature=4.0))}),
+    "dkd": Fixed(
+        "DKD",
+        lambda n: {"hard": (1.0, CrossEntropy()), "target": (1.0, TargetClass()), "rest": (8.0, NonTargetClass())},
+        warmup=20 / 240,
+    ),
+    "ltkd": Fixed(
+        "LTKD",
+        lambda n: {
+            "hard": (1.0, CrossEntropy()),
+            "groups": (1.0, GroupTarget(n)),
+            "within": (1.0, WithinGroupTarget(n)),
+        },
+    ),
+    "bdkd": Learned("BD-KD's gate", bd_kd, control="frozen"),
+    "mixture": Fixed("the best's terms, fixed mixture", best_mixture),
+}
+
+LEARNED: dict[str, Learned] = {
+    "mwn": Learned("Meta-Weight-Net", lambda s: recipes.meta_weight_net(s.student, optimizer=s.optimizer)),
+    "l2rw": Learned("Learning to Reweight", lambda s: recipes.learning_to_reweight(s.student, optimizer=s.optimizer)),
+    "amal": Learned("AMAL", amal),
+    "bikd": Learned("BiKD, k = 1", bikd(accumulate=1)),
+    "bikd-k5": Learned("BiKD, k = 5", bikd(accumulate=5)),
+    "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
+    "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
+    "best": Learned("metakd's best", best),
+}
+
+_CONTROLS = {
+    "frozen": "its weights as they start",
+    "permuted": "weights permuted in the batch",
+    "mean": "weights replaced by their mean",
+}
+METHODS: dict[str, Method] = FIXED | LEARNED
+TABLE = (
+    *METHODS, "ce+val", "kd+val", "bskd+val", "mixture+val",
+    *(f"{name}+{control}" for name in ("bikd", "best") for control in CONTROLS),
+)  # fmt: skip
+"""What --methods is by default: every method, and the controls."""
+
+QUESTIONS = {
+    "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
+    "bikd-k5": ("kd", "kd+val", "bskd", "bikd"),
+    "bikd-mix": ("bikd",),
+    "bikd-5steps": ("kd", "bskd", "bikd"),
+    "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
+}
+"""Which learned method is compared with what, seed by seed."""
+
+
+def find(name: str) -> Method:
+    """The method of that name, with its control.
+
+    Raises:
+        MetaKDError: there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    base, _, suffix = name.partition("+")
+    method = METHODS.get(base)
+    if isinstance(method, Fixed) and suffix == "val":
+        return replace(method, title=f"{method.title} + validation images")
+    if base in LEARNED and suffix in CONTROLS:
+        return replace(LEARNED[base], title=f"{LEARNED[base].title}: {_CONTROLS[suffix]}", control=suffix)
+    raise MetaKDError(
+        f"there is no method {name!r}; there are {', '.join(METHODS)}; a fixed one may have the suffix +val, a learned "
+        f"one {', '.join('+' + control for control in CONTROLS)}"
+    )
+
+
+def position(name: str) -> tuple[int, str]:
+    """A method's place in the table."""
+    return (TABLE.index(name) if name in TABLE else len(TABLE), name)

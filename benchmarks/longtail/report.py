@@ -1,0 +1,137 @@
+"""The table of all cells that are there, as Markdown, with its figures."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.markdown import table, write_readme
+from benchmarks.longtail import figures, methods
+from benchmarks.longtail.presets import Preset
+
+Cells = Mapping[str, Sequence[Mapping[str, Any]]]
+"""method -> its cells, in the order of their seeds."""
+
+SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
+
+
+def read(folder: Path) -> dict[tuple[str, float], dict[str, list[dict[str, Any]]]]:
+    """The cells by data set and imbalance, then by method in the order of the table."""
+    found: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("cells/*/*.json")):
+        cell = json.loads(path.read_text())
+        about = cell["settings"]
+        found[about["dataset"], about["imbalance"]][about["method"]].append(cell)
+    return {
+        key: {name: sorted(by[name], key=seed_of) for name in sorted(by, key=methods.position)}
+        for key, by in sorted(found.items())
+    }
+
+
+def seed_of(cell: Mapping[str, Any]) -> int:
+    """The seed of a cell."""
+    return int(cell["settings"]["seed"])
+
+
+def write(folder: Path, preset: Preset) -> list[Path]:
+    """Write README.md and the figures; the files written."""
+    sections, written = [], []
+    for (dataset, imbalance), cells in read(folder).items():
+        drawn = figures.draw(folder, f"{dataset}-{imbalance:g}", cells)
+        sections.append(section(f"{dataset}-LT, imbalance {imbalance:g}", cells, drawn))
+        written += drawn
+    if not sections:
+        return []
+    cost = folder / "cost.json"
+    if cost.exists():
+        sections.append(cost_table(json.loads(cost.read_text())))
+    return [write_readme(folder, "\n\n".join([head(folder, preset), *sections]) + "\n"), *written]
+
+
+def head(folder: Path, preset: Preset) -> str:
+    """What was run, with what, on what."""
+    cells = [cell for by in read(folder).values() for cells in by.values() for cell in cells]
+    commands = sorted({cell["command"] for cell in cells})
+    versions = sorted({", ".join(f"{name} {v}" for name, v in cell["versions"].items()) for cell in cells})
+    hardware = sorted({f"{cell['hardware']['processor']}, {cell['hardware']['cores']} cores, on {cell['device']}, "
+                       f"{cell['threads']} thread(s)" for cell in cells})  # fmt: skip
+    return (
+        "# The long-tailed table\n\n"
+        f"Teacher {preset.teacher} ({preset.teacher_epochs} epochs, SGD {preset.teacher_lr:g}, batch "
+        f"{preset.teacher_batch_size}), trained on the same long-tailed images; student {preset.student}, "
+        f"{preset.epochs} epochs of SGD {preset.lr:g} (momentum 0.9, weight decay 5e-4, x0.1 after 2/3 and 5/6), batch "
+        f"{preset.batch_size}; weight models by Adam {preset.weighting_lr:g}. Test accuracy in percent after the last "
+        "epoch, mean ± standard deviation over the seeds; no test image selected anything. Every seed has a split, a "
+        "teacher and a start of its own, the same for all methods.\n\n"
+        "```bash\n" + "\n".join(commands) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
+    )
+
+
+def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
+    """One data set and imbalance: the table, the differences, the figures."""
+    first = next(iter(cells.values()))[0]
+    teacher = [cell["teacher"]["test"] for cell in {seed_of(c): c for by in cells.values() for c in by}.values()]
+    counts = [cell["counts"] for name, by in cells.items() if not name.endswith("+val") for cell in by] or [
+        first["counts"]
+    ]
+    rows = [row("teacher", teacher)]
+    rows += [row(methods.find(name).title, [cell["test"] for cell in by]) for name, by in cells.items()]
+    pictures = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.name})" for path in drawn)
+    parts = [
+        f"## {title}",
+        f"{sum(counts[0]):,} training images, {max(counts[0]):,} to {min(counts[0]):,} a class.",
+        table(["method", *SCORES.values(), "seeds"], rows),
+        differences(cells),
+        pictures,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def row(name: str, scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One method's row."""
+    return [name, *(spread([score[key] for score in scores]) for key in SCORES), str(len(scores))]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; of a single value the value.
+
+    Example:
+        >>> spread([1.0, 3.0]), spread([2.0])
+        ('2.00 ± 1.41', '2.00')
+    """
+    mean = statistics.mean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def differences(cells: Cells) -> str:
+    """Each learned method against its controls and rivals, by seed: the split and the start are the same."""
+    rows = []
+    for name, rivals in methods.QUESTIONS.items():
+        for rival in rivals:
+            ours, theirs = ({seed_of(cell): cell["test"] for cell in cells.get(n, [])} for n in (name, rival))
+            if both := sorted(ours.keys() & theirs.keys()):
+                gains = [[ours[seed][key] - theirs[seed][key] for seed in both] for key in ("overall", "few")]
+                won = sum(gain > 0 for gain in gains[0])
+                rows.append(
+                    [methods.find(name).title, methods.find(rival).title, *map(spread, gains), f"{won} of {len(both)}"]
+                )
+    if not rows:
+        return ""
+    return "What the learned weights add, seed by seed:\n\n" + table(
+        ["method", "against", "accuracy gained", "few gained", "seeds won"], rows, left=2
+    )
+
+
+def cost_table(cost: Mapping[str, Any]) -> str:
+    """Seconds and memory relative to KD's."""
+    rows = [
+        [methods.find(name).title, f"{found['time']:.2f}", f"{found['memory'] / cost['methods']['kd']['memory']:.2f}"]
+        for name, found in cost["methods"].items()
+    ]
+    return (
+        "## Cost\n\nOf an iteration, the teacher's pass included, relative to KD's: medians of ratios over "
+        f"{cost['rounds']} interleaved rounds, and the process's peak memory.\n\n```bash\n{cost['command']}\n```\n\n"
+        + table(["method", "time / KD", "memory / KD"], rows)
+    )

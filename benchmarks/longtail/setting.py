@@ -1,0 +1,49 @@
+"""What a method is given, and what it gives back to the training loop."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks.longtail.presets import Preset
+from metakd import Batch, BilevelLossBalancer
+
+
+class Setting(NamedTuple):
+    """One cell's parts.
+
+    Attributes:
+        student: the network to train.
+        teacher: trained on the same long tail, in eval mode.
+        optimizer: the student's.
+        counts: training images of each class.
+        preset: the cell's other settings.
+        classes: number of classes.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    optimizer: Optimizer
+    counts: tuple[int, ...]
+    preset: Preset
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.counts)
+
+
+class Objective(Protocol):
+    """The loss a method trains with.
+
+    Attributes:
+        parts: what a checkpoint must hold of it.
+        balancer: of a learned method, else None.
+    """
+
+    parts: dict[str, Any]
+    balancer: BilevelLossBalancer | None
+
+    def epoch(self, epoch: int, batches: Iterable[Any], meta_batches: Iterator[Any]) -> Iterator[tuple[Batch, Tensor]]:
+        """The epoch's batches, each with its loss, on which the loop runs `backward()` and `optimizer.step()`."""

@@ -1,0 +1,97 @@
+"""The long-tailed table: any set of {data set} x {imbalance} x {method} x {seed}, with the controls beside the claims.
+
+    python benchmarks/longtail_table.py --preset smoke
+    python benchmarks/longtail_table.py --preset small --data-root data
+    python benchmarks/longtail_table.py --preset paper --device cuda --methods bikd best --seeds 0 1 2
+
+Each cell is one training run: a JSON file, written once it is done. The same command goes on where it stopped, inside
+a run too; other cells join the same table. Test images decide nothing: the accuracy is the last epoch's. A method's
+name may end in a control: `kd+val` has the validation images among its training images, `bikd+frozen` keeps the
+weight model at its start, `bikd+permuted` gives each sample another one's weights, `bikd+mean` gives all samples
+their mean over the last epoch.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.longtail import cost, methods, report
+from benchmarks.longtail.presets import PRESETS
+from benchmarks.longtail.train import Cell, Where, settings_of, student_of
+from metakd import MetaKDError
+from metakd.longtail import provenance
+from metakd.longtail.checkpoint import write_atomically
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Train the cells that are not there yet, then write the table."""
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    preset = PRESETS[args.preset]
+    chosen = {name: methods.find(name) for name in args.methods}
+    where = Where(args.data_root, args.image_folder, args.work, args.device)
+    cells = [
+        Cell(dataset, imbalance, method, seed)
+        for seed in args.seeds
+        for dataset in args.datasets
+        for imbalance in args.imbalances
+        for method in chosen
+    ]
+    for number, cell in enumerate(() if args.cost else cells, 1):
+        path = args.output / "cells" / f"{cell.name}.json"
+        if path.exists():
+            continue
+        print(f"{number}/{len(cells)} {cell.name}", file=sys.stderr, flush=True)
+        method = chosen[cell.method]
+        result = student_of(cell, preset, where, method, args.output if cell.seed == args.seeds[0] else None)
+        found = {"settings": settings_of(cell, preset, method), **provenance(), "device": args.device, **result}
+        text = json.dumps(found) + "\n"
+        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        scores = result["test"]
+        print(f"  {scores['overall']:.2f} ({scores['few']:.2f} few), {result['seconds']:.0f} s", file=sys.stderr)
+    if args.cost:
+        cell = Cell(args.datasets[0], args.imbalances[0], "kd", args.seeds[0])
+        found = {**provenance(), "device": args.device, **cost.measure(cell, list(chosen), preset, where)}
+        write_atomically(args.output / "cost.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    for path in report.write(args.output, preset):
+        print(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; what is not given comes from the preset."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="small")
+    add("--methods", nargs="+", default=list(methods.TABLE), metavar="METHOD", help=", ".join(methods.METHODS))
+    add("--datasets", nargs="+", choices=["digits", "cifar10", "cifar100"])
+    add("--imbalances", nargs="+", type=float)
+    add("--seeds", nargs="+", type=int)
+    add("--data-root", type=Path, help="where the images are, or to download them to")
+    add("--image-folder", action="store_true", help="--data-root is a tree {train,test}/<class>/*")
+    add("--cost", action="store_true", help="measure the methods' time and memory instead of training")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--work", type=Path, help="checkpoints; default: runs/longtail-<preset>")
+    add("--output", type=Path, help="default: benchmarks/results/longtail-<preset>")
+    args = parser.parse_args()
+    for key in ("datasets", "imbalances", "seeds"):
+        if getattr(args, key) is None:
+            setattr(args, key, getattr(PRESETS[args.preset], key))
+    args.work = args.work or Path("runs") / f"longtail-{args.preset}"
+    args.output = args.output or ROOT / "benchmarks" / "results" / f"longtail-{args.preset}"
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MetaKDError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on where it stopped")

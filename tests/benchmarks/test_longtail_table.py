@@ -1,0 +1,184 @@
+"""The long-tailed table: the command, its resumption, and the controls."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.longtail import methods, report
+from benchmarks.longtail.fixed import Fixed
+from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
+from benchmarks.longtail.presets import PRESETS
+from benchmarks.longtail.setting import Setting
+from benchmarks.longtail.train import Cell, Where, data_of, settings_of, student_of, with_validation_images
+from metakd import Batch, MetaKDError
+
+ROOT = Path(__file__).parents[2]
+SMOKE = replace(PRESETS["smoke"], epochs=2)
+
+
+def command(folder, *options):
+    line = [sys.executable, str(ROOT / "benchmarks" / "longtail_table.py"), "--preset", "smoke", "--threads", "1"]
+    line += ["--work", str(folder / "work"), "--output", str(folder / "out"), *options]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def where(tmp_path):
+    return Where(None, False, tmp_path, "cpu")
+
+
+def setting(counts=(9, 3, 2)):
+    student, teacher = nn.Linear(4, len(counts)), nn.Linear(4, len(counts))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    return Setting(student, teacher, optimizer, counts, replace(SMOKE, hidden=(4,)))
+
+
+def batches(count, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(8, 4, generator=generator), torch.randint(classes, (8,), generator=generator), torch.arange(8))
+        for _ in range(count)
+    ]
+
+
+def test_the_command_writes_a_table_that_a_second_command_joins(tmp_path):
+    command(tmp_path, "--methods", "kd", "bikd", "--seeds", "0", "1")
+    first = command(tmp_path, "--methods", "kd+val", "bikd", "--seeds", "0", "1")
+    assert "bikd-0" not in first.stderr  # done already
+    out = tmp_path / "out"
+    cells = [json.loads(path.read_text()) for path in sorted(out.glob("cells/digits-20/kd-*.json"))]
+    accuracy = [cell["test"]["overall"] for cell in cells]
+    readme = (out / "README.md").read_text()
+    assert f"| KD | {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} |" in readme
+    assert "KD + validation images" in readme and "BiKD, k = 1 | KD |" in readme
+    pictures = {path.name for path in out.glob("*.png")}
+    assert {"digits-20-class-accuracy.png", "digits-20-bikd-weights-by-loss.png"} <= pictures
+    assert all(f"({name})" in readme for name in pictures)
+    command(tmp_path, "--methods", "kd", "bikd", "--cost")
+    assert "## Cost" in (out / "README.md").read_text()
+
+
+def test_the_teacher_is_trained_once_for_all_methods(where, monkeypatch):
+    cell = Cell("digits", 20.0, "ce", 0)
+    one = student_of(cell, SMOKE, where, methods.find("ce"), None)
+    written = next(where.work.glob("*/teacher-*.pt"))
+    before = written.stat().st_mtime_ns
+    other = student_of(cell._replace(method="kd"), SMOKE, where, methods.find("kd"), None)
+    assert one["teacher"]["test"] == other["teacher"]["test"] and written.stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(where, tmp_path):
+    class Interrupted(Fixed):
+        def __call__(self, setting):
+            objective = super().__call__(setting)
+            epoch = objective.epoch
+
+            def stopped(number, *rest):
+                if number == 1:
+                    raise KeyboardInterrupt
+                return epoch(number, *rest)
+
+            objective.epoch = stopped
+            return objective
+
+    cell, method = Cell("digits", 20.0, "kd", 0), methods.find("kd")
+    whole = student_of(cell, SMOKE, where, method, None)
+    elsewhere = where._replace(work=tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        student_of(cell, SMOKE, elsewhere, Interrupted(method.title, method.mixture), None)
+    again = student_of(cell, SMOKE, elsewhere, method, None)
+    assert again["test"] == whole["test"] and len(again["history"]) == SMOKE.epochs
+
+
+def test_the_validation_images_join_the_training_images(where):
+    data = data_of(Cell("digits", 20.0, "ce", 0), SMOKE, where)
+    joined = with_validation_images(data)
+    assert len(joined.train.targets) == len(data.train.targets) + len(data.validation.targets)
+    assert list(joined.counts) == [count + SMOKE.validation_per_class for count in data.counts]
+    assert torch.equal(joined.train.images[-len(data.validation.images) :], data.validation.images)
+
+
+@pytest.mark.parametrize("name", methods.TABLE)
+def test_every_method_trains(name):
+    made = setting()
+    objective = methods.find(name)(made)
+    before = [p.clone() for p in made.student.parameters()]
+    meta = iter(batches(20))
+    seen = 0
+    for batch, loss in objective.epoch(0, batches(6), meta):
+        assert isinstance(batch, Batch) and loss.isfinite() and loss.ndim == 0
+        made.optimizer.zero_grad()
+        loss.backward()
+        made.optimizer.step()
+        seen += 1
+    assert seen == 6
+    assert not any(torch.equal(old, p) for old, p in zip(before, made.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_controls_of_learned_weights(control):
+    made = setting()
+    objective = methods.find(f"bikd+{control}")(made)
+    start = {name: p.clone() for name, p in objective.balancer.weighting.named_parameters()}
+    plain = objective.balancer.weights(*batches(1))
+    losses = [loss.detach() for _, loss in objective.epoch(0, batches(3), iter(batches(9)))]
+    moved = any(not torch.equal(p, start[name]) for name, p in objective.balancer.weighting.named_parameters())
+    assert moved == (control != "frozen") and len(losses) == 3
+    assert plain.std(0).min() > 0  # else the controls would change nothing
+
+
+def test_permuted_weights_are_those_of_another_sample():
+    model = nn.Linear(2, 1)
+    permuted = Permuted(lambda features, batch: model(features))
+    features = torch.randn(5, 2)
+    found = permuted(features, Batch(None))
+    torch.testing.assert_close(found, model(features)[[4, 0, 1, 2, 3]])
+
+
+def test_the_mean_is_that_of_the_last_epoch():
+    mean = MeanOverEpoch(lambda features, batch: features, terms=2)
+    first, second = torch.rand(4, 2), torch.rand(6, 2)
+    mean(first, Batch(None))
+    torch.testing.assert_close(mean(second, Batch(None))[0], torch.cat([first, second]).mean(0))
+    mean.end_epoch()
+    found = mean(torch.rand(3, 2), Batch(None))
+    torch.testing.assert_close(found, torch.cat([first, second]).mean(0).expand(3, 2))
+
+
+def test_the_teacher_s_terms_warm_up():
+    made = setting()._replace(preset=replace(SMOKE, epochs=10))
+    one = {"hard": (1.0, lambda z, batch: torch.ones(len(z))), "soft": (8.0, lambda z, batch: torch.ones(len(z)))}
+    one["hard"][1].uses_teacher = False
+    objective = Fixed("x", lambda counts: one, warmup=0.4)(made)
+    found = [float(next(iter(objective.epoch(epoch, batches(1), iter([]))))[1]) for epoch in range(5)]
+    assert found == pytest.approx([3.0, 5.0, 7.0, 9.0, 9.0])
+
+
+@pytest.mark.parametrize("name", ["none", "kd+frozen", "bikd+val", "bikd+other", "kd+"])
+def test_names_that_are_not_there(name):
+    with pytest.raises(MetaKDError, match="there is no method"):
+        methods.find(name)
+
+
+def test_a_learned_method_s_settings_do_not_decide_a_fixed_one_s_numbers():
+    cell = Cell("digits", 20.0, "kd", 0)
+    assert "weighting_lr" not in settings_of(cell, SMOKE, methods.find("kd"))
+    assert "weighting_lr" in settings_of(cell, SMOKE, methods.find("bikd"))
+
+
+def test_questions_are_about_methods_that_are_there():
+    for name, rivals in methods.QUESTIONS.items():
+        assert {type(methods.find(each)).__name__ for each in (name, *rivals)} <= {"Fixed", "Learned"}
+
+
+def test_a_folder_without_cells_has_no_table(tmp_path):
+    assert report.write(tmp_path, SMOKE) == []
