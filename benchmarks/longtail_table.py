@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--imbalances", nargs="+", type=float)
     add("--seeds", nargs="+", type=int)
     add("--data-root", type=Path, help="where the images are, or to download them to")
-    add("--image-folder", action="store_true", help="--data-root is a tree {train,test}/<class>/*")
+    add("--image-folder", action="store_true", help="--data-root holds <dataset>/{train,test}/<class>/*")
     add("--cost", action="store_true", help="measure the methods' time and memory instead of training")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR
 from tqdm import tqdm
 
-from metakd import Batch, BilevelLossBalancer, MetaKDError, terms, weighting
+from metakd import Batch, BilevelLossBalancer, MetaKDError, learned_weights, terms, weighting
 from metakd.estimators import Adjoint, OneStep
 from metakd.longtail import (
     Checkpoint,
@@ -28,7 +28,6 @@ from metakd.longtail import (
     evaluate,
     fresh_folder,
     group_classes,
-    learned_weights,
     load_images,
     summary,
     write_report,
@@ -164,7 +163,7 @@ def main():
         helper = None if method == "ce" else teacher
         runs[method], balancer = train(method, method, student, helper, data, args, args.epochs)
         if balancer is not None:
-            learned = learned_weights(balancer, student, teacher, data.train)
+            learned = learned_weights(balancer, data.train.plain())
 
     written = write_report(args.output, runs, data, arguments=vars(args), learned=learned)
     print(f"\n{summary(runs, data)}\n\nWritten:", *written, sep="\n  ")

@@ -3,20 +3,24 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from metakd.batch import Batch, as_batch, batch_size, endless
-from metakd.checkpoint import check_state
-from metakd.errors import MetaKDError, explained
+from metakd.checkpoint import check_balancer_state, loading
+from metakd.distributed import Ranks, checksum
+from metakd.errors import MetaKDError, blamed, explained
 from metakd.estimators import Estimator, OneStep, Problem
-from metakd.estimators.derivatives import Gradients
+from metakd.estimators.problem import unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
-from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, weighted_mean
+from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, not_finite, weighted_mean
+from metakd.precision import as_written
 from metakd.report import Report
 from metakd.student import FunctionalStudent
 from metakd.teacher import teacher_outputs
@@ -47,8 +51,11 @@ class BilevelLossBalancer:
     The virtual passes run the student's forward hooks, as they may be part of its function; hooks on parameters
     and the hooks of wrappers (data parallelism) run in the user's own backward pass alone.
 
+    A student in `DistributedDataParallel` is balanced by all ranks together: every rank calls its own balancer with its
+    own batches, gradients and hypergradients are means over the ranks, and the weight model is the same on all.
+
     Args:
-        student: any module, unchanged.
+        student: any module, unchanged; wrapped as it is trained.
         terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
             (outputs, batch) -> (B,).
         optimizer: the student's own torch optimizer; its learning rates, groups and state are read at every step.
@@ -107,7 +114,7 @@ class BilevelLossBalancer:
         self.accumulate, self.every = _positive(accumulate, "accumulate"), _positive(every, "every")
         self._batch_fn = batch_fn or as_batch
         self._check_parts()
-        self._functional = FunctionalStudent(student)
+        self._functional, self._ranks = FunctionalStudent(student), Ranks(student)
         inner_optimizer(inner, optimizer, self._functional.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
@@ -115,10 +122,11 @@ class BilevelLossBalancer:
             known = len(self.terms) if teacher is None else 2
             weighting = self._default_weighting(known if features is None else None)
         self.weighting = weighting
-        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate)
+        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)
         self._memory = self._validated()
         self._report: Report | None = None
         self._calls = 0
+        self._shared = False
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -145,25 +153,39 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
-        with self._all_or_nothing() as snapshot:
+        with self._all_or_nothing() as snapshot, self._ranks.together():
             calls = self._calls + 1
             learns = meta_batch is not None and calls % self.every == 0
+            waits = learns and self._stands_still()
+            learns = learns and not waits
             if learns and not torch.is_grad_enabled():
                 raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
+            self._agree(f"call {calls}, {'with' if learns else 'without'} a hypergradient")
             forward_mode = learns and self._memory.get("forward_mode", True)
-            train = TrainPass(self.student, self._functional, train_batch, record=forward_mode)
-            losses = checked_losses(self.terms, train.outputs, train_batch, "the batch")
+            still = getattr(self.estimator, "parameters", None) is not None
+            train = TrainPass(self.student, self._functional, train_batch, record=forward_mode, still=still)
+            losses = checked_losses(self.terms, train.outputs, train_batch, "the batch", finite=not train.float16)
+            if overflow := self._overflow(train, losses):
+                weights = torch.ones_like(losses)
+                self._report, self._calls = Report(losses.detach(), weights, skipped=overflow), calls
+                return weighted_mean(weights, losses)
             with self._functional.untouched() as end:
                 features = evaluate_features(self.features, losses, train.outputs, train_batch)
+                if self._ranks.several and any(map(is_lazy, self.weighting.parameters())):
+                    self.weighting(features, train_batch)
+                self._share_weighting()
                 if learns:
                     objective = self._objective(
                         self._functional, [train_batch], meta_batch, start=snapshot.start, end=end, tape=train.tape
                     )
-                    loss, report = self._learn(snapshot, objective, train, losses, features)
+                    with as_written(self._functional.device_type):
+                        loss, report = self._learn(snapshot, objective, train, losses, features)
                 else:
                     weights = evaluate_weights(self.weighting, features, train_batch, losses).detach()
-                    loss, report = weighted_mean(weights, losses), Report(losses.detach(), weights)
+                    loss = weighted_mean(weights, losses)
+                    report = Report(losses.detach(), weights, skipped=_STILL if waits else None)
+            self._ranks.agree("the end of the call")
             self._report, self._calls = report, calls
             return loss
 
@@ -196,13 +218,27 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class; also an estimator that cannot take K steps.
         """
-        with self._all_or_nothing() as snapshot, self._functional.untouched() as start, torch.enable_grad():
+        with (
+            self._all_or_nothing() as snapshot,
+            self._functional.untouched() as start,
+            torch.enable_grad(),
+            self._ranks.together(),
+        ):
             objective = self._objective(self._functional, batches, meta_batch, start=start)
-            result = self.estimator(self._problem_in_phi(objective))
-            norm = self._step.take(result.gradient, snapshot.keep_optimizer)
-            losses, weights = objective.last
-            self._report = Report(losses, weights, None, result.outer_loss, norm)
-            return self._report
+            self._agree(f"a meta step through {len(batches)} batches after call {self._calls}")
+            problem = self._problem_in_phi(objective)
+            self._share_weighting()
+            with as_written(self._functional.device_type):
+                if self._stands_still():
+                    problem.sweep()
+                    report = Report(*objective.last, skipped=_STILL)
+                else:
+                    result = self.estimator(problem)
+                    norm = self._step.take(result.gradient, snapshot.keep_optimizer)
+                    report = Report(*objective.last, None, result.outer_loss, norm)
+            self._ranks.agree("the end of the meta step")
+            self._report = report
+            return report
 
     def windows(self, batches: Iterable[Any], meta_batches: Iterable[Any], size: int) -> Iterator[Batch]:
         """The batches of a loader, with a `meta_step` through each `size` of them before the first is handed out.
@@ -228,8 +264,14 @@ class BilevelLossBalancer:
         """
         _positive(size, "size")
         items, meta = iter(batches), endless(meta_batches)
-        while window := [self._batch(item, f"batch {t}") for t, item in enumerate(islice(items, size))]:
-            self.meta_step(window, next(meta))
+        while True:
+            with self._ranks.together():
+                window = [self._batch(item, f"batch {t}") for t, item in enumerate(islice(items, size))]
+                meta_batch = next(meta) if window else None
+                self._ranks.agree(f"a window of {len(window)} batches")
+            if not window:
+                return
+            self.meta_step(window, meta_batch)
             yield from window
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,18 +284,28 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: the state is another kind of balancer's; the message names what differs, nothing changes.
         """
-        check_state(state, self.state_dict(), "the balancer")
-        with self._all_or_nothing() as snapshot:
+        with self._all_or_nothing() as snapshot, loading("the balancer"):
+            check_balancer_state(state, self.state_dict(), self.weighting)
             snapshot.keep_optimizer()
             self._step.load_state_dict(state)
             self._calls = int(state["calls"])
 
+    def to(self, *args: Any, **kwargs: Any) -> "BilevelLossBalancer":
+        """Move or cast the weight model, its optimizer's state and what is gathered, as `nn.Module.to` does.
+
+        The student and the teacher are the user's to move; a weight model built after that is where the student is.
+        """
+        self.weighting.to(*args, **kwargs)
+        self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
+        return self
+
     @contextmanager
     def float64_problem(self, batches: Sequence[Any], meta_batch: Any) -> Iterator[Problem]:
-        """The bilevel problem of `meta_step` in float64, for a block that leaves no trace."""
+        """The bilevel problem of `meta_step` in float64, for a block that leaves no trace; of ranks, this one's."""
         with self._all_or_nothing(), self._functional.untouched():
             student = FunctionalStudent(self.student, torch.float64)
-            yield self._problem_in_phi(self._objective(student, batches, meta_batch, start=student.start()))
+            problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start=student.start()))
+            yield replace(problem, mean=unchanged)
 
     def _learn(
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, losses: Tensor, features: Tensor
@@ -270,13 +322,15 @@ class BilevelLossBalancer:
                 objective,
                 objective.inner_given_weights,
                 {"weights": weights.detach()},
-                train.gradient_of(loss, keep_graph=moves),
+                first_gradient=train.gradient_of(loss, keep_graph=moves),
+                first_inner=(lambda meta: weighted_mean(meta["weights"], losses.detach())) if train.repeats else None,
             )
         )
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
-            norm = influence.norm()
-            weights = evaluate_weights(lambda *_: from_influence(influence), features, batch, losses)
+            of_all, own = self._ranks.joined(influence, "the influence")
+            norm = of_all.norm()
+            weights = evaluate_weights(lambda *_: from_influence(of_all)[own], features, batch, losses)
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
             norm = self._step.take(gradient, snapshot.keep_optimizer)
@@ -284,6 +338,21 @@ class BilevelLossBalancer:
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
+
+    def _stands_still(self) -> bool:
+        """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""
+        moving = {id(p) for g in self.optimizer.param_groups if float(g["lr"]) != 0.0 for p in g["params"]}
+        return isinstance(self.inner, str) and not any(id(p) in moving for p in self._functional.trainable().values())
+
+    def _overflow(self, train: TrainPass, losses: Tensor) -> str | None:
+        """What float16 made of the losses of this rank or another, which a gradient scaler knows how to go on from."""
+        if not train.float16:
+            return None
+        found = not_finite(losses, list(self.terms), "the batch")
+        of_all, _ = self._ranks.joined(torch.tensor([float(found is not None)]), "what float16 made of the losses")
+        if not bool(of_all.any()):
+            return None
+        return f"float16 overflowed: {found or 'a loss of another rank is not finite'}; the returned loss is unweighted"
 
     def _objective(
         self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **passes: Any
@@ -307,7 +376,7 @@ class BilevelLossBalancer:
         objective: Objective,
         inner: InnerLoss,
         phi: Params,
-        first_gradient: Callable[[], Gradients] | None = None,
+        **at_hand: Any,
     ) -> Problem:
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
         return Problem(
@@ -318,13 +387,24 @@ class BilevelLossBalancer:
             range(len(objective.batches)),
             lambda _: optimizer.transformation,
             objective.student.cast(optimizer.state),
-            first_gradient,
-            self._memory,
+            memory=self._memory,
+            mean=self._ranks.mean,
+            **at_hand,
         )
+
+    def _agree(self, where: str) -> None:
+        if self._ranks.several:
+            known = f"with the weight model {checksum(self.weighting)!r}" if self._shared else "its weight model new"
+            self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
+
+    def _share_weighting(self) -> None:
+        self._ranks.share(self.weighting, parameters=not self._shared)
+        self._shared = True
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
         """The item as a batch, with the teacher's outputs where anything may ask for them."""
-        batch = item if isinstance(item, Batch) else self._batch_fn(item)
+        with blamed(f"reading {what}"):
+            batch = item if isinstance(item, Batch) else self._batch_fn(item)
         if not isinstance(batch, Batch):
             raise MetaKDError(f"batch_fn must return a metakd.Batch, got {type(batch).__name__}")
         batch_size(batch, what)
@@ -353,13 +433,16 @@ class BilevelLossBalancer:
     def _default_weighting(self, width: int | None) -> nn.Module:
         like = next(iter(self._functional.trainable().values()))
         with self._functional.untouched():
-            return LossMLP(width, len(self.terms)).to(like.device, like.dtype)
+            return LossMLP(width, len(self.terms)).to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
-        snapshot = Snapshot(self._functional, self._step)
+        snapshot = Snapshot(self._functional, self._step, vars(self), self._memory)
         with all_or_nothing(snapshot), explained():
             yield snapshot
+
+
+_STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"
 
 
 def _positive(value: Any, name: str) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
-from metakd.estimators import Adjoint, Estimator, Problem
+from metakd.estimators import Adjoint, Estimator, OneStep, Problem
 from metakd.estimators.hypergradient import Nest, Optimizer, build_problem
 from metakd.finite_differences import derivative
 from metakd.hints import hint
@@ -126,6 +126,8 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance: float, seed: int) -> Check:
     gradient = estimator(replace(problem, memory=dict(problem.memory))).gradient
+    if isinstance(estimator, OneStep):
+        problem = estimator.solved(problem)
     generator = torch.Generator().manual_seed(seed)
     check = Check({}, {}, {}, tolerance)
     scale, rounding = _norm(gradient), 1e-12 * abs(_outer_after_inner(problem, problem.meta_params))

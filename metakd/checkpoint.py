@@ -1,70 +1,147 @@
 """Whether a saved state fits the object that is to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from metakd.errors import MetaKDError
 
 
-def check_state(saved: Any, own: Mapping[str, Any], where: str) -> None:
-    """Compare the keys, the tensors' shapes and the kinds of values of two nested states.
+def check_state(saved: Any, own: Any, where: str, key: str = "") -> None:
+    """Compare the keys, the tensors' shapes and dtypes and the kinds of values of two nested states.
 
     Args:
         saved: the state that was loaded.
         own: the state of the object that is to take it, as its `state_dict()` gives it.
         where: what the object is called in the message.
+        key: where in the object's state these two are.
 
     Raises:
         MetaKDError: naming the first keys, or the key and the two shapes or values, that differ.
 
     Example:
-        >>> import torch
         >>> check_state({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, "the balancer")
         Traceback (most recent call last):
         ...
         metakd.errors.MetaKDError: the balancer's 'w' has shape (2,) in the saved state and (3,) here; ...
     """
-    _check(saved, own, where, "")
-    if weights := own.get("weighting"):
-        pending = saved["pending"]
-        _check(pending, {name: weights.get(name) for name in pending}, where, "pending")
-
-
-def _check(saved: Any, own: Any, where: str, key: str) -> None:
     if isinstance(own, Mapping):
-        if not isinstance(saved, Mapping):
-            raise MetaKDError(
-                f"{where}'s {key or 'state'!r} is {type(saved).__name__} in the saved state, not a mapping; {_CURE}"
-            )
-        # An optimizer's state is empty before its first step, a weight model's before its lazy layers know their size.
-        if key in ("weighting", "weighting_optimizer.state", "pending") and not (saved and own):
-            return
-        missing, foreign = sorted(set(own) - set(saved), key=str), sorted(set(saved) - set(own), key=str)
-        if missing or foreign:
-            raise MetaKDError(
-                f"the saved state does not fit {where}{f' at {key!r}' if key else ''}: missing {missing[:5]}, "
-                f"not known here {foreign[:5]}; {_CURE}"
-            )
+        check_keys(saved, own, where, key)
         for name in own:
-            _check(saved[name], own[name], where, f"{key}.{name}" if key else str(name))
+            check_state(saved[name], own[name], where, f"{key}.{name}" if key else str(name))
     elif isinstance(own, Tensor):
-        shape = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
-        if shape != tuple(own.shape):
-            raise MetaKDError(
-                f"{where}'s {key!r} has shape {shape} in the saved state and {tuple(own.shape)} here; {_CURE}"
-            )
-    elif key.endswith("param_groups"):
-        sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
-        if sizes[0] != sizes[1]:
-            raise MetaKDError(
-                f"{where}'s {key!r} hold {sizes[0]} parameters in the saved state and {sizes[1]} here; {_CURE}"
-            )
-    elif key == "terms" and list(saved) != own:
-        raise MetaKDError(f"{where} was saved with the terms {list(saved)} and has {own} here; {_CURE}")
-    elif own is None or (isinstance(own, int) and not isinstance(saved, int)):
-        raise MetaKDError(f"{where}'s {key!r} is {saved!r} in the saved state, which has no meaning here; {_CURE}")
+        if not isinstance(saved, Tensor) or not (is_lazy(own) or saved.shape == own.shape):
+            shape = tuple(saved.shape) if isinstance(saved, Tensor) else f"no tensor ({type(saved).__name__})"
+            here = "a tensor" if is_lazy(own) else tuple(own.shape)
+            raise MetaKDError(f"{where}'s {key!r} has shape {shape} in the saved state and {here} here; {CURE}")
+        if saved.dtype != own.dtype or is_lazy(saved):
+            raise MetaKDError(f"{where}'s {key!r} is {saved.dtype} in the saved state and {own.dtype} here; {CURE}")
+    elif not _alike(saved, own):
+        raise MetaKDError(f"{where}'s {key!r} is {saved!r:.80} in the saved state and {own!r:.80} here; {CURE}")
 
 
-_CURE = "build the balancer with the same terms, weight model and optimizer as when it was saved"
+def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Module) -> None:
+    """Whether a saved balancer fits this one, whose state is `own`; its optimizer's state is left to others.
+
+    Raises:
+        MetaKDError: naming what differs, or what cannot be: numbers below zero, NaN.
+    """
+    where = "the balancer"
+    check_keys(saved, own, where, "")
+    if saved["terms"] != own["terms"]:
+        raise MetaKDError(f"{where} was saved with the terms {saved['terms']} and has {own['terms']} here; {CURE}")
+    weights, pending = weighting.state_dict(), saved["pending"]
+    if saved["weighting"] != {} or not any(map(is_lazy, filter(torch.is_tensor, weights.values()))):
+        check_state(saved["weighting"], weights, where, "weighting")
+    if pending != {}:
+        params = {name: p for name, p in weighting.named_parameters() if p.requires_grad}
+        sized = {name: saved["weighting"].get(name, p) if is_lazy(p) else p for name, p in params.items()}
+        check_state(pending, sized, where, "pending")
+    for name in ("calls", "pending_count"):
+        if type(saved[name]) is not int or saved[name] < 0:
+            raise MetaKDError(
+                f"{where}'s {name!r} is {saved[name]!r} in the saved state, not a number of calls; {CURE}"
+            )
+    if (saved["pending_count"] == 0) != (pending == {}):
+        raise MetaKDError(f"{where}'s 'pending' does not hold the {saved['pending_count']} that were counted; {CURE}")
+    for part in ("weighting", "pending"):
+        for name, value in saved[part].items():
+            if isinstance(value, Tensor) and value.isnan().any() and not weights[name].isnan().any():
+                raise MetaKDError(
+                    f"{where}'s '{part}.{name}' holds NaN in the saved state, which must be damaged; {CURE}"
+                )
+
+
+def check_kind(saved: Any, own: Any, what: str) -> None:
+    """Whether two sets of names are of one kind of object; another version of torch may know more, or fewer.
+
+    Raises:
+        MetaKDError: each has names that the other has not.
+    """
+    foreign, missing = saved - own, own - saved
+    if foreign and missing:
+        raise MetaKDError(f"{what} are of another kind in the saved state: {_difference(missing, foreign)}; {CURE}")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A block that loads a saved state, in which every error becomes a `MetaKDError`.
+
+    Example:
+        >>> with loading("the scheduler"):
+        ...     {}["last_epoch"]
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: the scheduler cannot take the saved state (KeyError: 'last_epoch'); ...
+    """
+    try:
+        yield
+    except MetaKDError:
+        raise
+    except Exception as error:
+        raise MetaKDError(f"{what} cannot take the saved state ({type(error).__name__}: {error}); {CURE}") from error
+
+
+def check_keys(saved: Any, own: Any, where: str, key: str, known: Any = ()) -> None:
+    """Whether the saved mapping has the keys of the own one; it may have those in `known`.
+
+    Raises:
+        MetaKDError: naming the keys that are missing, and those that are not known here.
+
+    Example:
+        >>> check_keys({"a": 1}, {"b": 2}, "the balancer", "pending")
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: the saved state does not fit the balancer at 'pending': missing ['b'], not known ...
+    """
+    if not isinstance(saved, Mapping):
+        raise MetaKDError(
+            f"{where}'s {key or 'state'!r} is {type(saved).__name__} in the saved state, not a mapping; {CURE}"
+        )
+    missing, foreign = own.keys() - saved.keys(), saved.keys() - own.keys() - set(known)
+    if missing or foreign:
+        at = f" at {key!r}" if key else ""
+        raise MetaKDError(f"the saved state does not fit {where}{at}: {_difference(missing, foreign)}; {CURE}")
+
+
+def _difference(missing: Any, foreign: Any) -> str:
+    return f"missing {sorted(missing, key=str)[:5]}, not known here {sorted(foreign, key=str)[:5]}"
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a saved value may take the place of one that is neither a mapping nor a tensor."""
+    if own is None or saved is None:
+        return True
+    if isinstance(own, tuple | list):
+        return isinstance(saved, tuple | list) and len(saved) == len(own) and all(map(_alike, saved, own))
+    if isinstance(own, Number):
+        return isinstance(saved, Number) or (isinstance(saved, Tensor) and saved.numel() == 1)
+    return isinstance(saved, type(own))
+
+
+CURE = "build the same parts with the same settings as when it was saved"

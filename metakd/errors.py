@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class MetaKDError(Exception):
     """Something the library cannot do, with its cause and its cure in the message.
@@ -37,6 +39,28 @@ def explained() -> Iterator[None]:
             if words in str(error):
                 raise MetaKDError(meaning) from error
         raise
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """A block in which whatever is raised becomes a `MetaKDError` that says where it happened.
+
+    Running out of memory stays what it is: some who catch it go on with a smaller batch.
+
+    Example:
+        >>> with blamed("batch_fn"):
+        ...     {}["labels"]
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: batch_fn raised KeyError: 'labels'
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        words = f": {error}" if isinstance(error, MetaKDError) else f" raised {type(error).__name__}: {error}"
+        raise MetaKDError(f"{what}{words}") from error
 
 
 _CURES = {

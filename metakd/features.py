@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
+from metakd.precision import widened
 from metakd.terms import CrossEntropy
 
 Features = Callable[[Tensor, Any, Batch], Tensor]
@@ -73,4 +74,4 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
             f"features function {name!r} returned NaN or infinity for samples {bad[:5]} of the batch; clamp what "
             "it computes, or look at the teacher's outputs for these samples"
         )
-    return found.detach()
+    return widened(found.detach())

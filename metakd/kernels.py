@@ -15,14 +15,16 @@ from torch.overrides import TorchFunctionMode
 
 from metakd.batch_norm import batch_norm
 from metakd.errors import MetaKDError
+from metakd.precision import autocasts_to_float16
 
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """A block whose operations have forward-mode derivatives and correct second derivatives.
 
-    Attention runs its math kernel, recurrent layers torch's own ones, compiled parts run as written, and the functions
-    in `_SAME_FUNCTION` as formulas. What cannot be helped stays what it is (`metakd.validate` knows it).
+    Attention runs its math kernel, recurrent layers torch's own ones, compiled parts run as written, the functions in
+    `_SAME_FUNCTION` as formulas, and code under autocast to float16 as written. What cannot be helped stays what it is
+    (`metakd.validate` knows it).
 
     Raises:
         MetaKDError: an embedding whose gradient is not the derivative of the loss, or compiled parts in the module
@@ -40,7 +42,9 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:
             stack.enter_context(_as_written(module))
-        stack.enter_context(_Formulas())
+        kind = next((p.device.type for p in module.parameters()), "cpu")
+        stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+        stack.enter_context(_Formulas(kind))
         yield
 
 
@@ -92,9 +96,15 @@ def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
 
 
 class _Formulas(TorchFunctionMode):
-    """A block where functions of torch run as others that compute the same."""
+    """A block where functions of torch run as others that compute the same, and never under autocast to float16."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if autocasts_to_float16(self._kind):  # a block within the student; its end puts back what was before it
+            torch.set_autocast_enabled(self._kind, False)
         return _SAME_FUNCTION.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -8,10 +8,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from metakd.batch import Batch
+from metakd.batch import Batch, tensors
 from metakd.dual_losses import dual_losses
 from metakd.errors import MetaKDError
 from metakd.features import Features, evaluate_features
+from metakd.precision import as_written, virtual_autocast, widened
 from metakd.replay import Product
 from metakd.student import FunctionalStudent, Params, Start
 from metakd.terms import Term, evaluate
@@ -32,11 +33,11 @@ def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     return (weights * losses).sum() / losses.shape[0]
 
 
-def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where: str) -> Tensor:
+def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where: str, *, finite: bool = True) -> Tensor:
     """All terms' losses (B, M), known to be finite.
 
     Raises:
-        MetaKDError: a term failed, or a loss is NaN or infinite.
+        MetaKDError: a term failed, or a loss is NaN or infinite and that was not allowed by `finite=False`.
 
     Example:
         >>> import torch
@@ -44,17 +45,39 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         tensor([[0.5000],
                 [0.5000]])
     """
-    losses = evaluate(terms, outputs, batch)
-    finite = losses.detach().isfinite()
-    if not bool(finite.all()):
-        names = list(terms)
-        row, column = (~finite).nonzero()[0].tolist()
-        raise MetaKDError(
-            f"term {names[column]!r} is {losses[row, column].item()} for sample {row} of {where} "
-            f"({int((~finite).sum())} of {losses.numel()} losses are not finite); look for invalid inputs or "
-            "teacher outputs, or lower the learning rate"
-        )
+    losses = widened(evaluate(terms, outputs, batch))
+    if finite and (broken := not_finite(losses, list(terms), where)):
+        raise MetaKDError(f"{broken}; {_cause(outputs, batch)}")
     return losses
+
+
+def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
+    """Which of the losses (B, M) is NaN or infinite, in words; None where all are finite.
+
+    Example:
+        >>> import torch
+        >>> not_finite(torch.tensor([[1.0, torch.inf]]), ["hard", "soft"], "the batch")
+        "term 'soft' is inf for sample 0 of the batch (1 of 2 losses are not finite)"
+    """
+    finite = losses.detach().isfinite()
+    if bool(finite.all()):
+        return None
+    row, column = (~finite).nonzero()[0].tolist()
+    value = losses[row, column].item()
+    count = f"{int((~finite).sum())} of {losses.numel()} losses are not finite"
+    return f"term {names[column]!r} is {value} for sample {row} of {where} ({count})"
+
+
+def _cause(outputs: Any, batch: Batch) -> str:
+    """Where NaN or infinity in a loss comes from."""
+    for values, cause in (
+        (batch.inputs, "the batch's inputs hold such values: look at the data"),
+        (batch.teacher, "the teacher's outputs hold such values: look at the teacher"),
+        (outputs, "the student's outputs hold such values: lower the learning rate, or look at its parameters"),
+    ):
+        if not all(bool(t.detach().isfinite().all()) for t in tensors(values)):
+            return cause
+    return "inputs and outputs are finite: look at the term (a logarithm or a root of zero, a division)"
 
 
 def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, batch: Batch, losses: Tensor) -> Tensor:
@@ -71,14 +94,15 @@ def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, ba
                 [1.]])
     """
     try:
-        weights = model(features, batch)
+        with as_written(features.device.type):
+            weights = model(features, batch)
     except MetaKDError:
         raise
     except Exception as error:
         raise MetaKDError(
             f"the weight model raised {type(error).__name__}: {error}; it is called as weighting(features, batch) with "
             f"features {tuple(features.shape)} in {features.dtype} on {features.device} and returns (B, M): move or "
-            "cast it to where the student is, or fit it to the features"
+            "cast it to where the student is (balancer.to), or fit it to the features"
         ) from error
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -136,6 +160,7 @@ class Objective:
         self.batches, self.meta_batch = list(batches), meta_batch
         self._starts = [start] if end is None else [start, end]
         self._tape = tape
+        self._autocast = virtual_autocast(student.device_type)
         self._seen: dict[int, Tensor] = {}
 
     def inner_given_weights(self, params: Params, meta_params: Params, t: int) -> Tensor:
@@ -166,13 +191,20 @@ class Objective:
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
-        outputs, _ = self.student.run(params, self.meta_batch.inputs, self._starts[len(self.batches)])
-        return checked_losses(self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch").mean()
+        with self._autocast():
+            outputs, _ = self.student.run(params, self.meta_batch.inputs, self._starts[len(self.batches)])
+            return checked_losses(self.meta_terms, outputs, self.student.cast(self.meta_batch), "the meta batch").mean()
 
     def _losses(self, params: Params, t: int) -> tuple[Any, Tensor]:
         batch = self.student.cast(self.batches[t])
-        outputs, end = self.student.run(params, batch.inputs, self._starts[t], self._tape if t == 0 else ())
-        losses = dual_losses(lambda z: checked_losses(self.terms, z, batch, f"the batch of inner step {t}"), outputs)
+
+        def evaluated(z: Any) -> Tensor:
+            with self._autocast():
+                return checked_losses(self.terms, z, batch, f"the batch of inner step {t}")
+
+        with self._autocast():
+            outputs, end = self.student.run(params, batch.inputs, self._starts[t], self._tape if t == 0 else ())
+        losses = dual_losses(evaluated, outputs)
         if len(self._starts) == t + 1:
             self._starts.append(end())
         return outputs, losses

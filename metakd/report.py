@@ -18,6 +18,8 @@ class Report:
         meta_loss: scalar, the meta loss after the lookahead; None where no hypergradient was taken.
         hypergradient_norm: scalar, the Euclidean norm of this step's hypergradient (of the influence, for a weight
             model without parameters); None where none was taken.
+        skipped: why a hypergradient that was asked for was not taken: the learning rate is 0, or float16 overflowed.
+            The weight model has not moved then.
     """
 
     losses: Tensor
@@ -25,3 +27,4 @@ class Report:
     influence: Tensor | None = None
     meta_loss: Tensor | None = None
     hypergradient_norm: Tensor | None = None
+    skipped: str | None = None

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ class RngState(NamedTuple):
     Attributes:
         cpu: torch's CPU generator.
         cuda: torch's CUDA generators, by device index.
-        python: the standard library's `random`.
+        python: the standard library's `random`; None where it is not known.
         numpy: NumPy's legacy global generator; None where NumPy was not imported.
     """
 
@@ -48,6 +49,26 @@ class RngState(NamedTuple):
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
-        random.setstate(self.python)
+        if self.python is not None:
+            random.setstate(self.python)
         if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
+            import_module("numpy").random.set_state(self.numpy)
+
+    def plain(self) -> dict[str, Any]:
+        """The same as tensors, numbers and containers, which `torch.load(weights_only=True)` reads.
+
+        Example:
+            >>> state = RngState.capture([])
+            >>> first = torch.rand(3)
+            >>> RngState.from_plain(state.plain()).restore()
+            >>> torch.equal(first, torch.rand(3))
+            True
+        """
+        numpy = self.numpy and (self.numpy[0], self.numpy[1].tolist(), *self.numpy[2:])
+        return {**self._asdict(), "numpy": numpy}
+
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Any]) -> "RngState":
+        """What `plain()` gave; CUDA's generators as far as there are such devices here."""
+        cuda = {i: s for i, s in dict(state["cuda"]).items() if i < torch.cuda.device_count()}
+        return cls(state["cpu"], cuda, state.get("python"), state.get("numpy"))

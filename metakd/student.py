@@ -12,6 +12,7 @@ from torch.func import functional_call
 from metakd.batch import map_tensors
 from metakd.calling import call
 from metakd.kernels import differentiable_kernels, recomputed_by
+from metakd.precision import HALF
 from metakd.replay import Product, are_duals_of, replayed
 from metakd.rng import RngState
 
@@ -36,13 +37,30 @@ def unwrap(module: nn.Module) -> nn.Module:
         >>> unwrap(nn.DataParallel(bare)) is bare
         True
     """
+    *_, bare = _layers(module)
+    return bare
+
+
+def data_parallel(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The wrapper that averages a student's gradients over several processes, if there is one.
+
+    Example:
+        >>> data_parallel(nn.Linear(2, 2)) is None
+        True
+    """
+    return next((m for m in _layers(module) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """A module with all of its wrappers, from the outermost to the bare one."""
     while True:
+        yield module
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
         elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
         else:
-            return module
+            return
 
 
 class FunctionalStudent:
@@ -55,7 +73,8 @@ class FunctionalStudent:
 
     Args:
         module: the student; wrappers of `torch.compile` and data parallelism are looked through.
-        dtype: run in this floating-point type in place of the module's own.
+        dtype: run in this floating-point type in place of the module's own; by default in float32 where that is half
+            precision, in which a step of the optimizer is lost in rounding.
 
     Example:
         >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
@@ -68,7 +87,8 @@ class FunctionalStudent:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module = unwrap(module)
-        self._dtype = dtype
+        half = any(p.dtype in HALF for p in self.trainable().values())
+        self._dtype = torch.float32 if dtype is None and half else dtype
 
     def trainable(self) -> Params:
         """The parameters that ask for gradients, by name; tied ones once. The very tensors of the module."""
@@ -83,6 +103,11 @@ class FunctionalStudent:
         if self._dtype is None:
             return value
         return map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, value)
+
+    @property
+    def device_type(self) -> str:
+        """The type of the devices that hold the student."""
+        return next(self.module.parameters()).device.type
 
     @property
     def devices(self) -> set[torch.device]:
@@ -122,9 +147,10 @@ class FunctionalStudent:
 
         Put back are buffers and tensors kept as plain attributes; parameters are never written to.
         """
-        start = self.start()
+        copies = {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        start = Start({name: self.cast(b) for name, b in copies.items()}, RngState.capture(self.devices))
         places = [(m, name, b) for m in self.module.modules() for name, b in m._buffers.items() if b is not None]
-        values = {id(b): start.buffers[name] for name, b in self.module.named_buffers()}
+        values = {id(b): copies[name] for name, b in self.module.named_buffers()}
         attributes = [(vars(module), dict(vars(module))) for module in self.module.modules()]
 
         def put_back() -> None:
@@ -133,7 +159,7 @@ class FunctionalStudent:
                 buffer.data.copy_(values[id(buffer)])  # by .data, for a graph that waits for its backward may hold it
                 module._buffers[name] = buffer
             for now, old in attributes:
-                _put_back_tensors(now, old)
+                put_back_tensors(now, old)
 
         return start, put_back
 
@@ -162,7 +188,8 @@ class _Holder(nn.Module):
         return function()
 
 
-def _put_back_tensors(now: dict[str, Any], old: dict[str, Any]) -> None:
+def put_back_tensors(now: dict[str, Any], old: dict[str, Any]) -> None:
+    """The tensors among a module's attributes `now` as they were in `old`."""
     for name in now.keys() | old.keys():
         if now.get(name) is not old.get(name) and any(isinstance(d.get(name), Tensor) for d in (now, old)):
             if name in old:

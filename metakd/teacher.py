@@ -8,25 +8,31 @@ import torch
 from torch import nn
 
 from metakd.calling import call
+from metakd.errors import blamed
 
 
 def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:
     """Run the teacher in eval mode and without gradients; its modes are put back.
+
+    Raises:
+        MetaKDError: the teacher raised something (chained).
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
         (False, True)
     """
-    with _in_eval_mode(teacher), torch.no_grad():
-        return call(teacher, inputs)
+    with blamed("the teacher"), _in_eval_mode(teacher), torch.no_grad():
+        outputs = call(teacher, inputs)
+    torch.clear_autocast_cache()  # older torch would cast what it shares with the student without gradients
+    return outputs
 
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
+        module.eval()
         yield
     finally:
         for part, mode in modes:

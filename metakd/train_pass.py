@@ -1,6 +1,6 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from metakd.calling import call
 from metakd.estimators.derivatives import Gradients
 from metakd.handover import graph_leaves, hand_over
 from metakd.kernels import compiled_parts
+from metakd.precision import autocasts_to_float16, ran_in_float16
 from metakd.replay import Product, recorded
-from metakd.student import FunctionalStudent
+from metakd.student import FunctionalStudent, data_parallel
 
 
 class TrainPass:
@@ -27,11 +28,12 @@ class TrainPass:
         functional: the same student as a function.
         batch: the training batch.
         record: keep the products for a forward-mode pass over the same batch.
+        still: keep more of it, for that pass has layers at its beginning that do not move.
 
     Example:
         >>> student = nn.Linear(2, 1, bias=False)
         >>> train = TrainPass(student, FunctionalStudent(student), Batch(torch.ones(1, 2)))
-        >>> train.gradient_of(train.outputs.sum(), keep_graph=False)()
+        >>> train.gradient_of(train.outputs.sum(), keep_graph=False)(["weight"])
         {'weight': tensor([[1., 1.]])}
         >>> train.handed_over(train.outputs.sum()).backward()
         >>> student.weight.grad
@@ -39,51 +41,72 @@ class TrainPass:
     """
 
     def __init__(
-        self, student: nn.Module, functional: FunctionalStudent, batch: Batch, *, record: bool = False
+        self,
+        student: nn.Module,
+        functional: FunctionalStudent,
+        batch: Batch,
+        *,
+        record: bool = False,
+        still: bool = False,
     ) -> None:
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
         self._compiled = bool(compiled_parts(student))
-        self._device = next(iter(self._variables.values())).device.type
+        self._cast = functional.cast
+        self.float16 = autocasts_to_float16(functional.device_type)
         self._leaves: list[Tensor] = []
         self._gradients: list[Tensor | None] | None = None
         self.tape: Sequence[Product] = ()
         if self._hooked:
             # Gradients taken at a view of a parameter do not run the parameter's hooks; the real backward does.
             self._variables = {name: p.view_as(p) for name, p in self._variables.items()}
-            forward = partial(call, functional.module, batch.inputs, dict(self._variables))
+            # The wrapper for several processes has to know of a forward pass whose gradients it is to average.
+            module = data_parallel(student) or functional.module
+            views = {id(p): self._variables[name] for name, p in functional.trainable().items()}
+            params = {name: views[id(p)] for name, p in module.named_parameters() if id(p) in views}
+            forward = partial(call, module, batch.inputs, params)
         else:
             forward = partial(call, student, batch.inputs)
-        if record and not self._compiled:
-            with recorded() as self.tape:
+        if record and not (self._compiled or self.float16):
+            with recorded(others=still) as self.tape:
                 self.outputs: Any = forward()
         else:
             self.outputs = forward()
+        if self.float16 or ran_in_float16(tensors(self.outputs)):
+            # Gradients are below its range unless a scaler lifts them, which the user's own backward pass may.
+            self.float16, self.tape = True, ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a virtual pass over the same batch gives the same, to rounding."""
+        return not (self._compiled or self.float16)
 
     @property
     def can_hand_over(self) -> bool:
         """Whether the gradient may stand in for the real backward pass: exact, and with no one else to notice."""
-        # A gradient scaler lifts half precision out of underflow by scaling the loss before the backward pass.
-        half = torch.is_autocast_enabled(self._device) and torch.get_autocast_dtype(self._device) == torch.float16
-        return not (self._hooked or self._upstream or half)
+        return not (self._hooked or self._upstream or self.float16)
 
-    def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[], Gradients] | None:
-        """Gives the gradient of the loss by parameter name, None for parameters that it does not reach.
+    def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[Collection[str]], Gradients] | None:
+        """Gives the gradient of the loss in the parameters of some names, None for those that it does not reach.
 
-        None in place of the function where the user's backward pass needs the graph again and compiled code lets it go
-        after the first.
+        Where the graph is kept no more than these is computed; else all, to be handed over.
+
+        None in place of the function where the pass ran in float16, and where the user's backward pass needs the graph
+        again and compiled code lets it go after the first.
         """
+        if self.float16:
+            return None
         keep_graph = keep_graph or not self.can_hand_over
         return None if keep_graph and self._compiled else partial(self._gradient, loss, keep_graph)
 
-    def _gradient(self, loss: Tensor, keep_graph: bool) -> Gradients:
+    def _gradient(self, loss: Tensor, keep_graph: bool, names: Collection[str]) -> Gradients:
         if not loss.requires_grad:
-            return dict.fromkeys(self._variables)
-        self._leaves = list(self._variables.values()) if self._hooked else graph_leaves(loss)
+            return dict.fromkeys(names)
+        self._leaves = [self._variables[name] for name in names] if keep_graph else graph_leaves(loss)
         self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
-        return {name: found.get(id(p)) for name, p in self._variables.items()}
+        return {name: self._cast(found.get(id(self._variables[name]))) for name in names}
 
     def handed_over(self, loss: Tensor) -> Tensor:
         """The loss whose gradient is known: its backward hands that on, where it may."""

@@ -1,13 +1,16 @@
 """A block of work that happens as a whole or not at all."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from metakd.student import FunctionalStudent
+from metakd.student import FunctionalStudent, put_back_tensors
 from metakd.weighting_step import WeightingStep
 
 
@@ -15,45 +18,50 @@ class Snapshot:
     """All that a step of a balancer may change in the user's modules, as it was before.
 
     Args:
-        student: its buffers and the generators are kept; its parameters are never written to.
-        step: the weight model's parameters, buffers and gradients are kept, and its optimizer's state from
-            `keep_optimizer()` on.
+        student: its buffers, tensors kept as attributes and the generators are kept; its parameters are never written
+            to, but they leave their places during a virtual pass.
+        step: the weight model and its gradients are kept, and its optimizer's state from `keep_optimizer()` on.
+        contents: dicts that are kept too, their values as they are.
 
     Attributes:
         start: where a pass of the student from here starts.
     """
 
-    def __init__(self, student: FunctionalStudent, step: WeightingStep) -> None:
-        self._step, self._pending = step, step.pending
-        self._optimizer_state: dict[str, object] | None = None
+    def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
+        self._step = step
+        self._contents = [(d, dict(d)) for d in (vars(step), *contents)]
+        self._put_optimizer_back: Callable[[], None] | None = None
         self.start, self._put_student_back = student.keep()
-        self._buffers = [
-            (owner, name, buffer, None if is_lazy(buffer) else buffer.detach().clone())
-            for owner in step.weighting.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._weights = [(p, p.detach().clone(), p.grad) for p in step.weighting.parameters() if not is_lazy(p)]
+        self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
+        parts = list(step.weighting.modules())
+        self._attributes = [(vars(part), dict(vars(part))) for part in parts]
+        places: list[dict[str, Any]] = [part._buffers for part in parts]
+        places += [part._parameters for part in (*student.module.modules(), *parts)]
+        self._places = [(place, name, t) for place in places for name, t in place.items() if t is not None]
+        kept = [*step.weighting.parameters(), *step.weighting.buffers()]
+        self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
 
     def keep_optimizer(self) -> None:
         """Copy the state of the weight model's optimizer too; called right before it steps."""
         if self._step.optimizer is not None:
-            self._optimizer_state = copy.deepcopy(self._step.optimizer.state_dict())
+            self._put_optimizer_back = _keep_optimizer(self._step.optimizer)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back, bit for bit."""
         self._put_student_back()
-        for owner, name, buffer, value in self._buffers:
-            if value is not None:
-                buffer.copy_(value)
-                owner._buffers[name] = buffer
-        for p, value, grad in self._weights:
-            p.copy_(value)
-            p.grad = grad
-        if self._step.optimizer is not None and self._optimizer_state is not None:
-            self._step.optimizer.load_state_dict(self._optimizer_state)
-        self._step.pending = self._pending
+        for place, name, t in self._places:
+            place[name] = t
+        self._put_lazy_parts_back()
+        for now, old in self._attributes:
+            put_back_tensors(now, old)
+        for t, value, grad in self._values:
+            t.copy_(value)
+            t.grad = grad
+        if self._put_optimizer_back is not None:
+            self._put_optimizer_back()
+        for now, old in self._contents:
+            _refill(now, old)
 
 
 @contextmanager
@@ -61,7 +69,6 @@ def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
     """Put everything back where the block ends in an exception, Ctrl-C included.
 
     Example:
-        >>> from torch import nn
         >>> norm, table = nn.BatchNorm1d(2), nn.Linear(1, 1)
         >>> try:
         ...     with all_or_nothing(Snapshot(FunctionalStudent(norm), WeightingStep(table, None, 1))):
@@ -76,3 +83,51 @@ def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
     except BaseException:
         snapshot.restore()
         raise
+
+
+def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Copies an optimizer's state; the result puts it back, into the tensors that hold it now."""
+    state = {p: {name: (value, _copy(value)) for name, value in held.items()} for p, held in optimizer.state.items()}
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def put_back() -> None:
+        optimizer.state.clear()
+        for p, held in state.items():
+            optimizer.state[p] = {
+                name: value.copy_(kept) if isinstance(value, Tensor) else _copy(kept)
+                for name, (value, kept) in held.items()
+            }
+        optimizer.param_groups[:] = [group for group, _ in groups]  # loading a state makes new ones
+        for group, kept in groups:
+            _refill(group, kept)
+
+    return put_back
+
+
+def _refill(now: dict[Any, Any], old: dict[Any, Any]) -> None:
+    for key in now.keys() - old.keys():
+        del now[key]
+    now.update(old)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _keep_lazy_parts(module: nn.Module) -> Callable[[], None]:
+    """The layers of a model that do not know their sizes yet; the result makes them forget those they found."""
+    parts = [part for part in module.modules() if isinstance(part, LazyModuleMixin)]
+    contents = [(d, dict(d)) for part in parts for d in (vars(part), *vars(part).values()) if isinstance(d, dict)]
+    unsized = [t for part in parts for t in (*part.parameters(False), *part.buffers(False)) if is_lazy(t)]
+    empty = [(t, t.data) for t in unsized]
+    classes: list[tuple[Any, type]] = [(owner, type(owner)) for owner in (*parts, *unsized)]
+
+    def put_back() -> None:
+        for now, old in contents:
+            _refill(now, old)
+        for t, data in empty:
+            t.grad, t.data = None, data
+        for owner, kind in classes:
+            owner.__class__ = kind
+
+    return put_back

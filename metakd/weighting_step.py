@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd.errors import MetaKDError
+from metakd.estimators.derivatives import filled
+from metakd.estimators.problem import Mean, unchanged
+from metakd.optimizer_state import load_optimizer_state
 
 Gradient = dict[str, Tensor]
 
@@ -27,6 +30,7 @@ class WeightingStep:
         weighting: the weight model.
         optimizer: its optimizer; None for Adam(lr=1e-3, weight_decay=1e-4), BiKD's.
         accumulate: hypergradients averaged before each step.
+        mean: of a hypergradient over the processes that each have a part of it.
 
     Raises:
         MetaKDError: the optimizer is not a torch optimizer, or holds none of the weight model's parameters.
@@ -41,7 +45,13 @@ class WeightingStep:
         2.0
     """
 
-    def __init__(self, weighting: nn.Module, optimizer: torch.optim.Optimizer | None, accumulate: int) -> None:
+    def __init__(
+        self,
+        weighting: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        accumulate: int,
+        mean: Mean = unchanged,
+    ) -> None:
         if not isinstance(weighting, nn.Module):
             raise MetaKDError(
                 f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}"
@@ -52,7 +62,7 @@ class WeightingStep:
         if optimizer is not None:
             _check_optimizer(optimizer, params)
         self.weighting, self.optimizer = weighting, optimizer
-        self.accumulate = accumulate
+        self.accumulate, self._mean = accumulate, mean
         self.pending = Pending({}, 0)
 
     @property
@@ -68,7 +78,7 @@ class WeightingStep:
         """The hypergradient in the weight model's parameters, from the one in the weights (B, M).
 
         Raises:
-            MetaKDError: the weights do not depend on the parameters, or not at this point.
+            MetaKDError: the weights do not depend on the parameters.
         """
         params = self.params()
         if not params or not weights.requires_grad:
@@ -77,16 +87,9 @@ class WeightingStep:
                 "hypergradient; pass meta_batch=None to use a frozen weight model"
             )
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
-        gradient = {
+        return {
             name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found, strict=True)
         }
-        if not any(bool(g.any()) for g in gradient.values()):
-            raise MetaKDError(
-                "the hypergradient of the weight model is exactly zero although its weights influence the meta "
-                "loss; its output is saturated or constant: restart it with weights away from the ends of their "
-                "range, or (softmax over one term) use output='sigmoid'"
-            )
-        return gradient
 
     def take(self, gradient: Gradient, before_step: Callable[[], None]) -> Tensor:
         """Gather one hypergradient; step the weight model where it is the last of `accumulate`.
@@ -94,13 +97,23 @@ class WeightingStep:
         Afterwards every parameter's `.grad` is this hypergradient.
 
         Args:
-            gradient: by name, as in `params()`.
+            gradient: by name, as in `params()`; this process's part, of whose mean all that follows is said.
             before_step: called right before the optimizer steps.
 
         Returns:
             The Euclidean norm of this hypergradient, a scalar tensor.
+
+        Raises:
+            MetaKDError: it is exactly zero.
         """
         params = self.params()
+        gradient = filled(self._mean({**gradient}, params, "the hypergradient"), params)
+        if not any(bool(g.any()) for g in gradient.values()):
+            raise MetaKDError(
+                "the hypergradient of the weight model is exactly zero although its weights influence the meta "
+                "loss; its output is saturated or constant: restart it with weights away from the ends of their "
+                "range, or (softmax over one term) use output='sigmoid'"
+            )
         total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
         if self.moves_next and self.optimizer is not None:
             for name, p in params.items():
@@ -131,7 +144,8 @@ class WeightingStep:
         if state["weighting"]:
             self.weighting.load_state_dict(state["weighting"])
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(state["weighting_optimizer"]))
+            # After the weights, for lazy layers know their sizes only now.
+            load_optimizer_state(state["weighting_optimizer"], self.optimizer, "the balancer", "weighting_optimizer")
         params = self.params()
         total = {name: value.detach().to(params[name], copy=True) for name, value in state["pending"].items()}
         self.pending = Pending(total, int(state["pending_count"]))

@@ -78,6 +78,8 @@ class Case:
         teacher: builds its teacher.
         inputs: draws those of a batch.
         batch_size: of the training batches and of the meta batch.
+        classifier: names the student's last layer, as a pattern.
+        stage: likewise the last stage before that.
         lr: of the inner steps.
     """
 
@@ -85,6 +87,8 @@ class Case:
     teacher: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
     batch_size: int
+    classifier: str
+    stage: str
     lr: float = 0.1
 
 
@@ -93,11 +97,13 @@ def _network(name: str) -> Callable[[], nn.Module]:
 
 
 CASES = {
-    "resnet8x4": Case(_network("resnet8x4"), _network("resnet32x4"), _images, 100),
-    "resnet20": Case(_network("resnet20"), _network("resnet56"), _images, 100),
-    "transformer": Case(Transformer, partial(Transformer, layers=8), _words, 32, lr=0.01),
-    "lstm": Case(Lstm, partial(Lstm, layers=4), _words, 32),
-    "convnet4": Case(_network("convnet4"), _network("convnet8"), _images, 16),  # for a smoke test
+    "resnet8x4": Case(_network("resnet8x4"), _network("resnet32x4"), _images, 100, "classifier.*", "blocks.2.*"),
+    "resnet20": Case(_network("resnet20"), _network("resnet56"), _images, 100, "classifier.*", "blocks.[678].*"),
+    "transformer": Case(
+        Transformer, partial(Transformer, layers=8), _words, 32, "classifier.*", "layers.layers.3.*", lr=0.01
+    ),
+    "lstm": Case(Lstm, partial(Lstm, layers=4), _words, 32, "classifier.*", "lstm.*_l1"),
+    "convnet4": Case(_network("convnet4"), _network("convnet8"), _images, 16, "9.*", "[45].*"),  # for a smoke test
 }
 
 
@@ -112,6 +118,8 @@ class Task(NamedTuple):
         lr: of the inner SGD.
         teacher: a network to run on every batch, in eval mode; or None.
         terms: the per-sample losses.
+        classifier: the pattern of the student's last layer.
+        stage: likewise of the last stage before that.
     """
 
     student: nn.Module
@@ -121,6 +129,8 @@ class Task(NamedTuple):
     lr: float
     teacher: nn.Module | None = None
     terms: Sequence[Term] = TERMS[:2]
+    classifier: str = "*"
+    stage: str = "*"
 
     @classmethod
     def build(
@@ -138,7 +148,16 @@ class Task(NamedTuple):
 
         batches = [batch() for _ in range(steps)]
         network = case.teacher().to(device).eval() if teacher else None
-        return cls(student.to(device), weighting.to(device), batches, batch(), case.lr, network)
+        return cls(
+            student.to(device),
+            weighting.to(device),
+            batches,
+            batch(),
+            case.lr,
+            network,
+            classifier=case.classifier,
+            stage=case.stage,
+        )
 
     def with_terms(self, number: int) -> "Task":
         """The same task on the first `number` of `TERMS`, with a new weight model."""

@@ -23,7 +23,7 @@ class Job(NamedTuple):
 
     Attributes:
         key: its kind, its case and all else that tells it from the others.
-        methods: the names of those to time; for a cell of memory its key has the one.
+        methods: the names of those to measure; for a cell of memory its key has the one.
     """
 
     key: dict[str, Any]
@@ -41,6 +41,7 @@ def parser_of(description: str | None, presets: Presets, methods: Sequence[str])
     add("--seconds", type=float, help="no new round of a cell starts after so many; each has at least one")
     add("--batch-size", type=int, help="default: 100 images, 32 sequences")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's choice, here %(default)s")
+    add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: one thread's own time, on a busy machine")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--output", type=Path)
     return parser
@@ -52,12 +53,16 @@ def parse(parser: argparse.ArgumentParser, presets: Presets) -> argparse.Namespa
     for key, value in presets[args.preset].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.clock == "cpu" and (args.threads > 1 or args.device == "cuda"):
+        parser.error("--clock cpu is for one thread of the CPU: it adds up the time of several, and misses a GPU's")
     return args
 
 
 def measure(args: argparse.Namespace, methods: ModuleType, jobs: Iterable[Job]) -> Record:
     """Measure the cells that the record in --output lacks; a time cell that lacks a method is measured again."""
     settings = {"threads": args.threads, "batch_size": args.batch_size}
+    if args.clock != "wall":
+        settings["clock"] = args.clock
     record = Record(args.output / "results.json", args.device, settings)
     common = {"module": methods.__name__, "device": args.device, **settings}
     limits = {"repeats": args.repeats, "seconds": args.seconds}
@@ -67,6 +72,10 @@ def measure(args: argparse.Namespace, methods: ModuleType, jobs: Iterable[Job]) 
         if key["kind"] == "memory":
             if old is None:
                 record.put(in_process(**key, **common), **key)
+            continue
+        if key["kind"] != "time":
+            if old is None or not set(names) <= set(old["methods"]):
+                record.put({"methods": list(names), **in_process(**key, **common, methods=list(names))}, **key)
             continue
         known = {*old["rounds"][0], *old["failed"]} if old else set()
         if not set(names) <= known:

@@ -16,6 +16,7 @@ from benchmarks.common import methods
 from benchmarks.common.cases import Task, differentiable_kernels
 from benchmarks.common.methods import Call
 from metakd import Batch, BilevelLossBalancer
+from metakd.estimators import Estimator, OneStep
 
 PERIOD = 5
 
@@ -34,7 +35,7 @@ def plain(task: Task) -> Call:
     return _one_by_one(task, iteration)
 
 
-def by_metakd(task: Task, window: str | None = None) -> Call:
+def by_metakd(task: Task, window: str | None = None, estimator: Estimator = OneStep()) -> Call:  # noqa: B008 (frozen)
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = _optimizer(task), len(task.batches) if window else 1
     balancer = BilevelLossBalancer(
@@ -45,6 +46,7 @@ def by_metakd(task: Task, window: str | None = None) -> Call:
         weighting_optimizer=_weighting_optimizer(task),
         teacher=task.teacher,
         features=lambda losses, outputs, batch: losses,
+        estimator=estimator,
         **({window: count} if window else {}),
     )
 

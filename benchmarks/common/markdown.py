@@ -28,7 +28,8 @@ def provenance(content: Content) -> str:
     machine = f"{about['processor']}, {about['cores']} cores, {about['memory_gb']:.0f} GB of memory"
     gpu = f"; {about['gpu']}" if about["gpu"] else ""
     threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)}"
-    return f"```bash\n{content['command']}\n```\n\n{machine}{gpu}; {threads}; float32; {versions}."
+    clock = "; all times are CPU time" if settings.get("clock") == "cpu" else ""
+    return f"```bash\n{content['command']}\n```\n\n{machine}{gpu}; {threads}{clock}; float32; {versions}."
 
 
 def write_readme(folder: Path, text: str) -> Path:

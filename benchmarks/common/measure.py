@@ -22,10 +22,14 @@ from benchmarks.common.methods import Call
 
 ROOT = Path(__file__).parents[2]
 Prepare = Callable[[Task], Call]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def in_process(kind: str, **cell: Any) -> dict[str, Any]:
-    """Measure a cell (`time_cell` or `memory_cell`) in a fresh process; where that dies, the cell says so."""
+    """Measure a cell in a fresh process; where that dies, the cell says so.
+
+    Its kind is `time` (`time_cell`), `memory` (`memory_cell`), or one that the methods' module has in `CELLS`.
+    """
     command = [sys.executable, "-m", "benchmarks.common.measure", json.dumps({"kind": kind, **cell})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -36,7 +40,13 @@ def in_process(kind: str, **cell: Any) -> dict[str, Any]:
 
 
 def time_cell(
-    task: Task, methods: Mapping[str, Prepare], *, repeats: int, seconds: float, reference: str = "by hand"
+    task: Task,
+    methods: Mapping[str, Prepare],
+    *,
+    repeats: int,
+    seconds: float,
+    reference: str = "by hand",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Rounds of all methods, one call each, with plain steps before each of them.
 
@@ -46,6 +56,7 @@ def time_cell(
         repeats: most rounds.
         seconds: no new round starts after so many.
         reference: the method whose hypergradient the others' are compared with.
+        clock: in seconds.
 
     Returns:
         rounds: name -> seconds in each round; for "plain" the list of its steps. errors: relative errors of the
@@ -77,8 +88,8 @@ def time_cell(
         shift = len(rounds) % max(len(names), 1)  # nobody always follows the same one
         this: dict[str, Any] = {"plain": []}
         for name in names[shift:] + names[:shift]:
-            this["plain"] += [_timed(plain)[0] for _ in range(max(len(task.batches) // 4, 1))]
-            if (result := attempt(name, partial(_timed, calls[name]))) is not None:
+            this["plain"] += [_timed(plain, clock)[0] for _ in range(max(len(task.batches) // 4, 1))]
+            if (result := attempt(name, partial(_timed, calls[name], clock))) is not None:
                 this[name], gradient = result
                 if gradient:
                     found[name] = torch.cat([g.detach().flatten() for g in gradient])
@@ -86,13 +97,13 @@ def time_cell(
     return {"rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
 
 
-def _timed(call: Call) -> tuple[float, Sequence[Tensor]]:
+def _timed(call: Call, clock: Callable[[], float]) -> tuple[float, Sequence[Tensor]]:
     gc.collect()
     _synchronize()
-    start = time.perf_counter()
+    start = clock()
     result = call()
     _synchronize()
-    return round(time.perf_counter() - start, 6), result
+    return round(clock() - start, 6), result
 
 
 def _synchronize() -> None:
@@ -150,12 +161,17 @@ def main() -> None:
     cell = json.loads(sys.argv[1])
     torch.set_num_threads(cell["threads"])
     _limit_memory()
+    module = import_module(cell["module"])
+    if cell["kind"] in getattr(module, "CELLS", {}):
+        print(json.dumps(module.CELLS[cell["kind"]](cell)))
+        return
     options = {"batch_size": cell["batch_size"], "teacher": cell.get("teacher", False), "device": cell["device"]}
     task = Task.build(CASES[cell["case"]], cell["steps"], **options)
-    methods = import_module(cell["module"]).METHODS
+    methods = module.METHODS
     if cell["kind"] == "time":
         chosen = {name: methods[name] for name in cell["methods"]}
-        found = time_cell(task, chosen, repeats=cell["repeats"], seconds=cell["seconds"])
+        limits = {"repeats": cell["repeats"], "seconds": cell["seconds"]}
+        found = time_cell(task, chosen, **limits, clock=CLOCKS[cell.get("clock", "wall")])
     else:
         found = memory_cell(cell["case"], task, methods[cell["method"]], cell["device"])
     print(json.dumps(found))

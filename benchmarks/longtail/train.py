@@ -42,8 +42,8 @@ class Where(NamedTuple):
     """What does not decide a cell's numbers (but for rounding).
 
     Attributes:
-        data_root: the images.
-        image_folder: whether `data_root` is a tree of pictures in place of the data set's own files.
+        data_root: the images, or where to download them to.
+        image_folder: whether `data_root` holds trees of pictures, `<dataset>/{train,test}/<class>/*`.
         work: checkpoints.
         device: to train on.
     """
@@ -57,7 +57,10 @@ class Where(NamedTuple):
 @cache
 def images_of(dataset: str, where: Where) -> Images:
     """The whole data set."""
-    images = load_images("folder" if where.image_folder else dataset, where.data_root)
+    if where.image_folder and where.data_root is not None:
+        images = load_images("folder", where.data_root / dataset)
+    else:
+        images = load_images(dataset, where.data_root)
     title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(dataset, dataset)
     return replace(images, title=title, name=title) if where.image_folder else images
 

@@ -91,7 +91,8 @@ class Implicit:
             return torch.stack([(value.flatten() * part).sum() for value, part in parts]).sum()
 
         def hessian_times(q: Tensor) -> Tensor:
-            return _vector(second_order_gradients(slope(q), moved, retain_graph=True), moved)
+            product = second_order_gradients(slope(q), moved, retain_graph=True)
+            return _vector(problem.mean(product, moved, "a product with the Hessian"), moved)
 
         if any(v[name] is not None for name in moved):
             q = self._solve(hessian_times, _vector(v, moved))

@@ -1,11 +1,13 @@
 """`OneStep`: the exact hypergradient of one inner step, without a second-order graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
 from metakd.estimators.mixed import Mode, mixed_alone
 from metakd.estimators.problem import Hypergradient, Problem
 from metakd.estimators.second_order import reverse_over_reverse
+from metakd.estimators.subset import moving_only
 from metakd.estimators.walk import walk_back
 
 
@@ -25,11 +27,18 @@ class OneStep:
     to the second, saying so once. Meta-Weight-Net (Shu et al., 2019) and BiKD (arXiv 2605.17839) compute the same
     quantity by double backward through a copy of the student.
 
+    With `parameters` the step ahead moves those alone, as in AMAL (Sivasubramanian et al., 2023), which looks ahead
+    with the classifier and the last stage. The answer is exact for that step and an approximation for the whole one.
+    All three passes end, or begin, at the first layer that moves: docs/cost.md has prices and errors.
+
     Args:
         mode: `"auto"`, `"forward"` or `"reverse"`.
+        parameters: what the step moves, as patterns over the parameters' names, such as `("classifier.*",
+            "blocks.2.*")`; levels of nested dicts are joined by dots. None for all.
 
     Raises:
-        MetaKDError: when called with K other than 1, or in forward mode on a model without forward-mode formulas.
+        MetaKDError: when called with K other than 1, with a pattern that fits no trainable parameter, or in forward
+            mode on a model without forward-mode formulas.
 
     Example:
         >>> import torch, torchopt
@@ -43,10 +52,16 @@ class OneStep:
     """
 
     mode: Mode = "auto"
+    parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "forward", "reverse"):
             raise MetaKDError(f"OneStep has the modes 'auto', 'forward' and 'reverse', not {self.mode!r}")
+        if self.parameters is None:
+            return
+        if isinstance(self.parameters, str) or not self.parameters:
+            raise MetaKDError(f"parameters must be patterns such as ('classifier.*',) or None, got {self.parameters!r}")
+        object.__setattr__(self, "parameters", tuple(self.parameters))  # a list has no hash
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
@@ -55,4 +70,9 @@ class OneStep:
                 f"OneStep is the hypergradient of exactly one inner step, got {len(problem.batches)} batches; use "
                 "estimators.Adjoint() for K steps"
             )
-        return walk_back(problem, 1, first=mixed_alone(self.mode), later=reverse_over_reverse)
+        found = walk_back(self.solved(problem), 1, first=mixed_alone(self.mode), later=reverse_over_reverse)
+        return found._replace(params={**problem.params, **found.params})
+
+    def solved(self, problem: Problem) -> Problem:
+        """The problem whose hypergradient this is: its step moves no more than `parameters`."""
+        return problem if self.parameters is None else moving_only(problem, self.parameters)

@@ -1,6 +1,6 @@
 """The bilevel problem an estimator is given, and the answer it owes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,15 @@ from metakd.inner import GradientTransformation, Params, apply
 
 Inner = Callable[[Params, Params, Any], Tensor]
 Outer = Callable[[Params, Params], Tensor]
+Mean = Callable[[Gradients, Params, str], Gradients]
+"""(values, like, what) -> their mean over all parts of the problem, with the names of `like`.
+
+Values may leave names out, which count as zero; `what` says in errors what they are."""
+
+
+def unchanged(values: Gradients, like: Params, what: str) -> Gradients:
+    """The mean where the problem has one part: the values themselves."""
+    return values
 
 
 class Hypergradient(NamedTuple):
@@ -45,10 +54,13 @@ class Problem:
         batches: one a step; their number is K.
         optimizer: meta_params -> the differentiable inner optimizer.
         optimizer_state: the state it starts from.
-        first_gradient: gives grad inner(theta_0, phi, batches[0]), where the caller has it at hand for less than the
-            price of computing it from `inner`.
+        first_gradient: gives grad inner(theta_0, phi, batches[0]) in the parameters of these names, where the
+            caller has it at hand for less than the price of computing it from `inner`.
+        first_inner: likewise inner(theta_0, phi, batches[0]) as a function of phi.
         memory: what estimators learn about this problem and want to know at its next hypergradient, such as that
             its model has no forward-mode derivatives. It lives as long as its owner wants.
+        mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
+            the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
     """
 
     inner: Inner
@@ -58,8 +70,10 @@ class Problem:
     batches: Sequence[Any]
     optimizer: Callable[[Params], GradientTransformation]
     optimizer_state: Any
-    first_gradient: Callable[[], Gradients] | None = None
+    first_gradient: Callable[[Collection[str]], Gradients] | None = None
+    first_inner: Callable[[Params], Tensor] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    mean: Mean = unchanged
 
     def inner_loss(self, params: Params, meta_params: Params, t: int) -> Tensor:
         """The inner loss of step t, known to be one finite number."""
@@ -68,9 +82,11 @@ class Problem:
     def inner_gradient(self, params: Params, t: int) -> Gradients:
         """The gradient that step t takes from `params`, without a graph."""
         if t == 0 and self.first_gradient is not None:
-            return self.first_gradient()
-        theta = leaves(params)
-        return gradients(self.inner_loss(theta, self.meta_params, t), theta)
+            found = self.first_gradient(params)
+        else:
+            theta = leaves(params)
+            found = gradients(self.inner_loss(theta, self.meta_params, t), theta)
+        return self.mean(found, params, f"the gradient of inner step {t}")
 
     def step(self, gradient: Gradients, state: Any, params: Params, meta_params: Params) -> tuple[Params, Any]:
         """One step of the inner optimizer, differentiable in all of its arguments."""
@@ -97,7 +113,10 @@ class Problem:
         return params, state
 
     def outer_gradients(self, params: Params) -> tuple[Tensor, Gradients, Gradients]:
-        """The outer loss at `params`, and its gradients there in params and in phi; one outer's graph at a time."""
+        """The outer loss at `params`, and its gradients there in params and in phi; one outer's graph at a time.
+
+        The one in phi is this process's part.
+        """
         theta, meta = leaves(params), leaves(self.meta_params)
         values, in_params, in_meta = [], dict.fromkeys(theta), dict.fromkeys(meta)
         for outer in self.outers:
@@ -105,7 +124,9 @@ class Problem:
             found = in_both(loss, theta, meta)
             values.append(loss.detach())
             in_params, in_meta = added(in_params, found[0]), added(in_meta, found[1])
-        return torch.stack(values).sum(), in_params, in_meta
+        value = {_OUTER: torch.stack(values).sum()}
+        mean = self.mean({**in_params, **value}, {**params, **value}, "the outer loss and its gradient")
+        return filled(mean, value)[_OUTER], {name: mean[name] for name in params}, in_meta
 
 
 class Estimator(Protocol):
@@ -137,7 +158,8 @@ def answer(
     Raises:
         MetaKDError: the hypergradient is NaN or infinite, or all of it is missing or exactly zero.
     """
-    if not any(g is not None and bool(g.any()) for g in gradient.values()):
+    one = problem.mean is unchanged  # where others add to it, nothing is no error here
+    if one and not any(g is not None and bool(g.any()) for g in gradient.values()):
         missing = all(g is None for g in gradient.values())
         raise MetaKDError(
             f"the hypergradient is {'None' if missing else 'zero'} for all meta-parameters {list(gradient)[:5]}: "
@@ -154,3 +176,6 @@ def answer(
             )
     found = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state
     return Hypergradient(*map_tensors(Tensor.detach, found))
+
+
+_OUTER = "the outer loss"  # beside the names of parameters, which have no spaces

@@ -5,7 +5,7 @@ from typing import Any
 
 from metakd.errors import MetaKDError
 from metakd.estimators.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
-from metakd.estimators.problem import Hypergradient, Problem, answer
+from metakd.estimators.problem import Hypergradient, Problem, answer, unchanged
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Unroll:
     Franceschi et al., 2017). The steps are TorchOpt's functional optimizers, repaired (`metakd.inner`).
 
     Raises:
-        MetaKDError: when called without a batch, or where the model has no double backward.
+        MetaKDError: when called without a batch, in several processes, or where the model has no double backward.
 
     Example:
         >>> import torch, torchopt
@@ -35,6 +35,11 @@ class Unroll:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
             raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
+        if problem.mean is not unchanged:
+            raise MetaKDError(
+                "Unroll records one graph of all steps, which cannot reach into other processes; with "
+                "DistributedDataParallel use estimators.Adjoint(), which is as exact"
+            )
         params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
         seen: set[Any] = set()
         for t in range(len(problem.batches)):

@@ -102,9 +102,19 @@ def walk_back(
     adjoints = _Adjoints(filled(v, params), [torch.zeros_like(t) for t in _floats(state)])
     felt = any(value is not None for value in v.values())  # whether the outer loss feels the inner steps
     for t in reversed(range(start, count if felt else start)):
-        adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, first if t == start else later)
+        adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, first if t == start else of_all(later))
         total = added(total, in_meta)
     return answer(problem, outer_loss, total, params, state)
+
+
+def of_all(products: Products) -> Products:
+    """The products whose part in params is the mean over all parts of the problem."""
+
+    def averaged(problem: Problem, params: Params, *step: Any) -> tuple[Gradients, Gradients]:
+        in_params, in_meta = products(problem, params, *step)
+        return problem.mean(in_params, params, "a product with the second derivatives"), in_meta
+
+    return averaged
 
 
 def _step_back(

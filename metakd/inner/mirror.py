@@ -72,10 +72,11 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
         >>> apply(inner.transformation, {"w": torch.tensor([1.0])}, inner.state, {"w": w.detach()})[0]
         {'w': tensor([0.4000])}
     """
-    rule = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adamw}.get(type(optimizer))
+    kind = type(_bare(optimizer))
+    rule = {torch.optim.SGD: _sgd, torch.optim.Adam: _adam, torch.optim.AdamW: _adamw}.get(kind)
     if rule is None:
         raise MetaKDError(
-            f"inner='mirror' cannot follow {type(optimizer).__name__}; it supports {SUPPORTED}. "
+            f"inner='mirror' cannot follow {kind.__name__}; it supports {SUPPORTED}. "
             "Use inner='sgd', or pass a torchopt GradientTransformation as inner="
         )
     parts = [(names, repaired(rule(group))) for names, group in _groups(optimizer, params)]
@@ -86,6 +87,13 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
         own = [optimizer.state.get(params[name], {}) for name in sorted(names)]
         states.append(tuple(_warm(part, own) for part in cold))
     return InnerOptimizer(_by_group(parts), tuple(states))
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The user's own optimizer inside wrappers that keep it as `.optimizer`, as Accelerate's and Lightning's do."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _sgd(group: Group) -> GradientTransformation:

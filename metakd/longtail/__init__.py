@@ -8,7 +8,6 @@ from metakd.longtail.augment import Augment, random_crop_flip
 from metakd.longtail.batches import Batches, LongTailed
 from metakd.longtail.checkpoint import Checkpoint, fresh_folder
 from metakd.longtail.data import DATASETS, Images, load_images
-from metakd.longtail.learned import LearnedWeights, learned_weights
 from metakd.longtail.metrics import Groups, Scores, evaluate, group_classes
 from metakd.longtail.models import CifarResNet, build_model
 from metakd.longtail.results import Run, provenance, summary, table, write_report
@@ -22,7 +21,6 @@ __all__ = [
     "CifarResNet",
     "Groups",
     "Images",
-    "LearnedWeights",
     "LongTailed",
     "Run",
     "Scores",
@@ -32,7 +30,6 @@ __all__ = [
     "fresh_folder",
     "group_classes",
     "largest_n_max",
-    "learned_weights",
     "load_images",
     "long_tail_counts",
     "long_tailed_split",

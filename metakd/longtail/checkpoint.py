@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import glob
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
+from metakd.checkpoint import check_keys, check_kind, check_state, loading
 from metakd.errors import MetaKDError
+from metakd.optimizer_state import check_optimizer_state, load_optimizer_state
+from metakd.rng import RngState
 
 
 class Stateful(Protocol):
@@ -57,20 +63,24 @@ class Checkpoint:
         content = {
             "settings": self.settings,
             "history": history,
-            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "random": _random_state().plain(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         write_atomically(self.path, lambda temporary: torch.save(content, temporary))
 
     def load(self) -> list[dict[str, Any]]:
-        """Take up the saved state.
+        """Take up the saved state: all of it, or nothing where an error says what does not fit.
+
+        What a process that was killed while writing has left behind is taken away.
 
         Returns:
             The history, one entry an epoch; empty if there is no checkpoint.
 
         Raises:
-            MetaKDError: the file cannot be read, or belongs to a run with other settings.
+            MetaKDError: the file cannot be read, belongs to a run with other settings, or holds other parts.
         """
+        for rest in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.tmp"):
+            rest.unlink(missing_ok=True)
         if not self.path.exists():
             return []
         content = self._read()
@@ -85,25 +95,45 @@ class Checkpoint:
                 f"the checkpoint {self.path} belongs to a run with other settings ({different}); "
                 "resume with the old settings, or choose another --output"
             )
+        before, random = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}, _random_state()
         try:
+            with loading("the training"):
+                self._take_up(content["parts"], RngState.from_plain(content["random"]))
+        except BaseException as error:
             for name, part in self.parts.items():
-                part.load_state_dict(content["parts"][name])
-            torch.set_rng_state(content["random"]["cpu"])
-            if content["random"]["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(content["random"]["cuda"])
-            history: list[dict[str, Any]] = content["history"]
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+                part.load_state_dict(before[name])
+            random.restore()
+            if not isinstance(error, MetaKDError):
+                raise
             raise MetaKDError(
-                f"the checkpoint {self.path} does not fit this run ({type(error).__name__}: {error}); "
-                "delete it, or choose another --output"
+                f"the checkpoint {self.path} does not fit this run: {error}; or delete it, or choose another --output"
             ) from error
-        return history
+        return content["history"]  # type: ignore[no-any-return]
+
+    def _take_up(self, states: Mapping[str, Any], random: RngState) -> None:
+        # Before any part is changed: some take up a foreign state without a word, and keep what it left behind.
+        check_keys(states, self.parts, "the training", "parts")
+        for name, part in self.parts.items():
+            state, where = states[name], f"the training's {name}"
+            if isinstance(part, torch.optim.Optimizer):
+                check_optimizer_state(state, part, where)
+            elif isinstance(part, torch.nn.Module):
+                check_state(state, part.state_dict(), where)
+            elif isinstance(part, LRScheduler):
+                check_kind(state.keys(), part.state_dict().keys(), where)
+        for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer_state(states[name], part, f"the training's {name}")
+            else:
+                part.load_state_dict(states[name])
+        random.restore()
 
     def _read(self) -> dict[str, Any]:
         try:
             content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            for key in ("settings", "history", "random", "parts"):
-                content[key]
+            for key, kind in (("settings", dict), ("history", list), ("random", dict), ("parts", dict)):
+                if not isinstance(content[key], kind):
+                    raise TypeError(f"its {key!r} is {type(content[key]).__name__}")
         except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise MetaKDError(
@@ -111,6 +141,10 @@ class Checkpoint:
                 "delete it to start this part of the run over, or choose another --output"
             ) from error
         return content
+
+
+def _random_state() -> RngState:
+    return RngState.capture(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
 
 def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results.json") -> None:
@@ -158,6 +192,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power failure may leave the new name with nothing behind it
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Figures of a run. Drawn without pyplot: no display, no global state."""
+"""Figures that compare the methods of a run; what a balancer learned is drawn by `metakd.plots`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from metakd.longtail._drawing import (
-    TERMS,
-    draw_by_class,
-    draw_counts,
-    finish,
-    name_classes,
-    new_figure,
-    plain_log_ticks,
-    style,
-)
-from metakd.longtail.learned import LearnedWeights
+from metakd.plots._drawing import draw_by_class, draw_counts, finish, name_classes, new_figure, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision. One colour a method in all figures.
+_METHODS = {
+    "ce": ("CE", "#E69F00", "o", ":"),
+    "kd": ("KD", "#0072B2", "s", "--"),
+    "bskd": ("balanced-softmax KD", "#009E73", "^", "-."),
+    "bikd": ("BiKD", "#D55E00", "D", "-"),
+}
+_SPARE = ("#56B4E9", "#CC79A7", "#000000", "#999999")
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, title: str) -> Figure:
@@ -43,7 +40,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path
     )
     for panel, (key, label) in zip(axes[0], panels, strict=True):
         for i, (method, history) in enumerate(histories.items()):
-            name, colour, _, dash = style(method, i)
+            name, colour, _, dash = _style(method, i)
             epochs = [entry["epoch"] for entry in history if key in entry]
             values = [entry[key] for entry in history if key in entry]
             marker = "o" if len(epochs) == 1 else ""
@@ -79,84 +76,13 @@ def class_accuracy(
     draw_counts(axes[0][0], counts)
     panel = axes[1][0]
     for i, (method, values) in enumerate(accuracy.items()):
-        name, colour, marker, dash = style(method, i)
+        name, colour, marker, dash = _style(method, i)
         draw_by_class(panel, values, name, colour, marker, dash)
     panel.set(ylabel="test accuracy (%)", ylim=(-3, 103))
-    name_classes(panel, classes)
+    name_classes(panel, classes, "class, from head to tail")
     return finish(figure, panel, path)
 
 
-def weights_by_class(
-    learned: LearnedWeights, counts: Sequence[int], classes: Sequence[str], path: Path, *, title: str
-) -> Figure:
-    """Draw the mean learned weight of each term by class, below the number of the class's training images.
-
-    Args:
-        learned: from `learned_weights`.
-        counts: training images of each class.
-        classes: names of the classes.
-        path: the picture to write.
-        title: above the figure.
-
-    Returns:
-        The figure, also written to ``path``.
-    """
-    figure, axes = new_figure(2, 1, (9.5, 5.4), title, height_ratios=(1, 2.6), sharex=True)
-    draw_counts(axes[0][0], counts)
-    panel = axes[1][0]
-    means = learned.by_class(len(counts))
-    for k, term in enumerate(learned.terms):
-        draw_by_class(panel, means[:, k].tolist(), f"{term} term", TERMS[k % 4], "osD^"[k % 4], "-")
-    low, high = float(means.min()), float(means.max())
-    margin = max(0.12 * (high - low), 0.02)
-    panel.set(ylabel="mean learned weight", ylim=(low - margin, high + margin))
-    name_classes(panel, classes)
-    return finish(figure, panel, path)
-
-
-def weight_surface(learned: LearnedWeights, path: Path, *, title: str) -> Figure:
-    """Draw each term's weight over the losses of student and teacher, with the training images as dots.
-
-    Args:
-        learned: from `learned_weights`.
-        path: the picture to write.
-        title: above the figure.
-
-    Returns:
-        The figure, also written to ``path``.
-    """
-    terms = len(learned.terms)
-    figure, axes = new_figure(1, terms, (1.0 + 4.3 * terms, 4.8), title, sharey=True)
-    low, high = float(learned.surface.min()), float(learned.surface.max())
-    shown = torch.randperm(len(learned.losses), generator=torch.Generator().manual_seed(0))[:1500]
-    student, teacher = learned.losses[shown].T.tolist()
-    for k, panel in enumerate(axes[0]):
-        mesh = panel.pcolormesh(
-            learned.axes[:, 0].tolist(),
-            learned.axes[:, 1].tolist(),
-            learned.surface[:, :, k].T.tolist(),
-            cmap="viridis",
-            vmin=low,
-            vmax=max(high, low + 1e-3),
-            shading="gouraud",
-        )
-        panel.scatter(
-            student,
-            teacher,
-            s=7,
-            color="white",
-            edgecolors="black",
-            linewidths=0.4,
-            alpha=0.8,
-            label="training images",
-        )
-        panel.set(
-            xlabel="student's cross-entropy (nats)",
-            title=f"weight of the {learned.terms[k]} term",
-            xlim=(0, float(learned.axes[-1, 0])),
-            ylim=(0, float(learned.axes[-1, 1])),
-        )
-        panel.grid(False)
-    axes[0][0].set_ylabel("teacher's cross-entropy (nats)")
-    figure.colorbar(mesh, ax=list(axes[0]), label="weight", pad=0.02)
-    return finish(figure, axes[0][0], path)
+def _style(method: str, position: int) -> tuple[str, str, str, str]:
+    """A method's name, colour, marker and dash."""
+    return _METHODS.get(method, (method, _SPARE[position % len(_SPARE)], "v", "-"))

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metakd.longtail import plots
+from metakd import plots
+from metakd.learned import LearnedWeights
 from metakd.longtail.batches import LongTailed
 from metakd.longtail.checkpoint import write_atomically
-from metakd.longtail.learned import LearnedWeights
 from metakd.longtail.metrics import Scores, group_classes
+from metakd.longtail.plots import class_accuracy, training_curves
 
 _PACKAGES = ("metakd", "torch", "torchopt", "torchvision", "torchmetrics", "scikit-learn")
 _COLUMNS = ("overall", "many", "medium", "few")
@@ -104,18 +105,28 @@ def write_report(
 
     if students:
         histories = {name: run.history for name, run in students.items()}
-        plots.training_curves(histories, figure("training_curves.png"), title=f"Training on {title}")
+        training_curves(histories, figure("training_curves.png"), title=f"Training on {title}")
         accuracy = {name: run.scores.per_class for name, run in students.items()}
         path = figure("class_accuracy.png")
-        plots.class_accuracy(accuracy, data.counts, data.classes, path, title=f"Accuracy by class: {title}")
+        class_accuracy(accuracy, data.counts, data.classes, path, title=f"Accuracy by class: {title}")
     if learned is not None:
-        record["learned_weights"] = {
-            "terms": learned.terms,
-            "by_class": learned.by_class(len(data.classes)).tolist(),
-        }
-        path = figure("weights_by_class.png")
-        plots.weights_by_class(learned, data.counts, data.classes, path, title=f"Learned weights by class: {title}")
-        plots.weight_surface(learned, figure("weights_by_loss.png"), title=f"Learned weights by loss: {title}")
+        by_class = learned.by_class(len(data.classes))
+        names = list(learned.balancer.terms)
+        record["learned_weights"] = {"terms": names, "by_class": by_class.tolist()}
+        plots.weights_by_class(
+            by_class,
+            terms=names,
+            classes=data.classes,
+            counts=data.counts,
+            title=f"Learned weights by class: {title}",
+            path=figure("weights_by_class.png"),
+        )
+        plots.weights_by_loss(
+            learned.balancer,
+            learned.features,
+            title=f"Learned weights by loss: {title}",
+            path=figure("weights_by_loss.png"),
+        )
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return written

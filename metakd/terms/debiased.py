@@ -56,8 +56,9 @@ class DebiasedSoftTarget(Softened):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        object.__setattr__(self, "counts", positive_counts(self.counts))
-        log_prior(self.counts, self.tau)  # raises where tau does not fit
+        counts = positive_counts(self.counts)
+        object.__setattr__(self, "counts", counts)
+        log_prior(counts, self.tau)  # raises where tau does not fit
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from metakd.estimators import Estimator
-from metakd.validation import layers, setup
+from metakd.validation import layers, processes, setup
 from metakd.validation.finding import Finding, Subject
 
 __all__ = ["Finding", "validate"]
@@ -17,6 +17,8 @@ _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     setup.held_parameters,
     setup.learning_rates,
     setup.mirrored_rule,
+    processes.sharded_parameters,
+    processes.data_parallel_options,
     layers.checkpointing,
     layers.twice_differentiable,
     layers.embeddings,

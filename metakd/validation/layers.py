@@ -73,8 +73,9 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
         )
     gated = subject.layers(nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
     if found := [(name, m) for name, m in gated if any(p.is_cuda for p in m.parameters())]:
+        forward = isinstance(subject.estimator, OneStep) and subject.estimator.mode == "forward"
         yield Finding(
-            "error" if subject.estimator == OneStep("forward") else "warning",
+            "error" if forward else "warning",
             places(found),
             "on CUDA torch's own kernels have second derivatives, but no forward mode",
             "Use reverse mode, which mode='auto' falls back to: as exact, with more time and memory",

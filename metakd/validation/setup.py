@@ -69,10 +69,11 @@ def learning_rates(subject: Subject) -> Iterator[Finding]:
     still = [i for i, group in enumerate(groups) if group.get("lr") == 0]
     if still and len(still) == len(groups):
         yield Finding(
-            "warning",
+            "note",
             "the optimizer",
-            "its learning rate is 0, so the hypergradient is zero, and the balancer raises",
-            "Pass meta_batch=None until a warm-up is over",
+            "its learning rate is 0, so that no weight can matter: until it is not, the balancer's calls take no "
+            "hypergradient (report.skipped says so)",
+            HANDLED,
         )
     elif still:
         where = f"group(s) {listed([str(i) for i in still])} of the optimizer"

@@ -130,7 +130,7 @@ def test_a_first_gradient_at_hand_is_not_computed_again():
     leaves = {name: p.clone().requires_grad_() for name, p in problem.params.items()}
     problem.inner(leaves, problem.meta_params, problem.batches[0]).backward()
     at_hand = {name: p.grad for name, p in leaves.items()}
-    found = OneStep("forward")(dataclasses.replace(given_problem, inner=inner, first_gradient=lambda: at_hand))
+    found = OneStep("forward")(dataclasses.replace(given_problem, inner=inner, first_gradient=lambda names: at_hand))
     assert len(calls) == 1
     assert relative(found.gradient, problem.double_backward().gradient) < 1e-10
 
@@ -291,7 +291,7 @@ def test_an_error_where_gradients_are_switched_off_leaves_forward_mode_on():
         raise KeyError("inside")
 
     problem = build_problem(inner, *cubic(None)[1:], torchopt.sgd(lr=0.1))
-    problem = dataclasses.replace(problem, first_gradient=lambda: {"x": torch.ones(2, dtype=torch.float64)})
+    problem = dataclasses.replace(problem, first_gradient=lambda names: {"x": torch.ones(2, dtype=torch.float64)})
     with torch.enable_grad(), pytest.raises(KeyError):
         OneStep("forward")(problem)
     torch.testing.assert_close(run(cubic(lambda x: x**3), "forward"), cubic_gradient(), rtol=1e-12, atol=0)

@@ -1,13 +1,23 @@
 """Checkpoints: exact, atomic, and refused when they do not fit."""
 
+import copy
+import itertools
+import multiprocessing
+import random
+import re
+import time
+
+import numpy
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
 from metakd.errors import MetaKDError
 from metakd.longtail import Checkpoint, fresh_folder
 from metakd.longtail.checkpoint import write_atomically
+from metakd.rng import RngState
+from tests.test_no_trace import assert_same
 
 
 class Training:
@@ -144,3 +154,140 @@ def test_a_fresh_start_keeps_unfinished_work_and_other_peoples_files(path):
     assert [p.name for p in folder.iterdir()] == ["mine.pt"]
     fresh_folder(folder / "new" / "deep", ["ce"])
     assert (folder / "new" / "deep").is_dir()
+
+
+def everything(training):
+    parts = (training.model, training.optimizer, training.scheduler)
+    return [part.state_dict() for part in parts], RngState.capture([]).plain()
+
+
+def without(name):
+    return lambda content: content["parts"].pop(name)
+
+
+def in_part(name, change):
+    return lambda content: change(content["parts"][name])
+
+
+MISFITS = {
+    "a part is missing": (without("scheduler"), r"at 'parts': missing \['scheduler'\]"),
+    "a part is foreign": (lambda c: c["parts"].update(balancer={}), r"at 'parts'.*not known here \['balancer'\]"),
+    "a tensor is missing": (in_part("model", lambda s: s.pop("0.bias")), r"training's model: missing \['0.bias'\]"),
+    "a tensor of another shape": (
+        in_part("model", lambda s: s.update({"3.bias": torch.zeros(4)})),
+        r"training's model's '3.bias' has shape \(4,\) in the saved state and \(1,\) here",
+    ),
+    "a tensor of another dtype": (
+        in_part("model", lambda s: s.update({"3.bias": torch.zeros(1).half()})), r"'3.bias' is torch.float16 in the"
+    ),
+    "the optimizer of another model": (
+        in_part("optimizer", lambda s: s["param_groups"][0]["params"].pop()), r"hold \[5\] parameters .* \[6\] here"
+    ),
+    "another optimizer": (
+        lambda c: c["parts"].update(optimizer=torch.optim.Adam(Training("nowhere").model.parameters()).state_dict()),
+        r"training's optimizer's 'param_groups' are of another kind",
+    ),
+    "another buffer's momentum": (
+        in_part("optimizer", lambda s: s["state"][0].update(momentum_buffer=torch.zeros(3, 3))),
+        r"'state.0.momentum_buffer' has shape \(3, 3\)",
+    ),
+    "another scheduler": (
+        lambda c: c["parts"].update(scheduler=StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), 3).state_dict()),
+        r"training's scheduler are of another kind.*missing \['milestones'\]",
+    ),
+    "no scheduler at all": (lambda c: c["parts"].update(scheduler=3), r"cannot take the saved state"),
+    "no random state": (lambda c: c.update(random={}), r"KeyError"),
+    "a damaged random state": (lambda c: c["random"].update(cpu=torch.zeros(3)), r"cannot take the saved state"),
+    "a damaged random state of Python": (lambda c: c["random"].update(python=(3, (), None)), r"cannot take the saved"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_named_and_nothing_is_taken_up(path, case):
+    spoil, expected = MISFITS[case]
+    first = Training(path)
+    first.epoch()
+    first.checkpoint.save([{"loss": 1.0}])
+    content = torch.load(path, weights_only=True)
+    spoil(content)
+    torch.save(content, path)
+    second = Training(path)
+    second.epoch(), second.epoch()
+    torch.manual_seed(7)
+    before = copy.deepcopy(everything(second))
+    words = message(second.checkpoint.load)
+    assert re.search(expected, words) and str(path) in words and "delete it" in words
+    assert_same(everything(second), before)
+
+
+class Fussy(nn.Linear):
+    """A part of which nobody can tell beforehand that it will not load."""
+
+    def load_state_dict(self, state, *args, **options):
+        super().load_state_dict(state, *args, **options)
+        if state["bias"].item() == 3:
+            raise KeyError("not today")
+
+
+def test_a_part_that_fails_in_the_middle_takes_the_others_back(path):
+    training, fussy = Training(path), Fussy(1, 1)
+    training.checkpoint.parts = {"first": training.model, "fussy": fussy, "last": training.optimizer}
+    nn.init.constant_(fussy.bias, 3.0)
+    training.checkpoint.save([])
+    nn.init.constant_(fussy.bias, 2.0)
+    training.epoch()
+    before = copy.deepcopy((everything(training), fussy.state_dict()))
+    assert "(KeyError: 'not today')" in message(training.checkpoint.load)
+    assert_same((everything(training), fussy.state_dict()), before)
+
+
+def test_all_generators_go_on_where_they_were(path):
+    training = Training(path)
+    random.seed(3), numpy.random.seed(3), numpy.random.randn()
+    training.checkpoint.save([])
+    first = torch.rand(2).tolist(), random.gauss(0, 1), numpy.random.randn(3).tolist()
+    training.checkpoint.load()
+    assert first == (torch.rand(2).tolist(), random.gauss(0, 1), numpy.random.randn(3).tolist())
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 0.3, 0.5, 0.9, 0.999])
+def test_a_truncated_file_changes_nothing(path, length):
+    training = Training(path)
+    training.epoch()
+    training.checkpoint.save([])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
+    before = copy.deepcopy(everything(training))
+    assert "cannot be read" in message(training.checkpoint.load)
+    assert_same(everything(training), before)
+
+
+def saves_for_ever(path, started):
+    checkpoint = Checkpoint(path, {}, {"model": (model := nn.Linear(200, 200))})
+    for number in itertools.count():
+        nn.init.constant_(model.weight, number)
+        checkpoint.save([{"number": number}])
+        if number == 1:
+            started.set()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork and SIGKILL")
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(path):
+    fork = multiprocessing.get_context("fork")  # spawned processes would import torch for seconds, again and again
+    wait, rests, seen = random.Random(0), 0, set()
+    for _ in range(25):
+        started = fork.Event()
+        process = fork.Process(target=saves_for_ever, args=(path, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(wait.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        rests += len(list(path.parent.iterdir())) - 1
+        model = nn.Linear(200, 200)
+        (entry,) = Checkpoint(path, {}, {"model": model}).load()
+        assert (model.weight == entry["number"]).all()
+        assert list(path.parent.iterdir()) == [path]
+        seen.add(entry["number"])
+    assert rests > 0 and len(seen) > 1  # some died while they wrote

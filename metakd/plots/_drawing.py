@@ -15,20 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision. One colour a method in all figures.
-_METHODS = {
-    "ce": ("CE", "#E69F00", "o", ":"),
-    "kd": ("KD", "#0072B2", "s", "--"),
-    "bskd": ("balanced-softmax KD", "#009E73", "^", "-."),
-    "bikd": ("BiKD", "#D55E00", "D", "-"),
-}
-_SPARE = ("#56B4E9", "#CC79A7", "#000000", "#999999")
-TERMS = ("#000000", "#CC79A7", "#56B4E9", "#009E73")
+    OwnAxes = Axes | Sequence[Axes] | None
+
+# Okabe and Ito's palette, told apart with any colour vision.
+TERMS = ("#000000", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#E69F00")
+GROUPS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "osD^v<>PX"
 _COUNTS = "#BBBBBB"
 
 
 def new_figure(
-    rows: int, columns: int, size: tuple[float, float], title: str, **options: Any
+    rows: int, columns: int, size: tuple[float, float], title: str | None, **options: Any
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a title and quiet axes."""
     try:
@@ -36,35 +33,60 @@ def new_figure(
     except ImportError as error:
         raise MetaKDError(
             f"figures are drawn by matplotlib, which could not be imported ({error}); "
-            'install it with `pip install "metakd[examples]"`'
+            'install it with `pip install "metakd[plots]"`'
         ) from error
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    if title:
+        figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
-        axis.grid(True, color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        _quiet(axis)
     return figure, axes.tolist()
 
 
-def style(method: str, position: int) -> tuple[str, str, str, str]:
-    """A method's name, colour, marker and dash."""
-    return _METHODS.get(method, (method, _SPARE[position % len(_SPARE)], "v", "-"))
+def panels(
+    axes: OwnAxes, count: int, size: tuple[float, float], title: str | None, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A row of axes: the user's own, or those of a new figure.
+
+    Raises:
+        MetaKDError: there are more or fewer of them than there is to draw.
+    """
+    if axes is None:
+        figure, grid = new_figure(1, count, size, title, **options)
+        return figure, grid[0]
+    own: list[Any] = list(getattr(axes, "flat", axes if isinstance(axes, Sequence) else [axes]))
+    if len(own) != count:
+        raise MetaKDError(f"this figure has {count} panel(s) and got {len(own)} axes; give {count}, or none")
+    for axis in own:
+        _quiet(axis)
+    if title:
+        own[0].set_title(title)
+    return own[0].figure, own
 
 
-def finish(figure: Figure, labelled: Axes, path: Path) -> Figure:
-    """Add the legend below the axes and write the file."""
+def _quiet(axis: Axes) -> None:
+    axis.grid(True, color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def finish(figure: Figure, labelled: Axes, path: str | Path | None, *, own: bool = False) -> Figure:
+    """Add the legend, below the figure or inside of the user's own axes, and write the file."""
     handles, labels = labelled.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1), frameon=False)
-    figure.savefig(path, dpi=150)
+    if own and labels:
+        labelled.legend(frameon=False, fontsize="small")
+    elif labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
     return figure
 
 
 def draw_counts(panel: Axes, counts: Sequence[int]) -> None:
-    """Bars of training images per class."""
+    """Bars of training samples per class."""
     bars = panel.bar(range(len(counts)), counts, color=_COUNTS)
-    panel.set(ylabel="training images", yscale="log", ylim=(max(0.5, min(counts) / 2), max(counts) * 3))
+    panel.set(ylabel="training\nsamples", yscale="log", ylim=(max(0.5, min(counts) / 2), max(counts) * 3))
     plain_log_ticks(panel)
     if len(counts) <= 20:
         panel.bar_label(bars, [f"{count:,}" for count in counts], padding=2, fontsize=8)
@@ -80,24 +102,18 @@ def draw_by_class(panel: Axes, values: Sequence[float], name: str, colour: str, 
     panel.plot(positions, values, linestyle="", marker=marker, color=colour, markersize=3, alpha=0.35)
     window = 2 * (len(values) // 24) + 1  # so many classes are read by their running mean
     padded = F.pad(torch.tensor(values).view(1, 1, -1), (window // 2, window // 2), mode="replicate")
-    panel.plot(
-        positions,
-        F.avg_pool1d(padded, window, 1).flatten().tolist(),
-        dash,
-        color=colour,
-        label=name,
-        linewidth=2,
-    )
+    means = padded.unfold(2, window, 1).nanmean(-1).flatten()
+    panel.plot(positions, means.tolist(), dash, color=colour, label=name, linewidth=2)
 
 
-def name_classes(panel: Axes, classes: Sequence[str]) -> None:
+def name_classes(panel: Axes, classes: Sequence[str], axis: str = "class") -> None:
     """Label the axis of classes."""
     if len(classes) <= 20:
         long = max(map(len, classes)) > 3
         panel.set_xticks(range(len(classes)), classes, rotation=30 if long else 0, ha="right" if long else "center")
-        panel.set_xlabel("class, from head to tail")
+        panel.set_xlabel(axis)
     else:
-        panel.set_xlabel("class, from head to tail (lines: running mean)")
+        panel.set_xlabel(f"{axis} (lines: running mean)")
 
 
 def plain_log_ticks(panel: Axes) -> None:

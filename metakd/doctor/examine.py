@@ -1,0 +1,77 @@
+"""What a diagnosis measures on one training batch and one meta batch."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from metakd.balancer import BilevelLossBalancer
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.estimators.derivatives import slope
+from metakd.estimators.problem import unchanged
+from metakd.inner import Params
+from metakd.precision import as_written
+
+
+class Visit(NamedTuple):
+    """One training batch and one meta batch.
+
+    Attributes:
+        hypergradient: in the weight model's parameters, by name; or the reason why there is none.
+        cosine: between the gradients of the weighted training loss and of the meta loss, both before the step.
+        before: the meta loss before the step ahead.
+        after: and after it.
+        length: of the step ahead, relative to the student's parameters.
+        features: what the weight model saw.
+        batch: likewise.
+        weights: (B, M).
+    """
+
+    hypergradient: Params | str
+    cosine: float
+    before: float
+    after: float
+    length: float
+    features: Tensor
+    batch: Batch
+    weights: Tensor
+
+
+def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any) -> Visit:
+    """What a call of the balancer on these batches would see; the caller puts generators and buffers back.
+
+    In a training of several processes it is what this one sees of its own batches.
+    """
+    start = balancer._functional.start()
+    objective = balancer._objective(balancer._functional, [batch], meta_batch, start=start)
+    problem = balancer._problem_in_phi(objective)
+    problem = replace(problem, memory=dict(problem.memory), mean=unchanged)
+    theta = problem.params
+    with as_written(balancer._functional.device_type):
+        gradient = problem.inner_gradient(theta, 0)
+        before, meta_gradient, _ = problem.outer_gradients(theta)
+        ahead, _ = problem.sweep()
+        after, _, _ = problem.outer_gradients(ahead)
+        try:
+            hypergradient: Params | str = balancer.estimator(problem).gradient
+        except MetaKDError as error:
+            hypergradient = str(error)
+    dot = slope(gradient, meta_gradient)
+    lengths = norm(gradient) * norm(meta_gradient)
+    return Visit(
+        hypergradient,
+        0.0 if dot is None or lengths == 0 else float(dot) / lengths,
+        float(before),
+        float(after),
+        norm({name: ahead[name] - p for name, p in theta.items()}) / max(norm(theta), 1e-30),
+        objective._seen[0],
+        objective.batches[0],
+        objective.last[1],
+    )
+
+
+def norm(values: Any) -> float:
+    """Of all tensors of a dict together; None is nothing."""
+    return math.sqrt(sum(float(v.double().square().sum()) for v in values.values() if v is not None))

@@ -1,0 +1,79 @@
+"""What a balancer has learned: the weights of given samples, beside what the weight model sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.teacher import _in_eval_mode
+
+if TYPE_CHECKING:
+    from metakd.balancer import BilevelLossBalancer
+
+
+class LearnedWeights(NamedTuple):
+    """The weights of a balancer on given samples; all on the CPU.
+
+    Attributes:
+        balancer: whose weights they are.
+        targets: (N,) labels.
+        features: (N, F) what the weight model saw; by default the losses of student and teacher, or of the terms.
+        weights: (N, M) weights.
+    """
+
+    balancer: BilevelLossBalancer
+    targets: Tensor
+    features: Tensor
+    weights: Tensor
+
+    def by_class(self, classes: int) -> Tensor:
+        """(C, M) mean weight of every class; NaN for a class without a sample."""
+        sums = self.weights.new_zeros(classes, self.weights.shape[1]).index_add_(0, self.targets, self.weights)
+        return sums / torch.bincount(self.targets, minlength=classes).unsqueeze(1)
+
+
+def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> LearnedWeights:
+    """Read the weights of samples off a balancer, with the student in eval mode; leaves no trace.
+
+    Args:
+        balancer: with a weight model that answers to features; one that has no parameters has learned nothing.
+        batches: labelled samples, as the loader yields them; best without augmentation.
+
+    Raises:
+        MetaKDError: there is no batch, or a batch without integer labels (B,).
+
+    Example:
+        >>> from metakd import BilevelLossBalancer, terms
+        >>> student = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> balancer = BilevelLossBalancer(student, [terms.CrossEntropy()], optimizer=optimizer)
+        >>> learned = learned_weights(balancer, [(torch.randn(8, 4), torch.arange(8) % 3)] * 2)
+        >>> learned.weights.shape, learned.by_class(3).shape
+        (torch.Size([16, 1]), torch.Size([3, 1]))
+    """
+    seen: list[tuple[Tensor, Batch]] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def look(model: Any, inputs: tuple[Tensor, Batch]) -> None:
+        seen.append(inputs)
+
+    hook = balancer.weighting.register_forward_pre_hook(look)
+    try:
+        with _in_eval_mode(balancer.student):
+            for item in batches:
+                weights = balancer.weights(item)
+                features, batch = seen.pop()
+                if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
+                    raise MetaKDError("weights are read by class, so every batch needs labels of shape (B,)")
+                found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
+    finally:
+        hook.remove()
+    if not found:
+        raise MetaKDError("there is no batch to read weights of; give the training batches, not an iterator at its end")
+    targets, features, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return LearnedWeights(balancer, targets, features, weights)

@@ -1,0 +1,21 @@
+"""Figures of what a balancer learns: by class, over time, by loss.
+
+Each function returns a matplotlib `Figure`, drawn without pyplot: no display, no global state. Needs the extra `plots`
+(matplotlib), imported when a figure is drawn.
+
+In all of them `axes` are axes of your own to draw in, as many as the function would make; `path` is a file to write the
+figure to, by the suffix of its name; `title` stands above the figure.
+"""
+
+from metakd.plots.by_class import influence_by_class, weights_by_class
+from metakd.plots.by_loss import weights_by_loss
+from metakd.plots.over_time import influence_over_time, meta_loss_over_time, weights_over_time
+
+__all__ = [
+    "influence_by_class",
+    "influence_over_time",
+    "meta_loss_over_time",
+    "weights_by_class",
+    "weights_by_loss",
+    "weights_over_time",
+]

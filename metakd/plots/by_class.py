@@ -1,0 +1,129 @@
+"""Weights and influence by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metakd.errors import MetaKDError
+from metakd.history import History
+from metakd.plots._drawing import MARKERS, TERMS, draw_by_class, draw_counts, finish, name_classes, new_figure, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def weights_by_class(
+    weights: History | Tensor,
+    *,
+    terms: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    counts: Sequence[int] | None = None,
+    last: float = 0.1,
+    title: str | None = "Learned weights by class",
+    axes: Axes | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the mean weight of each term by class, below the number of the class's training samples.
+
+    Args:
+        weights: a history that tells classes apart, or (C, M) mean weights.
+        terms: names of the M terms; those of the history.
+        classes: names of the C classes; default their numbers.
+        counts: training samples of each class; with `axes` not drawn.
+        last: the share of the history's steps to take the mean over.
+        title: above the figure.
+        axes: to draw in.
+        path: the picture to write.
+
+    Raises:
+        MetaKDError: numbers and names that do not fit, or matplotlib is missing.
+
+    Example:
+        >>> figure = weights_by_class(torch.tensor([[0.2, 0.4], [0.9, 0.5]]), terms=["hard", "soft"])
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['hard term', 'soft term']
+    """
+    figure, panel, means = _by_class(weights, "weights", terms, classes, counts, last, title, axes)
+    low, high = float(means.nan_to_num(torch.inf).min()), float(means.nan_to_num(-torch.inf).max())
+    margin = max(0.12 * (high - low), 0.02)
+    panel.set(ylabel="mean learned weight", ylim=(low - margin, high + margin))
+    return finish(figure, panel, path, own=axes is not None)
+
+
+def influence_by_class(
+    influence: History | Tensor,
+    *,
+    terms: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    counts: Sequence[int] | None = None,
+    last: float = 0.1,
+    title: str | None = "Influence on the meta loss by class",
+    axes: Axes | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    r"""Draw the mean influence of each term by class: below zero, more weight would lower the meta loss.
+
+    Args:
+        influence: a history that tells classes apart, or (C, M) means.
+        terms: names of the M terms; those of the history.
+        classes: names of the C classes; default their numbers.
+        counts: training samples of each class; with `axes` not drawn.
+        last: the share of the history's steps to take the mean over.
+        title: above the figure.
+        axes: to draw in.
+        path: the picture to write.
+
+    Raises:
+        MetaKDError: numbers and names that do not fit, or matplotlib is missing.
+
+    Example:
+        >>> figure = influence_by_class(torch.tensor([[-0.2], [0.1]]), terms=["hard"], classes=["ant", "bee"])
+        >>> figure.axes[0].get_ylabel()
+        'mean influence on the meta loss\n(below 0: more weight helps)'
+    """
+    figure, panel, _ = _by_class(influence, "influence", terms, classes, counts, last, title, axes)
+    panel.axhline(0, color="#777777", linewidth=0.8)
+    panel.set_ylabel("mean influence on the meta loss\n(below 0: more weight helps)")
+    return finish(figure, panel, path, own=axes is not None)
+
+
+def _by_class(
+    values: History | Tensor,
+    quantity: str,
+    terms: Sequence[str] | None,
+    classes: Sequence[str] | None,
+    counts: Sequence[int] | None,
+    last: float,
+    title: str | None,
+    axes: Axes | None,
+) -> tuple[Figure, Axes, Tensor]:
+    """A line a term over the classes; also the numbers drawn."""
+    if isinstance(values, History):
+        terms, values = terms or values.terms, values.by_class(quantity, last=last)
+    means, names = torch.as_tensor(values).detach().cpu(), list(terms or ())
+    labels = list(classes or map(str, range(len(means))))
+    sizes = {"terms": len(names), "classes": len(labels), "counts": len(means) if counts is None else len(counts)}
+    known = int(means.isfinite().sum())
+    if not known or list(means.shape) * 2 != [sizes[key] for key in ("classes", "terms", "counts", "terms")]:
+        raise MetaKDError(
+            f"{quantity} by class must be (classes, terms), with a name for each and a count a class; here are "
+            f"{tuple(means.shape)} numbers, {known} of them known, beside {sizes}. A History must be fed first"
+        )
+    if counts is None or axes is not None:
+        figure, (panel,) = panels(axes, 1, (9.5, 4.2), title)
+    else:
+        figure, grid = new_figure(2, 1, (9.5, 5.4), title, height_ratios=(1, 2.6), sharex=True)
+        draw_counts(grid[0][0], counts)
+        panel = grid[1][0]
+    for k, term in enumerate(names):
+        column = means[:, k].tolist()
+        draw_by_class(panel, column, f"{term} term", TERMS[k % len(TERMS)], MARKERS[k % len(MARKERS)], "-")
+    tail = counts is not None and list(counts) == sorted(counts, reverse=True)
+    name_classes(panel, labels, "class, from head to tail" if tail else "class")
+    return figure, panel, means

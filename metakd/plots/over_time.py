@@ -1,0 +1,169 @@
+"""Weights, influence and the meta loss over the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from metakd.errors import MetaKDError
+from metakd.history import History
+from metakd.plots._drawing import GROUPS, MARKERS, TERMS, finish, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Groups = Mapping[str, Sequence[int]]
+
+
+def weights_over_time(
+    history: History,
+    *,
+    groups: Groups | None = None,
+    title: str | None = "Learned weights over time",
+    axes: Axes | Sequence[Axes] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the mean weight of each term over the steps.
+
+    The shade is one standard deviation between samples to either side: none means that the weight model does not tell
+    samples apart.
+
+    Args:
+        history: of the training.
+        groups: name -> classes, for a panel a term with a line a group in place of one panel.
+        title: above the figure.
+        axes: to draw in; with groups one a term.
+        path: the picture to write.
+
+    Raises:
+        MetaKDError: the history is empty, or does not know the classes; matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Report
+        >>> history = History(["hard", "soft"])
+        >>> history.add(Report(losses=torch.ones(4, 2), weights=torch.rand(4, 2)))
+        >>> weights_over_time(history).axes[0].get_xlabel()
+        'step'
+    """
+    return _over_time(history, "weights", "weight (shade: spread of samples)", groups, title, axes, path)
+
+
+def influence_over_time(
+    history: History,
+    *,
+    groups: Groups | None = None,
+    title: str | None = "Influence on the meta loss over time",
+    axes: Axes | Sequence[Axes] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the mean influence of each term over the steps: below zero, more weight would lower the meta loss.
+
+    Args:
+        history: of the training.
+        groups: name -> classes, for a panel a term with a line a group in place of one panel.
+        title: above the figure.
+        axes: to draw in; with groups one a term.
+        path: the picture to write.
+
+    Raises:
+        MetaKDError: no step of the history has an influence, or it does not know the classes; matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Report
+        >>> history = History(["hard"])
+        >>> history.add(Report(torch.ones(4, 1), torch.ones(4, 1), influence=torch.full((4, 1), -0.5)))
+        >>> influence_over_time(history).axes[0].get_lines()[0].get_ydata().tolist()
+        [-0.5]
+    """
+    label = "mean influence on the meta loss\n(below 0: more weight helps)"
+    return _over_time(history, "influence", label, groups, title, axes, path)
+
+
+def meta_loss_over_time(
+    history: History,
+    *,
+    title: str | None = "What the weight model learns from",
+    axes: Sequence[Axes] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the meta loss after the step ahead, and the norm of the hypergradient, over the steps.
+
+    Args:
+        history: of the training.
+        title: above the figure.
+        axes: two, to draw in.
+        path: the picture to write.
+
+    Raises:
+        MetaKDError: no step of the history has a hypergradient; matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from metakd import Report
+        >>> history, one = History(["hard"]), torch.ones(4, 1)
+        >>> history.add(Report(one, one, meta_loss=torch.tensor(0.7), hypergradient_norm=torch.tensor(0.1)))
+        >>> [panel.get_ylabel() for panel in meta_loss_over_time(history).axes]
+        ['meta loss', 'norm of the hypergradient']
+    """
+    figure, grid = panels(axes, 2, (9.5, 3.6), title)
+    for panel, name, label in zip(grid, ("meta_loss", "hypergradient_norm"), _CALL_LABELS, strict=True):
+        _line(panel, history, name, history.over_time(name), color="#0072B2", linewidth=1.6)
+        panel.set(xlabel="step", ylabel=label, xlim=(0, history.steps + 1))
+    grid[1].set_yscale("log")
+    return finish(figure, grid[0], path)
+
+
+_CALL_LABELS = ("meta loss", "norm of the hypergradient")
+
+
+def _over_time(
+    history: History,
+    quantity: str,
+    label: str,
+    groups: Groups | None,
+    title: str | None,
+    axes: Axes | Sequence[Axes] | None,
+    path: str | Path | None,
+) -> Figure:
+    terms = history.terms
+    count = 1 if groups is None else len(terms)
+    size = (9.5, 4.4) if count == 1 else (1.5 + 4.0 * count, 4.2)
+    options = {} if axes is not None else {"sharey": True}
+    figure, grid = panels(axes, count, size, title, **options)
+    for k, term in enumerate(terms):
+        panel = grid[k % count]
+        lines = {f"{term} term": None} if groups is None else groups
+        for i, (name, classes) in enumerate(lines.items()):
+            palette, place = (TERMS, k) if groups is None else (GROUPS, i)
+            style = {"color": palette[place % len(palette)], "marker": MARKERS[place % len(MARKERS)]}
+            spread = history.over_time("spread", classes)[:, k] if quantity == "weights" else None
+            means = history.over_time(quantity, classes)[:, k]
+            _line(panel, history, quantity, means, spread, label=name, linewidth=1.6, **style)
+        if groups is not None:
+            panel.set_title(f"{term} term")
+        if quantity == "influence":
+            panel.axhline(0, color="#777777", linewidth=0.8)
+        panel.set(xlabel="step", xlim=(0, history.steps + 1))
+    grid[0].set_ylabel(label)
+    return finish(figure, grid[0], path, own=axes is not None)
+
+
+def _line(panel: Axes, history: History, name: str, values: Tensor, spread: Tensor | None = None, **style: Any) -> None:
+    """One line through the windows that have a value; a few markers tell lines on top of each other apart."""
+    known = values.isfinite()
+    if not bool(known.any()):
+        raise MetaKDError(
+            f"no step of the history has a {name!r} to draw; call history.add(balancer.report) at every step, and "
+            "the balancer with meta batches"
+        )
+    steps, values = history.at[known].numpy(), values[known]
+    panel.plot(steps, values.numpy(), markevery=max(len(steps) // 8, 1), markersize=5, **style)
+    if spread is not None:
+        low, high = values - spread[known], values + spread[known]
+        panel.fill_between(steps, low.numpy(), high.numpy(), color=style["color"], alpha=0.12, linewidth=0)

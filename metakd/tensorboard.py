@@ -1,0 +1,74 @@
+"""A balancer's report in TensorBoard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from metakd.balancer import BilevelLossBalancer
+
+
+def log(
+    writer: SummaryWriter,
+    balancer: BilevelLossBalancer,
+    step: int,
+    *,
+    every: int = 1,
+    histograms: bool = False,
+    prefix: str = "metakd",
+) -> None:
+    """Write the balancer's last step to TensorBoard, on every n-th step.
+
+    Scalars are the mean weight, loss and influence of each term, the meta loss and the norm of the hypergradient; those
+    that need a hypergradient are left out where the step took none. With `balancer.every` > 1, count steps from 1 and
+    choose a multiple of it. A step that is written waits for the device once (histograms: once more each); others
+    cost nothing.
+
+    Args:
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or whatever has its methods.
+        balancer: after the step.
+        step: the number of the step.
+        every: write only steps that it divides.
+        histograms: also write how each term's weights, losses and influence are distributed over the batch.
+        prefix: of all tags.
+
+    Raises:
+        MetaKDError: the balancer has no report yet.
+
+    Example:
+        >>> from metakd import BilevelLossBalancer, terms
+        >>> class Printer:
+        ...     def add_scalar(self, tag, value, step):
+        ...         print(step, tag, round(value, 3))
+        >>> student = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> balancer = BilevelLossBalancer(student, {"hard": terms.CrossEntropy()}, optimizer=optimizer)
+        >>> _ = balancer.loss((torch.zeros(2, 4), torch.tensor([0, 1])))
+        >>> log(Printer(), balancer, 1, every=2)
+        >>> log(Printer(), balancer, 2, every=2)
+        2 metakd/weight/hard ...
+        2 metakd/loss/hard ...
+    """
+    if step % every:
+        return
+    report = balancer.report
+    by_term = {"weight": report.weights, "loss": report.losses, "influence": report.influence}
+    alone = {"meta_loss": report.meta_loss, "hypergradient_norm": report.hypergradient_norm}
+    scalars = {
+        f"{prefix}/{name}/{term}": mean
+        for name, values in by_term.items()
+        if values is not None
+        for term, mean in zip(balancer.terms, values.mean(0), strict=True)
+    }
+    scalars |= {f"{prefix}/{name}": value for name, value in alone.items() if value is not None}
+    # One tensor, so that the device is waited for once.
+    for tag, number in zip(scalars, torch.stack([s.float() for s in scalars.values()]).tolist(), strict=True):
+        writer.add_scalar(tag, number, step)
+    for name, values in by_term.items() if histograms else ():
+        if values is not None:
+            for term, column in zip(balancer.terms, values.float().unbind(1), strict=True):
+                writer.add_histogram(f"{prefix}/{name} of samples/{term}", column, step)
