@@ -17,7 +17,7 @@ from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import Method
 from benchmarks.longtail.presets import Preset
 from benchmarks.longtail.setting import Setting
-from metakd import History, learned_weights, plots, terms
+from metakd import History, diagnose, learned_weights, plots, terms
 from metakd.features import student_and_teacher
 from metakd.longtail import Checkpoint, Images, LongTailed, build_model, evaluate, group_classes, load_images
 
@@ -182,9 +182,12 @@ def fit(
     by_loss = figures is not None and balancer.features is student_and_teacher
     if figures is not None and by_loss:
         stem = f"{cell.name.split('/')[0]}-{cell.method}"
-        learned = learned_weights(balancer, data.train.plain())
+        samples = learned_weights(balancer, data.train.plain()).features
         title = f"Weights by loss: {method.title}, {stem}, seed {cell.seed}"
         figures.mkdir(parents=True, exist_ok=True)
         path = figures / f"{stem}-weights-by-loss.png"
-        plots.weights_by_loss(balancer, learned.features, title=title, path=path)
-    return found | {"learned": {"terms": list(balancer.terms), "history": saved(seen), "weights_by_loss": by_loss}}
+        plots.weights_by_loss(balancer, samples, title=title, path=path)
+    learned = {"terms": list(balancer.terms), "history": saved(seen), "weights_by_loss": by_loss}
+    if weighting_scheduler is not None:
+        learned["diagnosis"] = str(diagnose(balancer, data.train.epoch(0), data.validation.endless(0)))
+    return found | {"learned": learned}
