@@ -1,6 +1,5 @@
 """`BilevelLossBalancer`: the object a user wraps around an existing training loop."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd.batch import Batch, as_batch, batch_size, endless
+from metakd.batch import Batch, as_batch, endless
 from metakd.checkpoint import check_balancer_state, loading
 from metakd.distributed import Ranks, checksum
-from metakd.errors import MetaKDError, blamed, explained
+from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, OneStep, Problem
 from metakd.estimators.problem import unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
 from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, not_finite, weighted_mean
+from metakd.parts import check_parts, default_weighting, validated
 from metakd.precision import as_written
+from metakd.reader import read_batch
 from metakd.report import Report
 from metakd.student import FunctionalStudent
-from metakd.teacher import teacher_outputs
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
 from metakd.transaction import Snapshot, all_or_nothing
-from metakd.validation import validate
-from metakd.weighting import LossMLP
+from metakd.weighting.base import positive_int
 from metakd.weighting_step import WeightingStep
 
 
@@ -111,19 +110,19 @@ class BilevelLossBalancer:
         self.meta_loss: Term = CrossEntropy() if meta_loss is None else meta_loss
         default = own_losses if teacher is None else student_and_teacher
         self.features: Features = default if features is None else features
-        self.accumulate, self.every = _positive(accumulate, "accumulate"), _positive(every, "every")
+        self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
-        self._check_parts()
+        check_parts(student, optimizer, estimator)
         self._functional, self._ranks = FunctionalStudent(student), Ranks(student)
         inner_optimizer(inner, optimizer, self._functional.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             known = len(self.terms) if teacher is None else 2
-            weighting = self._default_weighting(known if features is None else None)
+            weighting = default_weighting(self._functional, known if features is None else None, len(self.terms))
         self.weighting = weighting
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)
-        self._memory = self._validated()
+        self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
         self._shared = False
@@ -225,7 +224,7 @@ class BilevelLossBalancer:
             self._ranks.together(),
         ):
             objective = self._objective(self._functional, batches, meta_batch, start=start)
-            self._agree(f"a meta step through {len(batches)} batches after call {self._calls}")
+            self._agree(f"a meta step through {len(objective.batches)} batches after call {self._calls}")
             problem = self._problem_in_phi(objective)
             self._share_weighting()
             with as_written(self._functional.device_type):
@@ -262,7 +261,7 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see `meta_step`; also where an iterator over meta batches ends first.
         """
-        _positive(size, "size")
+        positive_int(size, "size")
         items, meta = iter(batches), endless(meta_batches)
         while True:
             with self._ranks.together():
@@ -403,37 +402,7 @@ class BilevelLossBalancer:
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
         """The item as a batch, with the teacher's outputs where anything may ask for them."""
-        with blamed(f"reading {what}"):
-            batch = item if isinstance(item, Batch) else self._batch_fn(item)
-        if not isinstance(batch, Batch):
-            raise MetaKDError(f"batch_fn must return a metakd.Batch, got {type(batch).__name__}")
-        batch_size(batch, what)
-        if self.teacher is None or batch.teacher is not None or not getattr(needed_by, "uses_teacher", True):
-            return batch
-        with self._functional.untouched():
-            return batch._replace(teacher=teacher_outputs(self.teacher, batch.inputs))
-
-    def _check_parts(self) -> None:
-        if not isinstance(self.student, nn.Module) or not any(p.requires_grad for p in self.student.parameters()):
-            raise MetaKDError("student must be an nn.Module with a trainable parameter (requires_grad_(True))")
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise MetaKDError(f"optimizer must be the student's torch optimizer, got {type(self.optimizer).__name__}")
-        if isinstance(self.estimator, str | type) or not callable(self.estimator):
-            raise MetaKDError(f"estimator must be an object such as estimators.OneStep(), got {self.estimator!r}")
-
-    def _validated(self) -> dict[str, Any]:
-        """What estimators should know about the student from the start; `validate` speaks once."""
-        findings = validate(self.student, self.optimizer, self.estimator)
-        if errors := [str(finding) for finding in findings if finding.level == "error"]:
-            raise MetaKDError("\n".join(errors))
-        if said := [str(finding) for finding in findings if finding.level == "warning"]:
-            warnings.warn("\n".join(said), stacklevel=3)
-        return {} if all(finding.forward_mode for finding in findings) else {"forward_mode": False}
-
-    def _default_weighting(self, width: int | None) -> nn.Module:
-        like = next(iter(self._functional.trainable().values()))
-        with self._functional.untouched():
-            return LossMLP(width, len(self.terms)).to(like.device, torch.promote_types(like.dtype, torch.float32))
+        return read_batch(item, what, self._batch_fn, self.teacher, self._functional, needed_by)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
@@ -443,9 +412,3 @@ class BilevelLossBalancer:
 
 
 _STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"
-
-
-def _positive(value: Any, name: str) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise MetaKDError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
