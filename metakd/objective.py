@@ -70,13 +70,14 @@ def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
 
 def _cause(outputs: Any, batch: Batch) -> str:
     """Where NaN or infinity in a loss comes from."""
-    for values, cause in (
-        (batch.inputs, "the batch's inputs hold such values: look at the data"),
-        (batch.teacher, "the teacher's outputs hold such values: look at the teacher"),
-        (outputs, "the student's outputs hold such values: lower the learning rate, or look at its parameters"),
+    for values, what, cure in (
+        (batch.inputs, "the batch's inputs hold", "look at the data"),
+        (batch.teacher, "the teacher's outputs hold", "look at the teacher"),
+        (outputs, "the student's outputs hold", "lower the learning rate, or look at its parameters"),
     ):
-        if not all(bool(t.detach().isfinite().all()) for t in tensors(values)):
-            return cause
+        for t in tensors(values):
+            if rows := (~t.detach().isfinite()).nonzero()[:, :1].unique().tolist():
+                return f"{what} such values in samples {rows[:5]}: {cure}"
     return "inputs and outputs are finite: look at the term (a logarithm or a root of zero, a division)"
 
 

@@ -210,7 +210,7 @@ CONSTRUCTION = {
     "estimator by name": (lambda s, o: dict(estimator="unroll"), r"estimators.OneStep\(\), got 'unroll'"),
     "estimator class": (lambda s, o: dict(estimator=estimators.Unroll), r"must be an object"),
     "accumulate": (lambda s, o: dict(accumulate=0), r"accumulate is 0, it must be an integer of at least 1"),
-    "every": (lambda s, o: dict(every=1.5), r"every must be a whole number"),
+    "every": (lambda s, o: dict(every=1.5), r"every is .*, it must be an integer of at least 1"),
     "weighting no module": (lambda s, o: dict(weighting=lambda f, b: f), r"weighting must be an nn.Module"),
     "optimizer of the weight model alone": (lambda s, o: dict(weighting_optimizer=o), r"without weighting"),
     "foreign optimizer of the weight model": (lambda s, o: dict(weighting=weighting.LossMLP(1, 1), weighting_optimizer=o), r"none of the weight model's"),

@@ -24,7 +24,7 @@ from metakd.longtail import load_images
 IMAGES = "METAKD_CIFAR10"
 """The variable that names a folder of CIFAR-10's images, `{train,test}/<class>/*`."""
 
-BATCHES, DRAWS, COMPARED = 10, 5, 3
+BATCHES, DRAWS, COMPARED = 10, 4, 2
 """Training batches that take turns; draws of a smaller meta batch; training batches on which errors are taken."""
 
 DIGITS = Preset(

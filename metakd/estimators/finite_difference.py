@@ -29,10 +29,11 @@ class FiniteDifference:
     forward-mode pass. Both sides have the same batch statistics and the same random numbers as the training pass.
 
     The error is of the order of $\epsilon$ (one side) or $\epsilon^2$ (two sides) times a higher derivative, plus the
-    arithmetic's rounding $\delta$ of the losses over $\epsilon$. The default takes $\epsilon = \delta^{1/2}$ or
-    $\delta^{1/3}$, where the two sum to least for losses, parameters and derivatives of the order of one: 3e-4 and 5e-3
-    in float32. Across a kink within $\epsilon$, as of ReLU, either is off by more. In half precision, autocast
-    included, rounding leaves nothing of the difference. Source: DARTS (Liu et al., ICLR 2019), two sides and
+    rounding of the losses over $\epsilon$. With $\delta$ the arithmetic's precision the default takes $\epsilon = 3
+    \delta^{1/2}$ or $\delta^{1/3}$, which is where the two sum to least for losses and derivatives of the order of one:
+    1e-3 and 5e-3 in float32. Across a kink within $\epsilon$, as of ReLU, either is off by more. Through several
+    steps the products' errors multiply: compare with `Adjoint` once. In half precision, autocast included, rounding
+    leaves nothing of the difference. Source: DARTS (Liu et al., ICLR 2019), two sides and
     $\epsilon = 0.01$ for one step of SGD. Ours differs in $\epsilon$, in the one side, and in taking any number of
     steps of any inner optimizer.
 
@@ -96,7 +97,8 @@ class FiniteDifference:
     def _step(self, u: Params) -> Tensor:
         """h; zero where u is zero."""
         length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in u.values()]))
-        epsilon = self.epsilon or torch.finfo(length.dtype).eps ** (1 / (1 + self.sides))
+        precision = torch.finfo(length.dtype).eps
+        epsilon = self.epsilon or (3 * precision ** (1 / 2) if self.sides == 1 else precision ** (1 / 3))
         return torch.where(length > 0, epsilon / length, 0.0)
 
 
