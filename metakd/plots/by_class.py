@@ -46,8 +46,8 @@ def weights_by_class(
 
     Example:
         >>> figure = weights_by_class(torch.tensor([[0.2, 0.4], [0.9, 0.5]]), terms=["hard", "soft"])
-        >>> [line.get_label() for line in figure.axes[0].get_lines()]
-        ['hard term', 'soft term']
+        >>> print(*(line.get_label() for line in figure.axes[0].get_lines()), sep=", ")
+        hard term, soft term
     """
     figure, panel, means = _by_class(weights, "weights", terms, classes, counts, last, title, axes)
     low, high = float(means.nan_to_num(torch.inf).min()), float(means.nan_to_num(-torch.inf).max())

@@ -58,8 +58,8 @@ def weights_by_loss(
         >>> from metakd.weighting import LossMLP
         >>> names = ["student's loss", "teacher's loss"]
         >>> figure = weights_by_loss(LossMLP(2, 2), terms=["hard", "soft"], features=names)
-        >>> [panel.get_title() for panel in figure.axes[:2]]
-        ['weight of the hard term', 'weight of the soft term']
+        >>> print(*(panel.get_title() for panel in figure.axes[:2]), sep=", ")
+        weight of the hard term, weight of the soft term
     """
     if isinstance(model, BilevelLossBalancer):
         terms = list(model.terms) if terms is None else terms

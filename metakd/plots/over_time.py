@@ -108,8 +108,8 @@ def meta_loss_over_time(
         >>> from metakd import Report
         >>> history, one = History(["hard"]), torch.ones(4, 1)
         >>> history.add(Report(one, one, meta_loss=torch.tensor(0.7), hypergradient_norm=torch.tensor(0.1)))
-        >>> [panel.get_ylabel() for panel in meta_loss_over_time(history).axes]
-        ['meta loss', 'norm of the hypergradient']
+        >>> print(*(panel.get_ylabel() for panel in meta_loss_over_time(history).axes), sep=", ")
+        meta loss, norm of the hypergradient
     """
     figure, grid = panels(axes, 2, (9.5, 3.6), title)
     for panel, name, label in zip(grid, ("meta_loss", "hypergradient_norm"), _CALL_LABELS, strict=True):
