@@ -2,6 +2,7 @@
 is refused by name."""
 
 import copy
+import re
 import runpy
 import subprocess
 import sys
@@ -178,6 +179,16 @@ def test_the_example_goes_on_after_ctrl_c(tmp_path, monkeypatch, capsys):
     assert "16 of 30 steps are done" in capsys.readouterr().out
 
 
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "docs/resume.md", "exec"), scope)
+    assert Path("runs/mine.pt").exists()
+    assert "skipped: term 'cross_entropy' is nan for sample 0 of the batch" in capsys.readouterr().out
+
+
 # Checkpoints that do not fit ----------------------------------------------------------------------------------------
 
 
@@ -248,6 +259,9 @@ DAMAGES = {
     "moments of nobody": (lambda s: s["weighting_optimizer"]["state"].update({7: {}}), r"not known here \[7\]"),
     "a learning rate in words": (
         lambda s: s["weighting_optimizer"]["param_groups"][0].update(lr="high"), r"param_groups.lr' is 'high'"
+    ),
+    "no learning rate": (
+        lambda s: s["weighting_optimizer"]["param_groups"][0].pop("lr"), r"optimizer.param_groups': missing \['lr'\]"
     ),
     "terms that are none": (lambda s: s.update(terms=3), r"saved with the terms 3"),
 }  # fmt: skip
