@@ -90,7 +90,7 @@ FIXED: dict[str, Method] = {
         },
     ),
     "bdkd": Learned("BD-KD's gate", bd_kd, control="frozen"),
-    "mixture": Fixed("the best's terms, fixed mixture", best_mixture),
+    "mixture": Fixed("balanced softmax + debiased KD", best_mixture),
 }
 
 LEARNED: dict[str, Learned] = {
