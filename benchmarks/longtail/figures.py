@@ -12,7 +12,9 @@ from metakd.history import History
 from metakd.longtail import group_classes
 from metakd.longtail import plots as of_longtail
 
-BY_CLASS = ("ce", "kd", "bskd", "bikd", "best")
+BY_CLASS = ("ce", "kd", "bskd", "mixture", "bikd", "best")
+KNOWN = ("ce", "kd", "bskd", "bikd")
+"""Methods that have a name and a colour in all figures."""
 LEARNED = ("bikd", "best")
 
 
@@ -29,7 +31,12 @@ def draw(folder: Path, stem: str, cells: Mapping[str, Sequence[Mapping[str, Any]
     chosen = [name for name in BY_CLASS if name in cells]
     if chosen:
         accuracy = {
-            name: torch.tensor([cell["test"]["per_class"] for cell in cells[name]]).mean(0).tolist() for name in chosen
+            name if name in KNOWN else methods.find(name).title: torch.tensor(
+                [cell["test"]["per_class"] for cell in cells[name]]
+            )
+            .mean(0)
+            .tolist()
+            for name in chosen
         }
         title = f"Accuracy by class, {stem}, mean of the seeds"
         of_longtail.class_accuracy(accuracy, counts, classes, path("class-accuracy"), title=title)

@@ -24,8 +24,8 @@ class BoundedEigenvalues(nn.Module):
     Shapes: `(..., n, n)`; a variance is `(..., 1, 1)`. Rounding is of the order of the arithmetic's precision times
     `high`: use float64 where `high / low` is above 1e5.
 
-    Source: the constraints of Qadri, Manchester, Kaess (arXiv 2309.09718). Ours differs in mapping free matrices
-    into them, so that any optimizer will do, where the paper projects with a constrained solver.
+    Source: the constraints are those of Qadri, Manchester, Kaess (arXiv 2309.09718); the map into them, with which any
+    optimizer without constraints will do, is ours.
 
     Args:
         low: eigenvalues are above this.
