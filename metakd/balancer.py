@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd.batch import Batch, as_batch, endless
+from metakd.checked import checked_losses, evaluate_weights, not_finite
 from metakd.checkpoint import check_balancer_state, loading
 from metakd.distributed import Ranks, checksum
 from metakd.errors import MetaKDError, explained
@@ -18,7 +19,7 @@ from metakd.estimators import Estimator, OneStep, Problem
 from metakd.estimators.problem import unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
-from metakd.objective import InnerLoss, Objective, checked_losses, evaluate_weights, not_finite, weighted_mean
+from metakd.objective import InnerLoss, Objective, weighted_mean
 from metakd.parts import check_parts, default_weighting, validated
 from metakd.precision import as_written
 from metakd.reader import read_batch

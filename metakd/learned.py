@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.teacher import _in_eval_mode
+from metakd.teacher import in_eval_mode
 
 if TYPE_CHECKING:
     from metakd.balancer import BilevelLossBalancer
@@ -64,7 +64,7 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
 
     hook = balancer.weighting.register_forward_pre_hook(look)
     try:
-        with _in_eval_mode(balancer.student):
+        with in_eval_mode(balancer.student):
             for item in batches:
                 weights = balancer.weights(item)
                 features, batch = seen.pop()

@@ -22,14 +22,24 @@ def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:
         >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
         (False, True)
     """
-    with blamed("the teacher"), _in_eval_mode(teacher), torch.no_grad():
+    with blamed("the teacher"), in_eval_mode(teacher), torch.no_grad():
         outputs = call(teacher, inputs)
     torch.clear_autocast_cache()  # older torch would cast what it shares with the student without gradients
     return outputs
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """A block with the module in eval mode; afterwards every part has the mode it had.
+
+    Example:
+        >>> module = nn.Dropout()
+        >>> with in_eval_mode(module):
+        ...     print(module.training)
+        False
+        >>> module.training
+        True
+    """
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()

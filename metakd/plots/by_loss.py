@@ -14,7 +14,7 @@ from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.features import own_losses, student_and_teacher
 from metakd.plots._drawing import MARKERS, TERMS, finish, panels
-from metakd.teacher import _in_eval_mode
+from metakd.teacher import in_eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def _evaluated(model: WeightModel, points: Tensor) -> Tensor:
     if not isinstance(model, nn.Module):
         return model(points, Batch(points)).float().cpu()
     moved = points.to(next(model.parameters(), points).device)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         weights: Tensor = model(moved, Batch(moved))
     return weights.float().cpu()
 
