@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.command import run
+from benchmarks.common.measure import ROOT
 from benchmarks.longtail import cost, methods, report
 from benchmarks.longtail.presets import PRESETS
 from benchmarks.longtail.train import Cell, Where, settings_of, student_of
-from metakd import MetaKDError
 from metakd.longtail import provenance
 from metakd.longtail.checkpoint import write_atomically
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -89,9 +88,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MetaKDError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on where it stopped")
+    run(main)

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.common.cases import CASES
-from benchmarks.common.markdown import plain_milliseconds, provenance, table, what_failed, write_readme
+from benchmarks.common.markdown import plain_milliseconds, provenance, spread, table, what_failed, write_readme
 from benchmarks.common.numbers import Content, entries, find, per_iteration
 from benchmarks.common.quick import COMPARED, DIGITS, DRAWS, WAYS
 from benchmarks.quick_ways_figure import draw
@@ -97,8 +97,8 @@ def _ways(content: Content) -> str:
     for case in entries(content, "case"):
         for name in WAYS:
             times = per_iteration(content, case, name)
-            spread = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else ""
-            rows.append([case, name, spread, *(_error(content, case, name, at) for at in (0, later(content)))])
+            shown = f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else ""
+            rows.append([case, name, shown, *(_error(content, case, name, at) for at in (0, later(content)))])
     head = ["case", "way", "time", "error (cosine), at the start", f"later, after {later(content)}"]
     return table(head, rows, left=2) + what_failed(content, lambda cell: cell.get("case", "digits"))
 
@@ -114,9 +114,6 @@ def _error(content: Content, case: str, name: str, after: int) -> str:
 def _accuracy(content: Content) -> str:
     found, rows = accuracies(content), []
     for name, own in found.items():
-        spread = f" ± {statistics.stdev(own):.2f}" if len(own) > 1 else ""
         over = [a - b for a, b in zip(own, found["exact"], strict=True)]
-        rows.append(
-            [name, f"{statistics.mean(own):.2f}{spread}", f"{statistics.mean(over):+.2f}" if any(over) else "0"]
-        )
+        rows.append([name, spread(own), f"{statistics.mean(over):+.2f}" if any(over) else "0"])
     return table(["way", "accuracy", "over exact"], rows)

@@ -87,9 +87,7 @@ class WeightingStep:
                 "hypergradient; pass meta_batch=None to use a frozen weight model"
             )
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
-        return {
-            name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), found, strict=True)
-        }
+        return filled(dict(zip(params, found, strict=True)), params)
 
     def take(self, gradient: Gradient, before_step: Callable[[], None]) -> Tensor:
         """Gather one hypergradient; step the weight model where it is the last of `accumulate`.

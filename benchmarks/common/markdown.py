@@ -57,6 +57,17 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form) if value else "0"
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; of a single value the value.
+
+    Example:
+        >>> spread([1.0, 3.0]), spread([2.0])
+        ('2.00 ± 1.41', '2.00')
+    """
+    mean = statistics.mean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
 def plain_milliseconds(cells: Iterable[Mapping[str, Any]]) -> str:
     """The unit of time in some time cells: median (10 to 90 % of them) in ms; nothing where none was measured.
 

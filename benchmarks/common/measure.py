@@ -99,14 +99,15 @@ def time_cell(
 
 def _timed(call: Call, clock: Callable[[], float]) -> tuple[float, Sequence[Tensor]]:
     gc.collect()
-    _synchronize()
+    synchronize()
     start = clock()
     result = call()
-    _synchronize()
+    synchronize()
     return round(clock() - start, 6), result
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what the GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

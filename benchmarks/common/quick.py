@@ -17,7 +17,7 @@ from benchmarks.common.methods import Call
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import bikd
 from benchmarks.longtail.presets import Preset
-from benchmarks.longtail.train import TEACHER, Cell, Where, data_of, fit, network
+from benchmarks.longtail.train import Cell, Where, data_of, fit, network, teacher_of
 from metakd.estimators import Estimator, FiniteDifference, OneStep
 from metakd.longtail import load_images
 
@@ -150,9 +150,8 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         where = Where(None, False, Path(work), "cpu")
         at = Cell("digits", 20.0, "teacher", cell["seed"])
-        data, teacher = data_of(at, preset, where), network(at, preset.of_teacher(), where)
-        fit(at, preset.of_teacher(), where, teacher, None, data, TEACHER, milestones)
-        teacher.eval().requires_grad_(False)
+        data = data_of(at, preset, where)
+        teacher, _ = teacher_of(at, preset, where, milestones)
         for name in cell["methods"]:
             way, one = WAYS[name], at._replace(method=name.replace(" ", "-"))
             meta = replace(data.validation, batch_size=max(round(way.share * data.validation.batch_size), 1))

@@ -22,7 +22,7 @@ def best_mixture(counts: tuple[int, ...]) -> Mixture:
 def best(setting: Setting) -> BilevelLossBalancer:
     """The same terms by learned weights, which start at the mixture's."""
     student, teacher, optimizer, counts, preset = setting
-    model = beside(student, weighting.LossMLP(2, 2, hidden=preset.hidden))
+    model = beside(student, weighting.LossMLP(2, 2, hidden=(64,)))
     return BilevelLossBalancer(
         student,
         terms(counts),

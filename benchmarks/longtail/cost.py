@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.measure import peak_memory
+from benchmarks.common.measure import peak_memory, synchronize
 from benchmarks.longtail import methods
 from benchmarks.longtail.presets import Preset
 from benchmarks.longtail.setting import Setting
-from benchmarks.longtail.train import Cell, Where, data_of, network
+from benchmarks.longtail.train import Cell, Where, data_of, network, optimizer_of
 
 PERIOD = 5
 """Iterations that are timed together: as many as the longest rhythm of a method."""
@@ -24,7 +24,7 @@ def iterations(cell: Cell, preset: Preset, where: Where) -> Iterator[None]:
     data = data_of(cell, preset, where)
     student = network(cell, preset, where)
     teacher = network(cell, preset.of_teacher(), where).eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=preset.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = optimizer_of(student, preset)
     objective = methods.find(cell.method)(Setting(student, teacher, optimizer, data.counts, preset))
     for _, loss in objective.epoch(0, data.train.endless(0), data.validation.endless(0)):
         optimizer.zero_grad()
@@ -44,8 +44,7 @@ def advance(training: Iterator[None]) -> float:
     start = time.perf_counter()
     for _ in range(PERIOD):
         next(training)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 

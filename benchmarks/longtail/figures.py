@@ -13,8 +13,6 @@ from metakd.longtail import group_classes
 from metakd.longtail import plots as of_longtail
 
 BY_CLASS = ("ce", "kd", "bskd", "mixture", "bikd", "best")
-KNOWN = ("ce", "kd", "bskd", "bikd")
-"""Methods that have a name and a colour in all figures."""
 LEARNED = ("bikd", "best")
 
 
@@ -31,7 +29,7 @@ def draw(folder: Path, stem: str, cells: Mapping[str, Sequence[Mapping[str, Any]
     chosen = [name for name in BY_CLASS if name in cells]
     if chosen:
         accuracy = {
-            name if name in KNOWN else methods.find(name).title: torch.tensor(
+            name if name in of_longtail.STYLES else methods.find(name).title: torch.tensor(
                 [cell["test"]["per_class"] for cell in cells[name]]
             )
             .mean(0)

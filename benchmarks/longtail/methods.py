@@ -34,9 +34,9 @@ def bikd(**options: Any) -> Callable[[Setting], BilevelLossBalancer]:
 
     def build(setting: Setting) -> BilevelLossBalancer:
         student, teacher, optimizer, counts, preset = setting
-        hidden = preset.hidden * 2 if len(counts) == 100 else preset.hidden
-        chosen = {"hidden": hidden, "lr": preset.weighting_lr, **options}
-        return recipes.bikd(student, teacher, optimizer=optimizer, **chosen)
+        return recipes.bikd(
+            student, teacher, optimizer=optimizer, classes=len(counts), lr=preset.weighting_lr, **options
+        )
 
     return build
 

@@ -18,7 +18,6 @@ class Preset:
         lr: of the student's SGD, momentum 0.9, weight decay 5e-4.
         batch_size: of training and meta batches.
         weighting_lr: of the weight models' Adam.
-        hidden: hidden layers of BiKD's weight model.
         evaluate_every: epochs between two evaluations; only the last one's accuracy is reported.
         datasets: default of --datasets.
         imbalances: default of --imbalances.
@@ -34,7 +33,6 @@ class Preset:
     lr: float = 0.1
     batch_size: int = 100
     weighting_lr: float = 1e-3
-    hidden: tuple[int, ...] = (64,)
     validation_per_class: int | None = None
     evaluate_every: int = 10
     datasets: tuple[str, ...] = ("cifar10",)
@@ -43,9 +41,7 @@ class Preset:
 
     def settings(self, *, learned: bool) -> dict[str, Any]:
         """What decides a cell's numbers, as plain values; a learned method has some more."""
-        others = {"datasets", "imbalances", "seeds", "evaluate_every"} | (
-            set() if learned else {"weighting_lr", "hidden"}
-        )
+        others = {"datasets", "imbalances", "seeds", "evaluate_every"} | (set() if learned else {"weighting_lr"})
         found = {key: value for key, value in asdict(self).items() if key not in others}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 

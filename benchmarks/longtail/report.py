@@ -1,13 +1,12 @@
 """The table of all cells that are there, as Markdown, with its figures."""
 
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.markdown import table, write_readme
+from benchmarks.common.markdown import spread, table, write_readme
 from benchmarks.longtail import figures, methods
 from benchmarks.longtail.presets import Preset
 
@@ -38,7 +37,8 @@ def seed_of(cell: Mapping[str, Any]) -> int:
 def write(folder: Path, preset: Preset) -> list[Path]:
     """Write README.md and the figures; the files written."""
     sections, written = [], []
-    for (dataset, imbalance), cells in read(folder).items():
+    found = read(folder)
+    for (dataset, imbalance), cells in found.items():
         drawn = figures.draw(folder, f"{dataset}-{imbalance:g}", cells)
         sections.append(section(f"{dataset}-LT, imbalance {imbalance:g}", cells, drawn))
         written += drawn
@@ -47,12 +47,13 @@ def write(folder: Path, preset: Preset) -> list[Path]:
     cost = folder / "cost.json"
     if cost.exists():
         sections.append(cost_table(json.loads(cost.read_text())))
-    return [write_readme(folder, "\n\n".join([head(folder, preset), *sections]) + "\n"), *written]
+    all_cells = [cell for by in found.values() for cells in by.values() for cell in cells]
+    text = "\n\n".join([head(all_cells, preset), *sections]) + "\n"
+    return [write_readme(folder, text), *written]
 
 
-def head(folder: Path, preset: Preset) -> str:
+def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
     """What was run, with what, on what."""
-    cells = [cell for by in read(folder).values() for cells in by.values() for cell in cells]
     commands = sorted({cell["command"] for cell in cells})
     versions = sorted({", ".join(f"{name} {v}" for name, v in cell["versions"].items()) for cell in cells})
     hardware = sorted({f"{cell['hardware']['processor']}, {cell['hardware']['cores']} cores, on {cell['device']}, "
@@ -71,17 +72,15 @@ def head(folder: Path, preset: Preset) -> str:
 
 def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
     """One data set and imbalance: the table, the differences, the figures."""
-    first = next(iter(cells.values()))[0]
     teacher = [cell["teacher"]["test"] for cell in {seed_of(c): c for by in cells.values() for c in by}.values()]
-    counts = [cell["counts"] for name, by in cells.items() if not name.endswith("+val") for cell in by] or [
-        first["counts"]
-    ]
+    first = min(cells, key=lambda name: name.endswith("+val"))  # these have more training images
+    counts = cells[first][0]["counts"]
     rows = [row("teacher", teacher)]
     rows += [row(methods.find(name).title, [cell["test"] for cell in by]) for name, by in cells.items()]
     pictures = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.name})" for path in drawn)
     parts = [
         f"## {title}",
-        f"{sum(counts[0]):,} training images, {max(counts[0]):,} to {min(counts[0]):,} a class.",
+        f"{sum(counts):,} training images, {max(counts):,} to {min(counts):,} a class.",
         table(["method", *SCORES.values(), "seeds"], rows),
         differences(cells),
         pictures,
@@ -92,17 +91,6 @@ def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
 def row(name: str, scores: Sequence[Mapping[str, Any]]) -> list[str]:
     """One method's row."""
     return [name, *(spread([score[key] for score in scores]) for key in SCORES), str(len(scores))]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; of a single value the value.
-
-    Example:
-        >>> spread([1.0, 3.0]), spread([2.0])
-        ('2.00 ± 1.41', '2.00')
-    """
-    mean = statistics.mean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def differences(cells: Cells) -> str:

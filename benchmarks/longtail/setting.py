@@ -19,7 +19,6 @@ class Setting(NamedTuple):
         optimizer: the student's.
         counts: training images of each class.
         preset: the cell's other settings.
-        classes: number of classes.
     """
 
     student: nn.Module
@@ -27,11 +26,6 @@ class Setting(NamedTuple):
     optimizer: Optimizer
     counts: tuple[int, ...]
     preset: Preset
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.counts)
 
 
 class Objective(Protocol):

@@ -87,13 +87,15 @@ def with_validation_images(data: LongTailed) -> LongTailed:
     return replace(data, train=joined, counts=tuple(counts))
 
 
-def teacher_of(cell: Cell, preset: Preset, where: Where) -> tuple[nn.Module, dict[str, Any]]:
+def teacher_of(
+    cell: Cell, preset: Preset, where: Where, milestones: Iterable[float] = (5 / 8, 3 / 4, 7 / 8)
+) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher of a data set, an imbalance and a seed; trained on the long-tailed images where it is not there."""
     cell = cell._replace(method=f"teacher-{preset.teacher}")
     trained = preset.of_teacher()
     data = data_of(cell, trained, where)
     model = network(cell, trained, where)
-    result = fit(cell, trained, where, model, None, data, TEACHER, (5 / 8, 3 / 4, 7 / 8))
+    result = fit(cell, trained, where, model, None, data, TEACHER, milestones)
     return model.eval().requires_grad_(False), result
 
 
@@ -117,6 +119,11 @@ def network(cell: Cell, preset: Preset, where: Where) -> nn.Module:
     return model.to(where.device, memory_format=torch.channels_last)
 
 
+def optimizer_of(model: nn.Module, preset: Preset) -> torch.optim.Optimizer:
+    """The student's optimizer."""
+    return torch.optim.SGD(model.parameters(), lr=preset.lr, momentum=0.9, weight_decay=5e-4)
+
+
 def settings_of(cell: Cell, preset: Preset, method: Method) -> dict[str, Any]:
     """All that decides a cell's numbers."""
     return {**cell._asdict(), **preset.settings(learned=isinstance(method, Learned))}
@@ -134,7 +141,7 @@ def fit(
     figures: Path | None = None,
 ) -> dict[str, Any]:
     """Train, epoch by epoch, each followed by a checkpoint; the record of the run."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=preset.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = optimizer_of(model, preset)
     at = [max(round(share * preset.epochs), 1) for share in milestones]
     scheduler = MultiStepLR(optimizer, at)
     objective = method(Setting(model, teacher or nn.Identity(), optimizer, data.counts, preset))

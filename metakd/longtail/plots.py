@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart with any colour vision. One colour a method in all figures.
-_METHODS = {
+STYLES = {
     "ce": ("CE", "#E69F00", "o", ":"),
     "kd": ("KD", "#0072B2", "s", "--"),
     "bskd": ("balanced-softmax KD", "#009E73", "^", "-."),
@@ -85,4 +85,4 @@ def class_accuracy(
 
 def _style(method: str, position: int) -> tuple[str, str, str, str]:
     """A method's name, colour, marker and dash."""
-    return _METHODS.get(method, (method, _SPARE[position % len(_SPARE)], "v", "-"))
+    return STYLES.get(method, (method, _SPARE[position % len(_SPARE)], "v", "-"))

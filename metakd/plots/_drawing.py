@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TERMS = ("#000000", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#E69F00")
 GROUPS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^v<>PX"
+INFLUENCE = "mean influence on the meta loss\n(below 0: more weight helps)"
 _COUNTS = "#BBBBBB"
 
 

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from metakd.errors import MetaKDError
 from metakd.history import History
-from metakd.plots._drawing import MARKERS, TERMS, draw_by_class, draw_counts, finish, name_classes, new_figure, panels
+from metakd.plots._drawing import (
+    INFLUENCE,
+    MARKERS,
+    TERMS,
+    draw_by_class,
+    draw_counts,
+    finish,
+    name_classes,
+    new_figure,
+    panels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +99,7 @@ def influence_by_class(
     """
     figure, panel, _ = _by_class(influence, "influence", terms, classes, counts, last, title, axes)
     panel.axhline(0, color="#777777", linewidth=0.8)
-    panel.set_ylabel("mean influence on the meta loss\n(below 0: more weight helps)")
+    panel.set_ylabel(INFLUENCE)
     return finish(figure, panel, path, own=axes is not None)
 
 

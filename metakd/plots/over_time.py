@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakd.errors import MetaKDError
 from metakd.history import History
-from metakd.plots._drawing import GROUPS, MARKERS, TERMS, finish, panels
+from metakd.plots._drawing import GROUPS, INFLUENCE, MARKERS, TERMS, finish, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +81,7 @@ def influence_over_time(
         >>> influence_over_time(history).axes[0].get_lines()[0].get_ydata().tolist()
         [-0.5]
     """
-    label = "mean influence on the meta loss\n(below 0: more weight helps)"
-    return _over_time(history, "influence", label, groups, title, axes, path)
+    return _over_time(history, "influence", INFLUENCE, groups, title, axes, path)
 
 
 def meta_loss_over_time(

@@ -80,6 +80,18 @@ def starting_point(init: float | None, output: str) -> float:
     return chosen.inverse(float(init))
 
 
+def shares(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """The values over their sum over some dimensions; zero where that is zero.
+
+    Example:
+        >>> shares(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), dim=(1,))
+        tensor([[0.2500, 0.7500],
+                [0.0000, 0.0000]])
+    """
+    total = values.sum(dim=dim, keepdim=True)
+    return values / torch.where(total > 0, total, 1.0)
+
+
 def positive_int(value: int, name: str) -> int:
     """Return the value if it is an integer of at least 1.
 

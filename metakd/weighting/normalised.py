@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
+from metakd.weighting.base import shares
 
 
 class Normalised(nn.Module):
@@ -56,5 +56,4 @@ class Normalised(nn.Module):
                 f"the weight {weights.min().item():g} is negative and cannot be normalised; give "
                 f"{type(self.model).__name__} an output that is never negative, such as output='sigmoid' or 'softplus'"
             )
-        total = weights.sum()
-        return weights / torch.where(total > 0, total, 1.0) * weights.shape[0]
+        return shares(weights, dim=(0, 1)) * weights.shape[0]

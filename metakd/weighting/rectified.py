@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.weighting.base import positive_int
+from metakd.weighting.base import positive_int, shares
 
 
 class Rectified(nn.Module):
@@ -72,7 +72,6 @@ class Rectified(nn.Module):
             )
         helpful = influence.detach().clamp(max=0.0).abs()
         if self.over == "sample":
-            shares = helpful.sum(dim=1, keepdim=True)
-            return torch.where(shares > 0, helpful / torch.where(shares > 0, shares, 1.0), 1.0 / self.terms)
-        total = helpful.sum()
-        return helpful / torch.where(total > 0, total, 1.0) * influence.shape[0]
+            any_helps = helpful.sum(dim=1, keepdim=True) > 0
+            return torch.where(any_helps, shares(helpful, dim=(1,)), 1.0 / self.terms)
+        return shares(helpful, dim=(0, 1)) * influence.shape[0]

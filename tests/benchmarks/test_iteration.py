@@ -133,7 +133,7 @@ def test_verdicts_follow_the_numbers(tmp_path):
 
 
 def test_examples_of_the_report_hold():
-    assert doctest.testmod(markdown) == (0, 4)
+    assert doctest.testmod(markdown) == (0, 5)
 
 
 def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def where(tmp_path):
 def setting(counts=(9, 3, 2)):
     student, teacher = nn.Linear(4, len(counts)), nn.Linear(4, len(counts))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    return Setting(student, teacher, optimizer, counts, replace(SMOKE, hidden=(4,)))
+    return Setting(student, teacher, optimizer, counts, SMOKE)
 
 
 def batches(count, classes=3):
