@@ -16,6 +16,7 @@ from metakd.checkpoint import check_balancer_state, loading
 from metakd.distributed import Ranks, checksum
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, OneStep, Problem
+from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer
@@ -24,7 +25,7 @@ from metakd.parts import check_parts, default_weighting, validated
 from metakd.precision import as_written
 from metakd.reader import read_batch
 from metakd.report import Report
-from metakd.student import FunctionalStudent
+from metakd.student import FunctionalStudent, Start
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
 from metakd.transaction import Snapshot, all_or_nothing
@@ -195,7 +196,7 @@ class BilevelLossBalancer:
 
     def weights(self, batch: Any) -> Tensor:
         """The weights of a batch's samples as they are now, (B, M), detached; leaves no trace."""
-        with self._all_or_nothing(), self._functional.untouched() as start, torch.no_grad():
+        with self._untouched() as start, torch.no_grad():
             known = self._batch(batch, "the batch")
             outputs, _ = self._functional.run(self._functional.detached(), known.inputs, start)
             losses = checked_losses(self.terms, outputs, known, "the batch")
@@ -233,7 +234,7 @@ class BilevelLossBalancer:
                     problem.sweep()
                     report = Report(*objective.last, skipped=_STILL)
                 else:
-                    result = self.estimator(problem)
+                    result = estimate(self.estimator, problem)
                     norm = self._step.take(result.gradient, snapshot.keep_optimizer)
                     report = Report(*objective.last, None, result.outer_loss, norm)
             self._ranks.agree("the end of the meta step")
@@ -300,12 +301,25 @@ class BilevelLossBalancer:
         return self
 
     @contextmanager
-    def float64_problem(self, batches: Sequence[Any], meta_batch: Any) -> Iterator[Problem]:
-        """The bilevel problem of `meta_step` in float64, for a block that leaves no trace; of ranks, this one's."""
-        with self._all_or_nothing(), self._functional.untouched():
-            student = FunctionalStudent(self.student, torch.float64)
+    def problem(self, batches: Sequence[Any], meta_batch: Any, dtype: torch.dtype | None = None) -> Iterator[Problem]:
+        """The bilevel problem of `meta_step` from here, for a block that leaves no trace; of ranks, this one's.
+
+            with balancer.problem([batch], meta_batch) as problem:
+                print(Adjoint()(problem).gradient)
+
+        Args:
+            batches: the training batches of the inner steps, in order.
+            meta_batch: the batch of the meta loss after them.
+            dtype: of the virtual passes: None for the student's own, `torch.float64` to look for errors.
+
+        Raises:
+            MetaKDError: see the class.
+        """
+        with self._untouched(), torch.enable_grad():
+            student = self._functional if dtype is None else FunctionalStudent(self.student, dtype)
             problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start=student.start()))
-            yield replace(problem, mean=unchanged)
+            with as_written(student.device_type):
+                yield replace(problem, memory=dict(problem.memory), mean=unchanged)
 
     def _learn(
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, losses: Tensor, features: Tensor
@@ -317,15 +331,14 @@ class BilevelLossBalancer:
         answer: Any = self.weighting if from_influence is None else self.weighting.lookahead_weights
         weights = evaluate_weights(answer, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses)
-        result = self.estimator(
-            self._problem(
-                objective,
-                objective.inner_given_weights,
-                {"weights": weights.detach()},
-                first_gradient=train.gradient_of(loss, keep_graph=moves),
-                first_inner=(lambda meta: weighted_mean(meta["weights"], losses.detach())) if train.repeats else None,
-            )
+        problem = self._problem(
+            objective,
+            objective.inner_given_weights,
+            {"weights": weights.detach()},
+            first_gradient=train.gradient_of(loss, keep_graph=moves),
+            first_inner=(lambda meta: weighted_mean(meta["weights"], losses.detach())) if train.repeats else None,
         )
+        result = estimate(self.estimator, problem)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
             of_all, own = self._ranks.joined(influence, "the influence")
@@ -410,6 +423,15 @@ class BilevelLossBalancer:
         snapshot = Snapshot(self._functional, self._step, vars(self), self._memory)
         with all_or_nothing(snapshot), explained():
             yield snapshot
+
+    @contextmanager
+    def _untouched(self) -> Iterator[Start]:
+        snapshot = Snapshot(self._functional, self._step)
+        try:
+            with explained():
+                yield snapshot.start
+        finally:
+            snapshot.restore()
 
 
 _STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"

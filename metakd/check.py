@@ -12,6 +12,7 @@ from metakd.balancer import BilevelLossBalancer
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, OneStep, Problem
+from metakd.estimators.estimate import estimate
 from metakd.estimators.hypergradient import Nest, Optimizer, build_problem
 from metakd.finite_differences import derivative
 from metakd.hints import hint
@@ -105,7 +106,7 @@ def check_hypergradient(
         True
     """
     if isinstance(inner, BilevelLossBalancer):
-        with inner.float64_problem(outer, params) as problem, torch.enable_grad():
+        with inner.problem(outer, params, torch.float64) as problem:
             return _compare(problem, estimator or inner.estimator, directions, tolerance, seed)
     if meta_params is None or batches is None or optimizer is None:
         raise MetaKDError(
@@ -125,7 +126,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _compare(problem: Problem, estimator: Estimator, directions: int, tolerance: float, seed: int) -> Check:
-    gradient = estimator(replace(problem, memory=dict(problem.memory))).gradient
+    gradient = estimate(estimator, replace(problem, memory=dict(problem.memory))).gradient
     if isinstance(estimator, OneStep):
         problem = estimator.solved(problem)
     generator = torch.Generator().manual_seed(seed)

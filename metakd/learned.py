@@ -56,24 +56,29 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
         >>> learned.weights.shape, learned.by_class(3).shape
         (torch.Size([16, 1]), torch.Size([3, 1]))
     """
-    seen: list[tuple[Tensor, Batch]] = []
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with in_eval_mode(balancer.student):
+        for item in batches:
+            features, batch, weights = seen_and_answered(balancer, item)
+            if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
+                raise MetaKDError("weights are read by class, so every batch needs labels of shape (B,)")
+            found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
+    if not found:
+        raise MetaKDError("there is no batch to read weights of; give the training batches, not an iterator at its end")
+    targets, features, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return LearnedWeights(balancer, targets, features, weights)
+
+
+def seen_and_answered(balancer: BilevelLossBalancer, item: Any) -> tuple[Tensor, Batch, Tensor]:
+    """Features (B, F) and batch as the weight model sees them, and the weights (B, M) that it answers."""
+    seen: list[tuple[Tensor, Batch]] = []
 
     def look(model: Any, inputs: tuple[Tensor, Batch]) -> None:
         seen.append(inputs)
 
     hook = balancer.weighting.register_forward_pre_hook(look)
     try:
-        with in_eval_mode(balancer.student):
-            for item in batches:
-                weights = balancer.weights(item)
-                features, batch = seen.pop()
-                if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
-                    raise MetaKDError("weights are read by class, so every batch needs labels of shape (B,)")
-                found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
+        weights = balancer.weights(item)
     finally:
         hook.remove()
-    if not found:
-        raise MetaKDError("there is no batch to read weights of; give the training batches, not an iterator at its end")
-    targets, features, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return LearnedWeights(balancer, targets, features, weights)
+    return *seen.pop(), weights

@@ -273,7 +273,7 @@ def test_the_check_is_of_the_hypergradient_that_a_call_takes():
     """The same numbers, in float32, are in the weight model's gradients after the call."""
     balancer, batches, meta_batch = balancer_and_batches(1, "mirror")
     rng = torch.get_rng_state()
-    with balancer.float64_problem(batches, meta_batch) as problem:
+    with balancer.problem(batches, meta_batch, torch.float64) as problem:
         expected = OneStep()(problem).gradient
     torch.set_rng_state(rng)
     balancer(batches[0], meta_batch)

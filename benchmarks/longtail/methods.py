@@ -1,16 +1,13 @@
 """Every method of the table by name, and the controls that a suffix makes of it."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
 
 from benchmarks.longtail.best import best, best_mixture
+from benchmarks.longtail.bikd import bikd, bikd_with_more_inputs, bikd_with_shares, cross_entropy_and_soft_target
 from benchmarks.longtail.fixed import Fixed
 from benchmarks.longtail.learned import CONTROLS, Learned
 from benchmarks.longtail.setting import Setting
-from metakd import Batch, BilevelLossBalancer, MetaKDError, recipes
+from metakd import BilevelLossBalancer, MetaKDError, recipes
 from metakd.estimators import Adjoint
 from metakd.terms import (
     BalancedSoftmax,
@@ -27,24 +24,6 @@ from metakd.terms import (
 from metakd.weighting import EntropyGate, entropies
 
 Method = Fixed | Learned
-
-
-def bikd(**options: Any) -> Callable[[Setting], BilevelLossBalancer]:
-    """BiKD's weight model over CE and KD."""
-
-    def build(setting: Setting) -> BilevelLossBalancer:
-        student, teacher, optimizer, counts, preset = setting
-        return recipes.bikd(
-            student, teacher, optimizer=optimizer, classes=len(counts), lr=preset.weighting_lr, **options
-        )
-
-    return build
-
-
-def cross_entropy_and_soft_target(outputs: Any, batch: Batch) -> Tensor:
-    """The upper loss of BiKD's published CIFAR-10 command."""
-    both: Tensor = CrossEntropy()(outputs, batch) + SoftTarget(temperature=4.0)(outputs, batch)
-    return both
 
 
 def amal(setting: Setting) -> BilevelLossBalancer:
@@ -101,6 +80,9 @@ LEARNED: dict[str, Learned] = {
     "bikd-k5": Learned("BiKD, k = 5", bikd(accumulate=5)),
     "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
     "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
+    "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 0.1", bikd(accumulate=1, slower=10.0)),
+    "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs),
+    "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
     "best": Learned("metakd's best", best),
 }
 
@@ -119,8 +101,7 @@ TABLE = (
 QUESTIONS = {
     "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
     "bikd-k5": ("kd", "kd+val", "bskd", "bikd"),
-    "bikd-mix": ("bikd",),
-    "bikd-5steps": ("kd", "bskd", "bikd"),
+    **{name: ("bikd",) for name in LEARNED if name.startswith("bikd-") and name != "bikd-k5"},
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
 }
 """Which learned method is compared with what, seed by seed."""

@@ -2,21 +2,19 @@
 
 import copy
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-import torch
 from torch.nn.parameter import is_lazy
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import endless
 from metakd.doctor.advice import advice
 from metakd.doctor.diagnosis import Diagnosis
-from metakd.doctor.examine import Visit, examine
+from metakd.doctor.examine import examine
 from metakd.doctor.numbers import summarised
 from metakd.errors import MetaKDError, explained
-from metakd.transaction import Snapshot
-from metakd.weighting_step import clones
+from metakd.rng import RngState
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -53,6 +51,7 @@ def diagnose(
             or whatever a call of the balancer would raise before it comes to the hypergradient.
 
     Example:
+        >>> import torch
         >>> from metakd import BilevelLossBalancer, terms
         >>> student = torch.nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -70,15 +69,16 @@ def diagnose(
         raise MetaKDError("the weight model has not seen a batch yet; call the balancer once before diagnose()")
     # The optimizer of the copy steps the parameters of the copy: what a step would do, without one.
     twin = copy.deepcopy((balancer.weighting, balancer.weighting_optimizer))
-    snapshot = Snapshot(balancer._functional, balancer._step)
-    visits: list[Visit] = []
+    devices = {t.device for t in chain(balancer.student.parameters(), balancer.weighting.parameters())}
+    generators = RngState.capture(devices)  # a loader draws from them
     try:
-        with torch.enable_grad(), explained():
+        with explained():
             meta = endless(meta_batches)
-            visits.extend(examine(balancer, batch, next(meta)) for batch in islice(batches, number))
+            visits = [examine(balancer, batch, next(meta), devices) for batch in islice(batches, number)]
             if len(visits) < 2:
                 raise MetaKDError(f"diagnose needs two batches to tell signal from noise, got {len(visits)}")
             numbers = summarised(balancer, visits, twin, None if previous is None else previous.parameters)
     finally:
-        snapshot.restore()
-    return Diagnosis(numbers, clones(balancer._step.params()), advice(balancer, numbers))
+        generators.restore()
+    parameters = {name: p.detach().clone() for name, p in balancer.weighting.named_parameters() if p.requires_grad}
+    return Diagnosis(numbers, parameters, advice(balancer, numbers))

@@ -1,18 +1,20 @@
 """What a diagnosis measures on one training batch and one meta batch."""
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.estimators.derivatives import slope
-from metakd.estimators.problem import unchanged
+from metakd.estimators.estimate import estimate
 from metakd.inner import Params
-from metakd.precision import as_written
+from metakd.learned import seen_and_answered
+from metakd.rng import RngState
 
 
 class Visit(NamedTuple):
@@ -39,25 +41,24 @@ class Visit(NamedTuple):
     weights: Tensor
 
 
-def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any) -> Visit:
-    """What a call of the balancer on these batches would see; the caller puts generators and buffers back.
+def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices: Iterable[torch.device]) -> Visit:
+    """What a call of the balancer on these batches would see; of it no trace is left but in the devices' generators.
 
     In a training of several processes it is what this one sees of its own batches.
     """
-    start = balancer._functional.start()
-    objective = balancer._objective(balancer._functional, [batch], meta_batch, start=start)
-    problem = balancer._problem_in_phi(objective)
-    problem = replace(problem, memory=dict(problem.memory), mean=unchanged)
-    theta = problem.params
-    with as_written(balancer._functional.device_type):
+    with balancer.problem([batch], meta_batch) as problem:
+        theta = problem.params
         gradient = problem.inner_gradient(theta, 0)
         before, meta_gradient, _ = problem.outer_gradients(theta)
         ahead, _ = problem.sweep()
         after, _, _ = problem.outer_gradients(ahead)
         try:
-            hypergradient: Params | str = balancer.estimator(problem).gradient
+            hypergradient: Params | str = estimate(balancer.estimator, problem).gradient
         except MetaKDError as error:
             hypergradient = str(error)
+        reached = RngState.capture(devices)
+    seen = seen_and_answered(balancer, batch)
+    reached.restore()  # the next batch draws other numbers, as in training
     dot = slope(gradient, meta_gradient)
     lengths = norm(gradient) * norm(meta_gradient)
     return Visit(
@@ -66,9 +67,7 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any) -> Visit
         float(before),
         float(after),
         norm({name: ahead[name] - p for name, p in theta.items()}) / max(norm(theta), 1e-30),
-        objective._seen[0],
-        objective.batches[0],
-        objective.last[1],
+        *seen,
     )
 
 

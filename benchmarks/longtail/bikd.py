@@ -1,0 +1,62 @@
+"""BiKD, and what might help it: other rates, inputs, upper losses and scales of its weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.longtail.setting import Setting
+from metakd import Batch, BilevelLossBalancer, recipes
+from metakd.features import Features, student_and_teacher
+from metakd.recipes.base import adam, beside, hard_and_soft
+from metakd.terms import CrossEntropy, SoftTarget
+from metakd.weighting import LossMLP, Normalised, entropies
+
+
+def bikd(*, slower: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
+    """BiKD's weight model over CE and KD, its learning rate divided by `slower`."""
+
+    def build(setting: Setting) -> BilevelLossBalancer:
+        student, teacher, optimizer, counts, preset = setting
+        lr = preset.weighting_lr / slower
+        return recipes.bikd(student, teacher, optimizer=optimizer, classes=len(counts), lr=lr, **options)
+
+    return build
+
+
+def cross_entropy_and_soft_target(outputs: Any, batch: Batch) -> Tensor:
+    """The upper loss of BiKD's published CIFAR-10 command."""
+    both: Tensor = CrossEntropy()(outputs, batch) + SoftTarget(temperature=4.0)(outputs, batch)
+    return both
+
+
+def bikd_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
+    """The weight model also sees the entropies of student and teacher, and how rare the label's class is."""
+    rarity = torch.tensor([math.log(max(setting.counts) / count) for count in setting.counts])
+
+    def features(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+        rare = rarity.to(losses)[batch.targets].unsqueeze(1)
+        return torch.cat([student_and_teacher(losses, outputs, batch), entropies(losses, outputs, batch), rare], dim=1)
+
+    return _of_parts(setting, LossMLP(5, 2, hidden=(64,)), features)
+
+
+def bikd_with_shares(setting: Setting) -> BilevelLossBalancer:
+    """The weights of a batch have a mean of a half, so that the weight model cannot turn the learning rate down."""
+    return _of_parts(setting, Normalised(LossMLP(2, 2, hidden=(64,))), student_and_teacher)
+
+
+def _of_parts(setting: Setting, weighting: nn.Module, features: Features) -> BilevelLossBalancer:
+    student, teacher, optimizer, _, preset = setting
+    model = beside(student, weighting)
+    return BilevelLossBalancer(
+        student,
+        hard_and_soft(4.0),
+        optimizer=optimizer,
+        teacher=teacher,
+        features=features,
+        weighting=model,
+        weighting_optimizer=adam(model, preset.weighting_lr, weight_decay=1e-4),
+    )
