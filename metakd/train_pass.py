@@ -103,8 +103,9 @@ class TrainPass:
     def _gradient(self, loss: Tensor, keep_graph: bool, names: Collection[str]) -> Gradients:
         if not loss.requires_grad:
             return dict.fromkeys(names)
-        self._leaves = [self._variables[name] for name in names] if keep_graph else graph_leaves(loss)
-        self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True))
+        if keep_graph or self._gradients is None:  # an estimator may ask twice, and a graph that is let go is gone
+            self._leaves = [self._variables[name] for name in names] if keep_graph else graph_leaves(loss)
+            self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=keep_graph, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: self._cast(found.get(id(self._variables[name]))) for name in names}
 

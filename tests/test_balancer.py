@@ -442,6 +442,34 @@ def test_wrong_labels_lose_their_weight(estimator):
     assert weights[:30].mean() < 0.35 < 0.65 < weights[30:].mean()
 
 
+@pytest.mark.parametrize("counts", [(27, 3), (15, 15)])
+def test_a_balanced_meta_set_makes_the_rare_class_count(counts):
+    """Nine of ten training samples are of class 0; a meta set like them asks for nothing else."""
+
+    def samples(counts):
+        y = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        return torch.randn(len(y), 2).double() + F.one_hot(y, 2), y
+
+    torch.manual_seed(0)
+    train, meta_batch, student = samples((54, 6)), samples(counts), nn.Linear(2, 2).double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    table = weighting.ClassTable(2, 1, init=0.5, output="sigmoid").double()
+    balancer = BilevelLossBalancer(
+        student,
+        [terms.CrossEntropy()],
+        optimizer=optimizer,
+        weighting=table,
+        weighting_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
+    )
+    for _ in range(40):
+        loss = balancer(train, meta_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    common, rare = (balancer.report.weights[train[1] == c].mean().item() for c in (0, 1))
+    assert (rare > 2 * common) == (counts == (15, 15))
+
+
 def student_truth(x, truth, meta):
     """Labels of the meta inputs by a classifier fitted to the true labels."""
     model = nn.Linear(4, 3).double()

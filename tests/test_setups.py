@@ -1,8 +1,6 @@
 """What people do in training loops besides the plain step: hypergradients stay exact, the steps the user's own."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, estimators
 from metakd.terms import CrossEntropy, SoftTarget
+from tests.docs.pages import execute
 from tests.zoo import QUIET
 
 pytestmark = QUIET
@@ -361,9 +360,45 @@ def test_activation_checkpoints():
 
 
 def test_the_recipes_run():
-    text = (Path(__file__).parents[1] / "docs/training_setups.md").read_text(encoding="utf-8")
-    blocks, scope = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL), {}
-    assert len(blocks) == 10
-    for block in blocks:
-        exec(compile(block, "docs/training_setups.md", "exec"), scope)
+    execute("docs/training_setups.md", scope := {})
     assert scope["last_meta_loss"].isfinite() and scope["balancer"].report.skipped is None
+
+
+OTHERS = [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.LBFGS]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_optimizers_that_no_mirror_follows(kind):
+    student, meta = mlp(), batch()
+    balancer = build(student, kind(student.parameters(), lr=0.01), accumulate=9)
+    for part in [batch() for _ in range(2)]:
+        checked_call(balancer, part, meta)
+
+        def closure(part=part):
+            balancer.optimizer.zero_grad()
+            loss = balancer.loss(part)
+            loss.backward()
+            return loss
+
+        before = closure()
+        balancer.optimizer.step(closure)
+        assert closure() < before
+    with pytest.raises(MetaKDError, match=f"cannot follow {kind.__name__}; .* Use inner='sgd'"):
+        build(student, balancer.optimizer, inner="mirror")
+
+
+def test_two_optimizers_side_by_side():
+    student, meta = mlp(), batch()
+    first = torch.optim.SGD(student[:2].parameters(), lr=0.4, momentum=0.9)
+    second = torch.optim.AdamW(student[2:].parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(first, 1, gamma=0.5)
+    with pytest.raises(MetaKDError, match="4 trainable parameter"):
+        build(student, first)
+    both = torch.optim.Optimizer([*first.param_groups, *second.param_groups], {})
+    balancer = build(student, both, accumulate=9)
+    for step in range(3):
+        rates = {name: 0.4 * 0.5**step if name.startswith("0.") else 0.05 for name, _ in student.named_parameters()}
+        loss = checked_call(balancer, batch(), meta, rates=rates)
+        student.zero_grad()
+        loss.backward()
+        first.step(), second.step(), scheduler.step()

@@ -34,5 +34,5 @@ def best(setting: Setting) -> BilevelLossBalancer:
         optimizer=optimizer,
         teacher=teacher,
         weighting=table,
-        weighting_optimizer=adam(table, preset.weighting_lr),
+        weighting_optimizer=adam(table, 10 * preset.weighting_lr),  # its numbers move by themselves, one a class
     )

@@ -15,12 +15,12 @@ from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import LossMLP, Normalised, entropies
 
 
-def bikd(*, slower: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
-    """BiKD's weight model over CE and KD, its learning rate divided by `slower`."""
+def bikd(*, faster: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
+    """BiKD's weight model over CE and KD, its learning rate times `faster`."""
 
     def build(setting: Setting) -> BilevelLossBalancer:
         student, teacher, optimizer, counts, preset = setting
-        lr = preset.weighting_lr / slower
+        lr = preset.weighting_lr * faster
         return recipes.bikd(student, teacher, optimizer=optimizer, classes=len(counts), lr=lr, **options)
 
     return build

@@ -80,7 +80,7 @@ LEARNED: dict[str, Learned] = {
     "bikd-k5": Learned("BiKD, k = 5", bikd(accumulate=5)),
     "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
     "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
-    "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 0.1", bikd(accumulate=1, slower=10.0)),
+    "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 10", bikd(accumulate=1, faster=10.0)),
     "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs),
     "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
     "best": Learned("metakd's best", best),

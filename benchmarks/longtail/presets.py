@@ -71,7 +71,7 @@ PRESETS = {
     # What two CPU cores do overnight: an eighth of the width, a stem of stride 2, a sixth of the epochs.
     "small": replace(
         PAPER, teacher="resnet14s2", student="resnet8s2", teacher_epochs=30, epochs=20, datasets=("cifar10",),
-        weighting_lr=1e-2, evaluate_every=5,
+        evaluate_every=5,
     ),
     # Seconds: does it run?
     "smoke": Preset(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metakd.errors import MetaKDError
 from metakd.estimators.adjoint import Adjoint
+from metakd.estimators.estimate import estimate
 from metakd.estimators.nested import detached, on_flat, unflatten
 from metakd.estimators.problem import Estimator, Hypergradient, Outer, Problem
 from metakd.inner import GradientTransformation, repaired
@@ -72,7 +73,7 @@ def hypergradient(
         inner, outer, params, meta_params, batches, optimizer, optimizer_state, outer_batches=outer_batches
     )
     with torch.enable_grad():
-        found = (estimator or Adjoint())(problem)
+        found = estimate(estimator or Adjoint(), problem)
     return found._replace(gradient=unflatten(found.gradient, meta_params), params=unflatten(found.params, params))
 
 
@@ -90,7 +91,7 @@ def build_problem(
     """Check the arguments of `hypergradient` and put them together: names flat, the optimizer repaired."""
     batches = list(batches)
     if not batches:
-        raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one")
+        raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
     theta, phi = detached(params, "params"), detached(meta_params, "meta_params")
 
     def outer_on(*batch: Any) -> Outer:

@@ -66,7 +66,7 @@ class Implicit:
         if self.solver not in ("cg", "neumann"):
             raise MetaKDError(f"Implicit has the solvers 'cg' and 'neumann', not {self.solver!r}")
         if not isinstance(self.steps, int) or self.steps < 1:
-            raise MetaKDError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+            raise MetaKDError(f"steps must be an integer of at least 1, got {self.steps!r}")
         if not isinstance(self.damping, int | float) or not 0 <= self.damping < math.inf:
             raise MetaKDError(f"damping must be a number of at least 0, got {self.damping!r}")
         if self.step_size is not None:

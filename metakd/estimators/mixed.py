@@ -53,7 +53,7 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
         problem.memory["forward_mode"] = False
         warnings.warn(
             f"an operation of this model has no forward-mode derivative ({first_line(error)}); reverse mode takes its "
-            "place from now on, as exact, with more time and memory (OneStep(mode='reverse') does it without a word)",
+            "place from now on, as exact, with more time and memory (OneStep(mode='reverse') does so in silence)",
             stacklevel=3,
         )
         return _reverse(problem, params, meta, batch, u)

@@ -56,7 +56,9 @@ def detached(values: Any, what: str) -> dict[str, Tensor]:
     for name, value in flat.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise MetaKDError(f"{what}[{name!r}] is {kind}; gradients need floating-point tensors")
+            raise MetaKDError(
+                f"{what}[{name!r}] is {kind}; gradients need floating-point tensors: convert it, or leave it out"
+            )
     return {name: value.detach() for name, value in flat.items()}
 
 

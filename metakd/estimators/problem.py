@@ -102,7 +102,7 @@ class Problem:
             MetaKDError: there is no batch.
         """
         if not self.batches:
-            raise MetaKDError("there are no batches; their number is the number of inner steps, so give at least one")
+            raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
         params, state = self.params, self.optimizer_state
         for t in range(len(self.batches)):
             gradient = self.inner_gradient(params, t)

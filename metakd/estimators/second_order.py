@@ -60,7 +60,7 @@ def forward_over_reverse(
             raise
         raise MetaKDError(
             f"forward over reverse met an operation without a forward-mode derivative ({first_line(error)}); use "
-            "estimators.Adjoint(), which takes reverse over reverse"
+            "estimators.Adjoint(mode='reverse')"
         ) from error
 
 
@@ -81,7 +81,8 @@ def faster_of_both(
             raise
         del seconds["forward"]
         warnings.warn(
-            f"forward over reverse fails here ({first_line(error)}); reverse mode takes its place from now on",
+            f"forward over reverse fails here ({first_line(error)}); reverse mode takes its place from now on, as "
+            "exact (Adjoint(mode='reverse') does so without a warning)",
             stacklevel=3,
         )
         return reverse_over_reverse(problem, params, meta, batch, u)

@@ -42,7 +42,7 @@ class Truncated:
 
     def __post_init__(self) -> None:
         if not isinstance(self.horizon, int) or self.horizon < 1:
-            raise MetaKDError(f"horizon must be a whole number of at least 1, got {self.horizon!r}")
+            raise MetaKDError(f"horizon must be an integer of at least 1, got {self.horizon!r}")
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""

@@ -34,7 +34,7 @@ class Unroll:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
-            raise MetaKDError("Unroll needs at least one batch: the number of batches is the number of inner steps")
+            raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
         if problem.mean is not unchanged:
             raise MetaKDError(
                 "Unroll records one graph of all steps, which cannot reach into other processes; with "

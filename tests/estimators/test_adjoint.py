@@ -235,5 +235,5 @@ def test_truncated_at_k_is_adjoint(steps, rule, seed):
 
 @pytest.mark.parametrize("horizon", [0, -1, 1.5, "all"])
 def test_a_horizon_is_a_positive_number_of_steps(horizon):
-    with pytest.raises(MetaKDError, match="whole number of at least 1"):
+    with pytest.raises(MetaKDError, match="integer of at least 1"):
         estimators.Truncated(horizon)

@@ -1,0 +1,99 @@
+"""The page on parts of your own: its code runs on top of the README's, and every error is the one that it quotes."""
+
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+import metakd
+from metakd import BilevelLossBalancer, MetaKDError
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+ARGUMENTS = {"weight model": "weighting", "features": "features", "inner": "inner", "estimator": "estimator"}
+
+
+def broken_parts():
+    """(kind of part, its code, what the error says), from the page's tables."""
+    found = []
+    for table in re.findall(r"^\| (.*) \| the error says \|\n\|---\|---\|\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE):
+        for row in table[1].splitlines():
+            code, words = re.fullmatch(r"\| `(.*?)` \| (.*) \|", row).groups()
+            found.append(pytest.param(table[0], code, words, id=f"{table[0]}: {code}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """What the README's example leaves behind."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    torch.manual_seed(0)
+    scope = {name: getattr(metakd, name) for name in ("MetaKDError", "check_hypergradient", "validate", "estimators")}
+    exec(compile(example, "README.md", "exec"), scope)
+    return scope
+
+
+@pytest.fixture(scope="module")
+def page(setting):
+    """What the page's code leaves behind, every balancer of it, and what it printed."""
+    scope, balancers, said = dict(setting), [], StringIO()
+    with redirect_stdout(said):
+        for block in BLOCKS:
+            exec(compile(block, "docs/extending.md", "exec"), scope)
+            if scope["balancer"] not in [*balancers, setting["balancer"]]:
+                balancers.append(scope["balancer"])
+    return scope, balancers, said.getvalue()
+
+
+def test_every_part_learns(page):
+    scope, balancers, _ = page
+    assert len(balancers) == 11
+    for balancer in balancers:
+        before = balancer.weights(scope["train"][0])
+        for _ in range(3):
+            balancer(scope["train"][0], scope["meta"])
+        assert balancer.report.influence.any()
+        learned = balancer.weights(scope["train"][0])
+        assert balancer.weighting_optimizer is None or not torch.equal(before, learned)
+
+
+def test_the_textbooks_estimator_is_exact_and_the_clipped_one_clips(page):
+    scope, *_ = page
+    balancer = BilevelLossBalancer(
+        scope["student"], [scope["focal"], scope["CrossEntropy"]()], optimizer=scope["optimizer"], inner="mirror"
+    )
+    with balancer.problem(scope["train"][:3], scope["meta"], torch.float64) as problem:
+        found, known = scope["Textbook"]()(problem), metakd.estimators.Adjoint()(problem)
+        short = scope["Clipped"](metakd.estimators.Adjoint(), norm=1e-5)(problem).gradient
+    torch.testing.assert_close(found.gradient, known.gradient, rtol=1e-9, atol=1e-14)
+    length = torch.cat([g.flatten() for g in short.values()]).norm()
+    assert length.item() == pytest.approx(1e-5)
+
+
+def test_the_checks_say_what_the_page_says(page):
+    scope, _, said = page
+    assert said.count("exact: the largest relative error") == 3
+    assert said.count("a stop-gradient") == said.count("relative error") - 3 > 0
+    assert max(scope["found"].relative_error.values()) > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "code", "words"), broken_parts())
+def test_a_broken_part_gets_the_error_of_the_page(page, kind, code, words):
+    scope, *_ = page
+    part = eval(code, scope)
+    terms = {"hard": scope["CrossEntropy"](), "own": part if kind == "term" else scope["SoftTarget"]()}
+    options = {} if kind == "term" else {ARGUMENTS[kind]: part}
+    with pytest.raises(MetaKDError) as caught:
+        BilevelLossBalancer(scope["student"], terms, optimizer=scope["optimizer"], teacher=scope["teacher"], **options)(
+            scope["train"][0], scope["meta"]
+        )
+    assert words in str(caught.value)
+
+
+def test_there_are_broken_parts_of_every_kind():
+    assert {part.values[0] for part in broken_parts()} == {"term", *ARGUMENTS}
