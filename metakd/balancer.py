@@ -377,8 +377,8 @@ class BilevelLossBalancer:
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
             raise MetaKDError(
-                f"{type(self.weighting).__name__} has no trainable parameters, so no hypergradient can be taken in "
-                "them; call the balancer itself, one batch at a time"
+                f"{type(self.weighting).__name__} has no trainable parameters, so meta_step, windows and "
+                "check_hypergradient have nothing to learn; call the balancer itself, one batch at a time"
             )
         objective.materialise()
         phi = {name: objective.student.cast(p.detach()) for name, p in self._step.params().items()}

@@ -74,11 +74,14 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
                 f"{list(Batch._fields)}: rename or drop them, or pass batch_fn="
             )
         return Batch(**item)
-    target_keys = [key for key in _TARGET_KEYS if key in item]
+    keys, target_keys = list(item), [key for key in _TARGET_KEYS if key in item]
     targets = item.pop(target_keys[0]) if target_keys else None
     index, teacher = item.pop("index", None), item.pop("teacher", None)
     if not item:
-        raise MetaKDError("the mapping from the loader holds no inputs for the student; add a key 'inputs'")
+        raise MetaKDError(
+            f"the mapping from the loader holds no inputs for the student, only the keys {keys}; add a key 'inputs', "
+            "or the student's keyword arguments"
+        )
     return Batch(item, targets, teacher, index)
 
 

@@ -109,9 +109,10 @@ def check_hypergradient(
         with inner.problem(outer, params, torch.float64) as problem:
             return _compare(problem, estimator or inner.estimator, directions, tolerance, seed)
     if meta_params is None or batches is None or optimizer is None:
+        given = {"meta_params": meta_params, "batches": batches, "optimizer": optimizer}
         raise MetaKDError(
-            "check_hypergradient takes (inner, outer, params, meta_params, batches, optimizer=...) "
-            "as hypergradient does, or (balancer, batches, meta_batch)"
+            f"check_hypergradient of two functions lacks {[name for name, value in given.items() if value is None]}; "
+            "call it as (inner, outer, params, meta_params, batches, optimizer=...) or (balancer, batches, meta_batch)"
         )
     theta, phi, data, state, outer_data = (
         map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state, outer_batches)

@@ -65,16 +65,17 @@ def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Modul
     for name in ("calls", "pending_count"):
         if type(saved[name]) is not int or saved[name] < 0:
             raise MetaKDError(
-                f"{where}'s {name!r} is {saved[name]!r} in the saved state, not a number of calls; {CURE}"
+                f"{where}'s {name!r} is {saved[name]!r} in the saved state, not a number of calls; {DAMAGED}"
             )
     if (saved["pending_count"] == 0) != (pending == {}):
-        raise MetaKDError(f"{where}'s 'pending' does not hold the {saved['pending_count']} that were counted; {CURE}")
+        raise MetaKDError(
+            f"{where}'s 'pending' does not hold the {saved['pending_count']} hypergradients that were counted in the "
+            f"saved state; {DAMAGED}"
+        )
     for part in ("weighting", "pending"):
         for name, value in saved[part].items():
             if isinstance(value, Tensor) and value.isnan().any() and not weights[name].isnan().any():
-                raise MetaKDError(
-                    f"{where}'s '{part}.{name}' holds NaN in the saved state, which must be damaged; {CURE}"
-                )
+                raise MetaKDError(f"{where}'s '{part}.{name}' holds NaN in the saved state; {DAMAGED}")
 
 
 def check_kind(saved: Any, own: Any, what: str) -> None:
@@ -145,3 +146,4 @@ def _alike(saved: Any, own: Any) -> bool:
 
 
 CURE = "build the same parts with the same settings as when it was saved"
+DAMAGED = "it must be damaged: load an earlier one"

@@ -58,9 +58,10 @@ def blamed(what: str) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError:
         raise
+    except MetaKDError as error:
+        raise MetaKDError(f"{what}: {error}") from error
     except Exception as error:
-        words = f": {error}" if isinstance(error, MetaKDError) else f" raised {type(error).__name__}: {error}"
-        raise MetaKDError(f"{what}{words}") from error
+        raise MetaKDError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
 _CURES = {

@@ -65,7 +65,10 @@ class History:
         """
         losses, weights, influence = report.losses, report.weights, report.influence
         if weights.shape[1] != len(self.terms):
-            raise MetaKDError(f"the report has {weights.shape[1]} terms, the history {self.terms}; build it anew")
+            raise MetaKDError(
+                f"the report has {weights.shape[1]} terms, the History {len(self.terms)}: {list(self.terms)}; build it "
+                "as History(balancer.terms)"
+            )
         rows = self._rows(targets, losses)
         if self._samples.device != losses.device:
             self._samples, self._calls = self._samples.to(losses.device), self._calls.to(losses.device)
@@ -129,7 +132,9 @@ class History:
         """
         own = self.state_dict()
         if missing := own.keys() - state.keys():
-            raise MetaKDError(f"this is no state of a History: it lacks {sorted(missing)}")
+            raise MetaKDError(
+                f"this is no state of a History: it lacks {sorted(missing)}; give what state_dict() returned"
+            )
         for key, here in (("terms", list(self.terms)), ("samples", self._samples.shape), ("calls", self._calls.shape)):
             saved = list(state[key]) if key == "terms" else getattr(state[key], "shape", None)
             if saved != here:

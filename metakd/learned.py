@@ -44,6 +44,9 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
         balancer: with a weight model that answers to features; one that has no parameters has learned nothing.
         batches: labelled samples, as the loader yields them; best without augmentation.
 
+    Returns:
+        Targets, features and weights of all samples, on the CPU.
+
     Raises:
         MetaKDError: there is no batch, or a batch without integer labels (B,).
 
@@ -61,7 +64,9 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
         for item in batches:
             features, batch, weights = seen_and_answered(balancer, item)
             if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
-                raise MetaKDError("weights are read by class, so every batch needs labels of shape (B,)")
+                raise MetaKDError(
+                    "weights are read by class, so every batch needs labels of shape (B,): give (inputs, targets)"
+                )
             found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
     if not found:
         raise MetaKDError("there is no batch to read weights of; give the training batches, not an iterator at its end")

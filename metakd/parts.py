@@ -24,10 +24,15 @@ def check_parts(student: nn.Module, optimizer: torch.optim.Optimizer, estimator:
         ...
         metakd.errors.MetaKDError: estimator must be an object such as estimators.OneStep(), got <class ...>
     """
-    if not isinstance(student, nn.Module) or not any(p.requires_grad for p in student.parameters()):
-        raise MetaKDError("student must be an nn.Module with a trainable parameter (requires_grad_(True))")
+    if not isinstance(student, nn.Module):
+        raise MetaKDError(f"student must be an nn.Module with a trainable parameter, got {type(student).__name__}")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise MetaKDError("the student has no trainable parameter; call requires_grad_(True) on those to train")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise MetaKDError(f"optimizer must be the student's torch optimizer, got {type(optimizer).__name__}")
+        raise MetaKDError(
+            f"optimizer must be the student's torch optimizer, got {type(optimizer).__name__}; pass the one whose "
+            "step() trains the student, such as torch.optim.SGD(student.parameters(), lr=0.1)"
+        )
     if isinstance(estimator, str | type) or not callable(estimator):
         raise MetaKDError(f"estimator must be an object such as estimators.OneStep(), got {estimator!r}")
 

@@ -42,7 +42,9 @@ def read_batch(
     with blamed(f"reading {what}"):
         batch = item if isinstance(item, Batch) else batch_fn(item)
     if not isinstance(batch, Batch):
-        raise MetaKDError(f"batch_fn must return a metakd.Batch, got {type(batch).__name__}")
+        raise MetaKDError(
+            f"batch_fn must return a metakd.Batch, got {type(batch).__name__}; write Batch(inputs, targets)"
+        )
     batch_size(batch, what)
     if teacher is None or batch.teacher is not None or not getattr(needed_by, "uses_teacher", True):
         return batch

@@ -20,6 +20,17 @@ class Report:
             model without parameters); None where none was taken.
         skipped: why a hypergradient that was asked for was not taken: the learning rate is 0, or float16 overflowed.
             The weight model has not moved then.
+
+    Example:
+        >>> import torch
+        >>> from metakd import BilevelLossBalancer, terms
+        >>> student = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> balancer = BilevelLossBalancer(student, {"hard": terms.CrossEntropy()}, optimizer=optimizer)
+        >>> batch = (torch.randn(8, 4), torch.randint(3, (8,)))
+        >>> loss = balancer(batch, batch)
+        >>> balancer.report.weights.shape, balancer.report.influence.shape, balancer.report.skipped
+        (torch.Size([8, 1]), torch.Size([8, 1]), None)
     """
 
     losses: Tensor

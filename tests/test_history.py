@@ -170,7 +170,7 @@ def test_reading_a_report_computes_nothing():
     [
         (lambda: History(TERMS, points=5), "points is 5, it must be even"),
         (lambda: History(TERMS, classes=-1), "classes is -1"),
-        (lambda: fed(History(["hard"]), reports(1)), r"the report has 2 terms, the history \('hard',\)"),
+        (lambda: fed(History(["hard"]), reports(1)), r"the report has 2 terms, the History 1: \['hard'\]"),
         (lambda: History(TERMS, 3).add(reports(1)[0][0]), "needs the labels of the step .* got None"),
         (lambda: fed(History(TERMS), reports(1)).over_time("weight"), "has no 'weight'; it has weights, losses"),
         (lambda: fed(History(TERMS), reports(1)).by_class(), r"knows the classes \[\].*classes=C"),

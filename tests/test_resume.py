@@ -2,7 +2,6 @@
 is refused by name."""
 
 import copy
-import re
 import runpy
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from torch import nn
 from metakd import BilevelLossBalancer, MetaKDError, estimators, weighting
 from metakd.rng import RngState
 from metakd.terms import CrossEntropy, SoftTarget
+from tests.docs.pages import execute
 from tests.test_no_trace import assert_same
 
 STEPS, CUT = 10, 5
@@ -180,11 +180,8 @@ def test_the_example_goes_on_after_ctrl_c(tmp_path, monkeypatch, capsys):
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    scope = {}
-    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(block, "docs/resume.md", "exec"), scope)
+    execute("docs/resume.md", {})
     assert Path("runs/mine.pt").exists()
     assert "skipped: term 'cross_entropy' is nan for sample 0 of the batch" in capsys.readouterr().out
 
@@ -246,7 +243,7 @@ DAMAGES = {
         lambda s: s["weighting"]["layers.0.bias"].fill_(torch.nan), r"'weighting.layers.0.bias' holds NaN"
     ),
     "NaN pending": (lambda s: s["pending"]["layers.0.bias"].fill_(torch.nan), r"'pending.layers.0.bias' holds NaN"),
-    "count without pending": (lambda s: s.update(pending={}), r"'pending' does not hold the 1 that were counted"),
+    "count without pending": (lambda s: s.update(pending={}), r"'pending' does not hold the 1 hypergradients"),
     "count below zero": (lambda s: s.update(pending_count=-1), r"'pending_count' is -1"),
     "a bool for a number": (lambda s: s.update(calls=True), r"'calls' is True"),
     "half of the moments": (

@@ -76,7 +76,7 @@ def diagnose(
             meta = endless(meta_batches)
             visits = [examine(balancer, batch, next(meta), devices) for batch in islice(batches, number)]
             if len(visits) < 2:
-                raise MetaKDError(f"diagnose needs two batches to tell signal from noise, got {len(visits)}")
+                raise MetaKDError(f"diagnose needs two batches to tell signal from noise, got {len(visits)}; give more")
             numbers = summarised(balancer, visits, twin, None if previous is None else previous.parameters)
     finally:
         generators.restore()

@@ -19,6 +19,17 @@ class Diagnosis:
         numbers: all that was measured.
         parameters: the weight model's, copied, for a later diagnosis to compare with.
         findings: what is to be said about the numbers, each with its cure, the most important first.
+
+    Example:
+        >>> import torch
+        >>> from metakd import BilevelLossBalancer, diagnose, terms
+        >>> student = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> balancer = BilevelLossBalancer(student, {"hard": terms.CrossEntropy()}, optimizer=optimizer)
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(4)]
+        >>> diagnosis = diagnose(balancer, batches, batches)
+        >>> diagnosis.numbers.batches, diagnosis.learned
+        (4, 'A constant mixture, ...')
     """
 
     numbers: Numbers

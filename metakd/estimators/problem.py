@@ -33,6 +33,14 @@ class Hypergradient(NamedTuple):
         gradient: its gradient in the meta-parameters, a dict like them.
         params: theta_K, the parameters after the inner steps.
         optimizer_state: the inner optimizer's state after them.
+
+    Example:
+        >>> import torchopt
+        >>> from metakd import hypergradient
+        >>> inner, outer = lambda p, m, batch: m["w"] * p["x"] ** 2, lambda p, m: p["x"] ** 2
+        >>> start = {"x": torch.tensor(1.0)}, {"w": torch.tensor(0.5)}
+        >>> hypergradient(inner, outer, *start, [None], optimizer=torchopt.sgd(lr=0.1)).gradient
+        {'w': tensor(-0.3600)}
     """
 
     outer_loss: Tensor
@@ -61,6 +69,14 @@ class Problem:
             its model has no forward-mode derivatives. It lives as long as its owner wants.
         mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
             the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
+
+    Example:
+        >>> import torchopt
+        >>> sgd, start = torchopt.sgd(lr=0.1), {"x": torch.tensor(1.0)}
+        >>> problem = Problem(lambda p, m, batch: m["w"] * p["x"] ** 2, [lambda p, m: p["x"]], start,
+        ...                   {"w": torch.tensor(0.5)}, [None], lambda m: sgd, sgd.init(start))
+        >>> problem.sweep()[0]
+        {'x': tensor(0.9000)}
     """
 
     inner: Inner

@@ -20,6 +20,9 @@ def inner_optimizer(
         optimizer: the student's own torch optimizer.
         params: the student's trainable parameters, the very tensors the optimizer holds.
 
+    Returns:
+        The optimizer and the state it starts from.
+
     Raises:
         MetaKDError: another choice, or an optimizer that does not hold `params` or cannot be mirrored.
 

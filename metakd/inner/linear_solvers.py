@@ -25,6 +25,9 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float)
         steps: the most iterations.
         damping: added to the diagonal.
 
+    Returns:
+        x, (N,).
+
     Raises:
         MetaKDError: A + damping I is not positive definite along a direction that the solver met.
 
@@ -60,6 +63,9 @@ def neumann_series(matvec: MatVec, b: Tensor, *, steps: int, damping: float, ste
         steps: products with A.
         damping: added to the diagonal.
         step_size: a; None for one over the norm of A + damping I, by a few more products (power iteration from b).
+
+    Returns:
+        The sum, (N,).
 
     Raises:
         MetaKDError: the series diverges.

@@ -22,7 +22,18 @@ SUPPORTED = (
 
 
 class InnerOptimizer(NamedTuple):
-    """A differentiable optimizer and the state it starts from."""
+    """A differentiable optimizer and the state it starts from.
+
+    Attributes:
+        transformation: its `init` and `update`, as TorchOpt has them.
+        state: of the parameters it was built for.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> transformation, state = mirror(torch.optim.SGD([w], lr=0.5, momentum=0.9), {"w": w})
+        >>> transformation.update({"w": torch.ones(2)}, state, params={"w": w})[0]
+        {'w': tensor([-0.5000, -0.5000])}
+    """
 
     transformation: GradientTransformation
     state: Any
@@ -36,6 +47,9 @@ def plain_sgd(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimize
     Args:
         optimizer: the student's own optimizer; read, never written.
         params: the student's trainable parameters, the very tensors the optimizer holds.
+
+    Returns:
+        The optimizer; its state is empty.
 
     Raises:
         MetaKDError: the optimizer does not hold all of `params`.
@@ -61,6 +75,9 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
     Args:
         optimizer: the student's own optimizer; read, never written.
         params: the student's trainable parameters, the very tensors the optimizer holds.
+
+    Returns:
+        The optimizer, and the present state of `optimizer`, copied.
 
     Raises:
         MetaKDError: another optimizer, an unsupported flag, or an optimizer that does not hold all of `params`.

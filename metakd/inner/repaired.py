@@ -30,6 +30,12 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
     `clip_grad_norm` (the clip factor was a constant to autograd), wherever they stand in a chain. In all other
     transformations a gradient of None counts as zero for the state and gives no update.
 
+    Args:
+        transformation: TorchOpt's, or a chain of such.
+
+    Returns:
+        The mended one; one that needs no repair comes back as it is.
+
     Example:
         >>> import torchopt
         >>> from metakd.inner import apply
@@ -56,7 +62,21 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
 
 
 def own(transformation: GradientTransformation) -> GradientTransformation:
-    """Mark a transformation as one that needs no repair and understands gradients of None."""
+    """Mark a transformation as one that needs no repair and understands gradients of None.
+
+    Args:
+        transformation: of your own; `update` gets None for a parameter without a gradient, and answers None.
+
+    Returns:
+        The same transformation.
+
+    Example:
+        >>> def update(gradients, state, *, params=None, inplace=True):
+        ...     return {name: None if g is None else -0.1 * g.sign() for name, g in gradients.items()}, state
+        >>> signs = own(GradientTransformation(lambda params: (), update))
+        >>> repaired(signs) is signs
+        True
+    """
     transformation.update._metakd_own = True  # type: ignore[attr-defined]
     return transformation
 

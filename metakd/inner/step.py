@@ -7,6 +7,8 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 Params = dict[str, Tensor]
+"""Tensors by name: parameters, or meta-parameters."""
+
 Gradients = Mapping[str, Tensor | None]
 
 
@@ -14,6 +16,15 @@ def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, p
     """One step, differentiable in gradients, state and parameters: theta' = theta + update(g, state, theta).
 
     A parameter whose gradient is None keeps its value and its state, as in torch.optim.
+
+    Args:
+        optimizer: the inner optimizer.
+        gradients: of the inner loss, by the names of the parameters.
+        state: the optimizer's.
+        params: theta.
+
+    Returns:
+        theta' and the new state.
 
     Example:
         >>> import torch, torchopt

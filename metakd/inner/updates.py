@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from metakd.errors import MetaKDError
+
 Gradients = Sequence[Tensor | None]
 
 
@@ -99,7 +101,10 @@ def clip_norm(
     norms = torch.stack([torch.linalg.vector_norm(g, norm_type).to(present[0].device) for g in present])
     norm = torch.linalg.vector_norm(norms, norm_type)
     if error_if_nonfinite and not bool(norm.isfinite()):
-        raise RuntimeError(f"the gradients' norm of order {norm_type} is {norm.item()}, so it cannot be clipped")
+        raise MetaKDError(
+            f"the gradients of an inner step cannot be clipped: their norm of order {norm_type} is {norm.item()}; "
+            "lower the learning rate, or look for invalid inputs in its batch"
+        )
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [None if g is None else g * factor.to(g) for g in gradients]
 

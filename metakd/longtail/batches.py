@@ -27,6 +27,13 @@ class Batches:
         batch_size: images a batch; the last incomplete one is dropped unless there is no other.
         seed: of the order and of the augmentation.
         stream: tells loaders of the same seed apart.
+
+    Example:
+        >>> from metakd.longtail import load_images
+        >>> train = LongTailed.cut(load_images("digits"), 20, batch_size=32, validation_per_class=10).train
+        >>> inputs, targets, index = next(train.epoch(0))
+        >>> len(train), inputs.shape, torch.equal(train.targets[index], targets)
+        (11, torch.Size([32, 1, 8, 8]), True)
     """
 
     images: Tensor
@@ -75,6 +82,14 @@ class LongTailed:
         classes: class names.
         title: the data in a word or two.
         name: the data in words.
+
+    Example:
+        >>> from metakd.longtail import load_images
+        >>> data = LongTailed.cut(load_images("digits"), 20, batch_size=32, validation_per_class=10)
+        >>> for batch, meta in zip(data.train.epoch(0), data.validation.endless(0)):
+        ...     pass  # a step on (inputs, targets, index)
+        >>> len(meta[1])
+        32
     """
 
     train: Batches

@@ -15,6 +15,7 @@ from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
+"""What `load_images` can load."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Images:
         scale: the largest raw value.
         padding: random shifts in pixels that suit these images.
         flip: whether these images may be mirrored.
+
+    Example:
+        >>> images = load_images("digits")
+        >>> images.train.dtype, images.scale, images.classes[:3]
+        (torch.uint8, 16.0, ('0', '1', '2'))
     """
 
     title: str
@@ -56,6 +62,9 @@ def load_images(dataset: str, root: str | Path | None = None, *, size: int = 32)
             (a tree ``train/<class>/*``, ``test/<class>/*`` of pictures).
         root: folder of the data; default for CIFAR: ``data``.
         size: height and width to which a folder's pictures are brought.
+
+    Returns:
+        Training and test images, raw.
 
     Raises:
         MetaKDError: the data are not there and could not be downloaded, or the tree is not as described.
@@ -138,7 +147,7 @@ def _folder(root: Path, size: int) -> Images:
     if classes != test_classes:
         raise MetaKDError(
             f"the folders below train and test in {root} differ: {sorted(set(classes) ^ set(test_classes))} "
-            "are in one of them only"
+            "are in one of them only; give both the same classes"
         )
     return Images(root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets)
 

@@ -25,6 +25,11 @@ class Groups(NamedTuple):
         many: classes with many training images.
         medium: classes in between.
         few: classes with few training images.
+
+    Example:
+        >>> groups = group_classes([300, 200, 60, 40, 9, 8])
+        >>> groups.rule, groups.medium
+        ('many: over 100 training images, medium: 20 to 100, few: under 20', (2, 3))
     """
 
     rule: str
@@ -42,6 +47,9 @@ def group_classes(counts: Sequence[int]) -> Groups:
 
     Args:
         counts: training images per class.
+
+    Returns:
+        The groups, and the rule by which they were made.
 
     Raises:
         MetaKDError: there are fewer than three classes.
@@ -72,6 +80,12 @@ class Scores(NamedTuple):
         per_class: accuracy of every class.
         loss: mean cross-entropy.
         ece: expected calibration error of the predicted class over 15 bins of confidence (Guo et al., 2017).
+
+    Example:
+        >>> batches = [(torch.eye(3), torch.tensor([0, 1, 0]), torch.arange(3))]
+        >>> scores = evaluate(nn.Identity(), batches, Groups("by hand", (0,), (1,), (2,)))
+        >>> scores.many, scores.per_class
+        (50.0, (50.0, 100.0, 0.0))
     """
 
     overall: float
@@ -97,6 +111,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
 
     Raises:
         MetaKDError: torchmetrics is not installed.
+
+    Example:
+        >>> batches = [(torch.eye(3), torch.arange(3), torch.arange(3))]
+        >>> evaluate(nn.Identity(), batches, Groups("by hand", (0,), (1,), (2,))).overall
+        100.0
     """
     with contextlib.suppress(MetaKDError):
         import_torchvision()  # torchmetrics imports it where it is installed, and would meet its failure

@@ -60,11 +60,11 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, widths: Sequence[int], classes: int, channels: int = 3, stride: int = 1) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise MetaKDError(f"A CIFAR ResNet has 6n + 2 layers (8, 14, 20, 26, 32, ...), not {depth}.")
+            raise MetaKDError(f"depth is {depth}, a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 26, 32, ...")
         if len(widths) != 4:
-            raise MetaKDError(f"A CIFAR ResNet has four widths (stem and three stages), not {len(widths)}.")
+            raise MetaKDError(f"a CIFAR ResNet has four widths, of the stem and of three stages, got {len(widths)}")
         if stride < 1:
-            raise MetaKDError(f"The stem's stride is {stride}; it must be at least 1.")
+            raise MetaKDError(f"stride is {stride}, the stem's must be at least 1")
         stem, *stages = widths
         blocks: list[nn.Module] = []
         inputs = stem
@@ -124,6 +124,9 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
         channels: channels of the images.
         size: height and width of the images (perceptrons only).
 
+    Returns:
+        The network, (B, channels, size, size) images to (B, classes) logits.
+
     Raises:
         MetaKDError: if there is no such network.
 
@@ -140,4 +143,4 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
         return mlp([int(width) for width in found[1].split("-")], classes, channels * size * size)
     if found := re.fullmatch(r"convnet(\d+)", name):
         return convnet(int(found[1]), classes, channels)
-    raise MetaKDError(f"There is no network named {name!r}. There are: {_NAMES}.")
+    raise MetaKDError(f"there is no network named {name!r}; there are: {_NAMES}")

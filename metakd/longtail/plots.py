@@ -31,6 +31,14 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path
 
     Returns:
         The figure, also written to ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> history = [{"epoch": 1, "train_loss": 0.9, "test_loss": 0.8, "test_accuracy": 70.0}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = training_curves({"ce": history}, Path(folder) / "curves.png", title="Training")
+        >>> [panel.get_ylabel() for panel in figure.axes]
+        ['training loss (as weighted)', 'test cross-entropy (nats)', 'test accuracy (%)']
     """
     figure, axes = new_figure(1, 3, (11, 4), title)
     panels = (
@@ -71,6 +79,14 @@ def class_accuracy(
 
     Returns:
         The figure, also written to ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "accuracy.png"
+        ...     figure = class_accuracy({"kd": [90.0, 70.0]}, [40, 5], ["cat", "dog"], path, title="Accuracy")
+        >>> [line.get_label() for line in figure.axes[1].get_lines()]
+        ['KD']
     """
     figure, axes = new_figure(2, 1, (9.5, 5.4), title, height_ratios=(1, 2.6), sharex=True)
     draw_counts(axes[0][0], counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -32,6 +33,10 @@ class Run(NamedTuple):
         history: one entry an epoch; ``seconds`` of training, ``train_loss``, and where it was evaluated
             ``test_loss``, ``test_accuracy`` and ``validation_accuracy``.
         scores: test scores after the last epoch.
+
+    Example:
+        >>> Run([{"seconds": 1.5}, {"seconds": 1.0}], Scores(90.0, 95.0, 90.0, 85.0, (), 0.3, 2.0)).seconds
+        2.5
     """
 
     history: list[dict[str, Any]]
@@ -44,13 +49,19 @@ class Run(NamedTuple):
 
 
 def provenance() -> dict[str, Any]:
-    """The command, and the versions and hardware that may change a number."""
+    """The command, and the versions and hardware that may change a number.
+
+    Returns:
+        Plain numbers and texts, fit for JSON.
+
+    Example:
+        >>> sorted(provenance())
+        ['command', 'hardware', 'threads', 'versions']
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions,
@@ -82,6 +93,14 @@ def write_report(
 
     Returns:
         The files written.
+
+    Example:
+        >>> import tempfile
+        >>> from metakd.longtail import load_images
+        >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in write_report(Path(folder), {}, data, arguments={"seed": 0})]
+        ['results.json']
     """
     groups = group_classes(data.counts)
     record = provenance() | {
@@ -127,13 +146,26 @@ def write_report(
             title=f"Learned weights by loss: {title}",
             path=figure("weights_by_loss.png"),
         )
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(written[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(written[0], lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     return written
 
 
 def summary(runs: Mapping[str, Run], data: LongTailed) -> str:
-    """The table of a run: overall, many, medium and few accuracy, and the seconds of training."""
+    """The table of a run: overall, many, medium and few accuracy, and the seconds of training.
+
+    Args:
+        runs: name -> run.
+        data: what was trained on.
+
+    Returns:
+        The title, the table and the rule of the groups, as text.
+
+    Example:
+        >>> from metakd.longtail import load_images
+        >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
+        >>> summary({"ce": Run([{"seconds": 1.5}], Scores(90.0, 95.0, 90.0, 85.0, (), 0.3, 2.0))}, data).splitlines()[3]
+        'ce    90.00   95.00   90.00   85.00     1.50'
+    """
     rows = {
         name: {column: getattr(run.scores, column) for column in _COLUMNS} | {"seconds": run.seconds}
         for name, run in runs.items()
@@ -149,6 +181,9 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
     Args:
         rows: name -> column -> number; all rows with the same columns.
+
+    Returns:
+        Its lines, the header first.
 
     Example:
         >>> print(table({"ce": {"overall": 80.0, "few": 61.234}, "bikd": {"overall": 82.1, "few": 70.0}}))

@@ -18,6 +18,11 @@ class Split(NamedTuple):
         train: (N,) long tensor, long-tailed; classes in order.
         validation: (C * validation_per_class,) long tensor, balanced; disjoint from ``train``.
         counts: training images per class, in class order.
+
+    Example:
+        >>> train, validation, counts = long_tailed_split(torch.arange(40) % 2, 4, validation_per_class=4)
+        >>> len(train), len(validation), counts
+        (20, 8, (16, 4))
     """
 
     train: Tensor
@@ -35,6 +40,9 @@ def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
         classes: number of classes C.
         n_max: images of the largest class.
         imbalance: largest class over smallest class, at least 1.
+
+    Returns:
+        The counts, from the largest class to the smallest.
 
     Raises:
         MetaKDError: if an argument is out of range, or the smallest class would be left without an image.
@@ -103,6 +111,9 @@ def long_tailed_split(
         validation_per_class: validation images per class.
         n_max: training images of the largest class; default: as many as the classes allow.
         seed: which images are chosen.
+
+    Returns:
+        Positions of training and validation images, and the training images per class.
 
     Raises:
         MetaKDError: if a class has too few images, a label is missing, or the imbalance is below 1.

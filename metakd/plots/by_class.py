@@ -51,6 +51,9 @@ def weights_by_class(
         axes: to draw in.
         path: the picture to write.
 
+    Returns:
+        The figure.
+
     Raises:
         MetaKDError: numbers and names that do not fit, or matplotlib is missing.
 
@@ -89,6 +92,9 @@ def influence_by_class(
         axes: to draw in.
         path: the picture to write.
 
+    Returns:
+        The figure.
+
     Raises:
         MetaKDError: numbers and names that do not fit, or matplotlib is missing.
 
@@ -122,8 +128,8 @@ def _by_class(
     known = int(means.isfinite().sum())
     if not known or list(means.shape) * 2 != [sizes[key] for key in ("classes", "terms", "counts", "terms")]:
         raise MetaKDError(
-            f"{quantity} by class must be (classes, terms), with a name for each and a count a class; here are "
-            f"{tuple(means.shape)} numbers, {known} of them known, beside {sizes}. A History must be fed first"
+            f"{quantity} by class needs numbers of shape (classes, terms), got {tuple(means.shape)}, {known} of them "
+            f"known, beside {sizes}; give a name for each class and term and a count a class, and feed a History first"
         )
     if counts is None or axes is not None:
         figure, (panel,) = panels(axes, 1, (9.5, 4.2), title)

@@ -50,6 +50,9 @@ def weights_by_loss(
         axes: to draw in; with two features one a term.
         path: the picture to write.
 
+    Returns:
+        The figure.
+
     Raises:
         MetaKDError: the weight model sees more than two features, or what they are is not known; a model that looks at
             more than the features; numbers and names that do not fit; matplotlib is missing.
@@ -81,7 +84,9 @@ def weights_by_loss(
     weights = _evaluated(model, points)
     names = list(terms if terms is not None else [f"{k + 1}." for k in range(weights.shape[1])])
     if len(names) != weights.shape[1]:
-        raise MetaKDError(f"the weight model answers with {weights.shape[1]} weights a sample, terms are {names}")
+        raise MetaKDError(
+            f"the weight model answers with {weights.shape[1]} weights a sample, terms are {names}; name each"
+        )
     if width == 1:
         figure, (panel,) = panels(axes, 1, (7, 4.2), title)
         _lines(panel, grid[:, 0], weights, names)

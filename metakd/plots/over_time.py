@@ -39,6 +39,9 @@ def weights_over_time(
         axes: to draw in; with groups one a term.
         path: the picture to write.
 
+    Returns:
+        The figure.
+
     Raises:
         MetaKDError: the history is empty, or does not know the classes; matplotlib is missing.
 
@@ -70,6 +73,9 @@ def influence_over_time(
         axes: to draw in; with groups one a term.
         path: the picture to write.
 
+    Returns:
+        The figure.
+
     Raises:
         MetaKDError: no step of the history has an influence, or it does not know the classes; matplotlib is missing.
 
@@ -98,6 +104,9 @@ def meta_loss_over_time(
         title: above the figure.
         axes: two, to draw in.
         path: the picture to write.
+
+    Returns:
+        The figure.
 
     Raises:
         MetaKDError: no step of the history has a hypergradient; matplotlib is missing.

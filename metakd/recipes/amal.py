@@ -51,6 +51,9 @@ def amal(
             `estimators.OneStep`. None for all.
         options: other arguments of `BilevelLossBalancer`.
 
+    Returns:
+        The balancer, to be called in the loop.
+
     Raises:
         MetaKDError: see `BilevelLossBalancer`, `SampleTable` and `OneStep`; also an option that the recipe decides.
 

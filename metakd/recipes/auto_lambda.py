@@ -44,6 +44,9 @@ def auto_lambda(
         lr: of the weights.
         options: other arguments of `BilevelLossBalancer`.
 
+    Returns:
+        The balancer, to be called in the loop.
+
     Raises:
         MetaKDError: `primary` names no term; see also `BilevelLossBalancer`; also an option that the recipe decides.
 

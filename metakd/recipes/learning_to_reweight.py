@@ -37,6 +37,9 @@ def learning_to_reweight(
         terms: default cross-entropy alone.
         options: other arguments of `BilevelLossBalancer`.
 
+    Returns:
+        The balancer, to be called in the loop.
+
     Raises:
         MetaKDError: see `BilevelLossBalancer`; also an option that the recipe decides.
 

@@ -43,6 +43,9 @@ def meta_weight_net(
         lr: of the MLP.
         options: other arguments of `BilevelLossBalancer`.
 
+    Returns:
+        The balancer, to be called in the loop.
+
     Raises:
         MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
 

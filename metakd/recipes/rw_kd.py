@@ -43,6 +43,9 @@ def rw_kd(
         temperature: T.
         options: other arguments of `BilevelLossBalancer`.
 
+    Returns:
+        The balancer, to be called in the loop.
+
     Raises:
         MetaKDError: see `BilevelLossBalancer`; also an option that the recipe decides.
 

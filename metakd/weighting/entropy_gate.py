@@ -18,6 +18,14 @@ def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
 
     `H(p) = -sum_c p_c log p_c`. Shapes: outputs and `batch.teacher` `(B, C)`, result `(B, 2)`, the student first.
 
+    Args:
+        losses: not looked at.
+        outputs: the student's logits.
+        batch: with the teacher's.
+
+    Returns:
+        The entropies.
+
     Raises:
         MetaKDError: outputs that are no logits, or the teacher's missing or of another shape.
 

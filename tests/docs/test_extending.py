@@ -3,17 +3,15 @@
 import re
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import pytest
 import torch
 
 import metakd
 from metakd import BilevelLossBalancer, MetaKDError
+from tests.docs.pages import execute, text_of
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = text_of("docs/extending.md")
 ARGUMENTS = {"weight model": "weighting", "features": "features", "inner": "inner", "estimator": "estimator"}
 
 
@@ -30,11 +28,9 @@ def broken_parts():
 @pytest.fixture(scope="module")
 def setting():
     """What the README's example leaves behind."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     torch.manual_seed(0)
     scope = {name: getattr(metakd, name) for name in ("MetaKDError", "check_hypergradient", "validate", "estimators")}
-    exec(compile(example, "README.md", "exec"), scope)
+    execute("README.md", scope)
     return scope
 
 
@@ -42,11 +38,13 @@ def setting():
 def page(setting):
     """What the page's code leaves behind, every balancer of it, and what it printed."""
     scope, balancers, said = dict(setting), [], StringIO()
+
+    def collect(scope):
+        if scope["balancer"] not in [*balancers, setting["balancer"]]:
+            balancers.append(scope["balancer"])
+
     with redirect_stdout(said):
-        for block in BLOCKS:
-            exec(compile(block, "docs/extending.md", "exec"), scope)
-            if scope["balancer"] not in [*balancers, setting["balancer"]]:
-                balancers.append(scope["balancer"])
+        execute("docs/extending.md", scope, after=collect)
     return scope, balancers, said.getvalue()
 
 

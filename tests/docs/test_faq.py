@@ -2,12 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+from tests.docs.pages import ROOT, run_page, text_of
+
+PAGE = text_of("docs/faq.md")
 SECTIONS = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
 PROOFS = sorted(set(re.findall(r"`(tests/[^`]+)`", PAGE)))
 
@@ -36,12 +36,7 @@ def test_the_named_test_is_there(proof):
 
 
 def test_the_code_runs(capsys):
-    (setting,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    scope = {}
-    exec(compile(setting, "README.md", "exec"), scope)
-    for question, text in SECTIONS.items():
-        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            exec(compile(block, f"docs/faq.md: {question}", "exec"), scope)
+    scope = run_page("docs/faq.md")
     assert "Is it learning?" in capsys.readouterr().out
     assert len(scope["figure"].axes) >= 2
     assert scope["balancer"].report.influence.shape == (16, 2)

@@ -133,7 +133,7 @@ def test_forward_mode_says_what_it_cannot_do():
         weighting=weighting.ClassTable(3, 1).double(),
         estimator=estimators.Adjoint("forward"),
     )
-    with pytest.raises(MetaKDError, match=r"silu_backward.*Adjoint\(\)"):
+    with pytest.raises(MetaKDError, match=r"silu_backward.*Adjoint\(mode='reverse'\)"):
         balancer.meta_step([batch] * 3, meta_batch)
 
 

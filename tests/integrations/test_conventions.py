@@ -1,8 +1,6 @@
 """What packages expect of a part of a loop, and what they do to the other parts."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,11 +82,3 @@ def test_a_wrapped_optimizer_is_mirrored():
     with pytest.raises(MetaKDError, match="cannot follow RMSprop"):
         other = Wrapped(torch.optim.RMSprop(student.parameters()))
         BilevelLossBalancer(student, balancer.terms, optimizer=other, inner="mirror")
-
-
-def test_the_code_in_the_docs_is_that_of_the_examples():
-    root = Path(__file__).parents[2]
-    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/integrations.md").read_text(encoding="utf-8"), re.DOTALL)
-    names = ["accelerate_loop.py", "accelerate_loop.py", "lightning_module.py", "huggingface_trainer.py"]
-    for name, block in zip(names, blocks, strict=True):
-        assert block in (root / "examples" / name).read_text(encoding="utf-8"), name

@@ -168,8 +168,8 @@ def test_a_balancer_names_terms_and_features_and_keeps_its_modes():
     [
         (lambda h: plots.weights_by_class(h, classes=["a"]), "'classes': 1"),
         (lambda h: plots.weights_by_class(torch.rand(3, 2)), "'terms': 0"),
-        (lambda h: plots.weights_by_class(torch.rand(3), terms=["a"]), r"here are \(3,\) numbers"),
-        (lambda h: plots.influence_by_class(History(TERMS, classes=2)), "must be fed first"),
+        (lambda h: plots.weights_by_class(torch.rand(3), terms=["a"]), r"got \(3,\), 3 of them known"),
+        (lambda h: plots.influence_by_class(History(TERMS, classes=2)), r"0 of them known.*feed a History first"),
         (lambda h: plots.weights_over_time(History(TERMS)), "no step of the history has a 'weights'"),
         (lambda h: plots.weights_over_time(h, groups={"x": [3]}), r"not \[3\]"),
         (lambda h: plots.weights_by_loss(weighting.LossMLP(3, 1), torch.rand(4, 3)), "one or two features, here are 3"),

@@ -125,7 +125,7 @@ def test_a_rate_that_is_none(name, lr):
 def test_a_student_that_cannot_be_trained(name):
     optimizer = sgd(student())
     for bad in (teacher(), "resnet20", None):
-        with pytest.raises(MetaKDError, match=r"student must be an nn\.Module with a trainable parameter"):
+        with pytest.raises(MetaKDError, match=r"student must be an nn\.Module|no trainable parameter"):
             RECIPES[name](bad, teacher(), optimizer)
 
 
