@@ -27,8 +27,7 @@ GROUPS = {
     "Terms": "terms",
     "Weight models and features": "weighting checked features learned",
     "Layers of the student": "validation/layers kernels errors",
-    "Hypergradients": "estimators/problem estimators/estimate estimators/derivatives estimators/hypergradient "
-    "estimators/nested",
+    "Hypergradients": "estimators/problem estimators/estimate derivatives estimators/hypergradient estimators/nested",
     "Estimators": "estimators",
     "Inner optimizers and linear solvers": "inner",
     "Checking a hypergradient": "check hints",

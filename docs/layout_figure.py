@@ -51,7 +51,7 @@ ROOMS = {
     "balancer": Room(
         "balancer",
         "one call, all or nothing:\nowns state, knows no calculus",
-        "balancer.py parts.py reader.py train_pass.py weighting_step.py transaction.py distributed.py "
+        "balancer.py parts.py reader.py train_pass.py handover.py weighting_step.py transaction.py distributed.py "
         "checkpoint.py optimizer_state.py report.py",
         1,
         1.2,
@@ -73,8 +73,8 @@ ROOMS = {
     "constraints": Room("constraints/", "maps that keep meta-\nparameters in range", "constraints/", 3),
     "basics": Room(
         "basics",
-        "Batch, MetaKDError, random numbers, precision",
-        "batch.py errors.py rng.py precision.py handover.py",
+        "Batch, MetaKDError, generators, precision, derivatives",
+        "batch.py errors.py rng.py precision.py graph.py derivatives.py",
         1.5,
         3.86,
     ),

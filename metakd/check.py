@@ -163,7 +163,7 @@ def _along(problem: Problem, name: str, unit: Tensor) -> Callable[[float], float
 
 def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
     """F(phi): the outer loss after the inner steps, with first-order gradients alone."""
-    params, _ = replace(problem, meta_params=meta_params, first_gradient=None).sweep()
+    params, _ = problem.at(meta_params).sweep()
     with torch.no_grad():
         return float(torch.stack([outer(params, meta_params) for outer in problem.outers]).mean())
 

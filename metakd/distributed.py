@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from metakd.derivatives import Gradients
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients
 from metakd.estimators.problem import Mean, unchanged
 from metakd.inner import Params
 from metakd.student import data_parallel

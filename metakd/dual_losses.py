@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metakd.batch import map_tensors, tensors
+from metakd.derivatives import reject_once_differentiable
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import reject_once_differentiable
 
 
 def dual_losses(evaluate: Callable[[Any], Tensor], outputs: Any) -> Tensor:

@@ -10,11 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from metakd.batch import Batch
 from metakd.checked import checked_losses, evaluate_weights
+from metakd.derivatives import Params
 from metakd.dual_losses import dual_losses
 from metakd.features import Features, evaluate_features
 from metakd.precision import virtual_autocast
 from metakd.replay import Product
-from metakd.student import FunctionalStudent, Params, Start
+from metakd.student import FunctionalStudent, Start
 from metakd.terms import Term
 
 

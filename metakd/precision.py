@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metakd.handover import graph_nodes
+from metakd.graph import graph_nodes
 
 HALF = (torch.float16, torch.bfloat16)
 

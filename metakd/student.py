@@ -11,12 +11,11 @@ from torch.func import functional_call
 
 from metakd.batch import map_tensors
 from metakd.calling import call
+from metakd.derivatives import Params
 from metakd.kernels import differentiable_kernels, recomputed_by
 from metakd.precision import HALF
 from metakd.replay import Product, are_duals_of, replayed
 from metakd.rng import RngState
-
-Params = dict[str, Tensor]
 
 
 class Start(NamedTuple):

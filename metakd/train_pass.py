@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from metakd.batch import Batch, tensors
 from metakd.calling import call
-from metakd.estimators.derivatives import Gradients
-from metakd.handover import graph_leaves, hand_over
+from metakd.derivatives import Gradients
+from metakd.graph import graph_leaves
+from metakd.handover import hand_over
 from metakd.kernels import compiled_parts
 from metakd.precision import autocasts_to_float16, ran_in_float16
 from metakd.replay import Product, recorded

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakd.derivatives import filled
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import filled
 from metakd.estimators.problem import Mean, unchanged
 from metakd.optimizer_state import load_optimizer_state
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from metakd.handover import graph_leaves, hand_over
+from metakd.graph import graph_leaves
+from metakd.handover import hand_over
 
 
 def test_leaves_are_all_that_ask_for_gradients_each_once():

@@ -14,7 +14,7 @@ ALONE = """
 import re, sys
 from importlib.machinery import PathFinder
 
-blocked, readme = set(sys.argv[1:-1]), sys.argv[-1]
+blocked, home = set(sys.argv[1:-1]), sys.argv[-1]
 
 class Without(PathFinder):
     @classmethod
@@ -24,8 +24,8 @@ class Without(PathFinder):
         return super().find_spec(name, path, target)
 
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-(code,) = re.findall(r"```python\\n(.*?)```", open(readme, encoding="utf-8").read(), flags=re.DOTALL)
-exec(compile(code, "README.md", "exec"))
+(code,) = re.findall(r"```python\\n(.*?)```", open(home, encoding="utf-8").read(), flags=re.DOTALL)
+exec(compile(code, "index.md", "exec"))
 """
 
 
@@ -60,7 +60,9 @@ def test_the_core_needs_torch_and_torchopt_alone(torchopt):
     assert {"pytest", "torchvision", "torchmetrics", "matplotlib", "sklearn"} <= {*others}
     if torchopt == "pure Python":  # as its wheel for Pythons after 3.11 is
         others.append("torchopt._C")
-    subprocess.run([sys.executable, "-c", ALONE, *others, ROOT / "README.md"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", ALONE, *others, ROOT / "docs/index.md"], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_nothing_is_capped():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from metakd import BilevelLossBalancer, check_hypergradient, estimators, terms
+from metakd import BilevelLossBalancer, check_hypergradient, diagnose, estimators, learned_weights, terms
 from metakd.calling import call
 from tests.zoo import QUIET, ZOO, meet
 
@@ -120,6 +120,31 @@ def test_a_check_leaves_nothing_on_student_and_weight_model():
     check_hypergradient(balancer, [batch, batch], meta_batch, directions=1)
     assert_same(trace_of(student, optimizer), before)
     assert_same(balancer.state_dict(), weights)
+
+
+class Counting(nn.Module):
+    """A weight model that counts the samples it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2).double()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, features, batch):
+        self.seen += len(features)
+        return self.layer(features.double()).sigmoid()
+
+
+def test_a_look_leaves_nothing_on_a_weight_model_with_buffers():
+    _, _, balancer, batch, meta_batch = set_up("batch_norm", estimators.Unroll(), weighting=Counting())
+    before = balancer.state_dict()
+    balancer.weights(batch)
+    learned_weights(balancer, [batch])
+    check_hypergradient(balancer, [batch, batch], meta_batch, directions=1)
+    diagnose(balancer, [batch, batch], [meta_batch], number=2)
+    assert_same(balancer.state_dict(), before)
+    balancer.loss(batch)  # which is no look
+    assert balancer.weighting.seen > 0
 
 
 def test_a_teacher_is_left_as_it_was():

@@ -1,6 +1,6 @@
-"""The README keeps its word: its commands and its example."""
+"""The README and the home page keep their word: commands, example and diff."""
 
-from tests.docs.pages import execute, text_of
+from tests.docs.pages import HOME, blocks, execute, text_of
 
 
 def test_two_commands_do_all_the_setting_up():
@@ -12,7 +12,12 @@ def test_two_commands_do_all_the_setting_up():
 
 
 def test_the_example_runs_as_it_stands(capsys):
-    execute("README.md", scope := {})
+    execute(HOME, scope := {})
     report = scope["balancer"].report
     assert report.weights.shape == report.influence.shape == (16, 2)
     assert capsys.readouterr().out.count("tensor(") == 2
+
+
+def test_both_show_the_same_diff():
+    (diff,), (other,) = blocks("README.md", "diff"), blocks(HOME, "diff")
+    assert diff.code == other.code

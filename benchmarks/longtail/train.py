@@ -20,6 +20,7 @@ from benchmarks.longtail.setting import Setting
 from metakd import History, diagnose, learned_weights, plots, terms
 from metakd.features import student_and_teacher
 from metakd.longtail import Checkpoint, Images, LongTailed, build_model, evaluate, group_classes, load_images
+from metakd.weighting import LossMLP
 
 TEACHER = Fixed("Teacher", lambda counts: {"hard": (1.0, terms.CrossEntropy())})
 
@@ -186,7 +187,8 @@ def fit(
     }
     if balancer is None or seen is None:
         return found
-    by_loss = figures is not None and balancer.features is student_and_teacher
+    of_losses = balancer.features is student_and_teacher and isinstance(balancer.weighting, LossMLP)
+    by_loss = figures is not None and of_losses  # a table answers to labels instead
     if figures is not None and by_loss:
         stem = f"{cell.name.split('/')[0]}-{cell.method}"
         samples = learned_weights(balancer, data.train.plain()).features

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
+from metakd.derivatives import slope
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import slope
 from metakd.estimators.estimate import estimate
 from metakd.inner import Params
 from metakd.learned import seen_and_answered

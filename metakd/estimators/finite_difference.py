@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metakd.derivatives import Gradients, gradients, in_both, leaves
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, gradients, in_both, leaves
 from metakd.estimators.problem import Hypergradient, Problem
 from metakd.estimators.walk import walk_back
 from metakd.inner import Params

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metakd.derivatives import Gradients, added, filled, graph_gradients, leaves, second_order_gradients
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, added, filled, graph_gradients, leaves, second_order_gradients
 from metakd.estimators.problem import Hypergradient, Problem, answer
 from metakd.inner import Params, conjugate_gradient, neumann_series
 

@@ -9,8 +9,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from metakd.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients, slope
 from metakd.estimators.problem import Problem
 from metakd.estimators.walk import Products
 from metakd.inner import Params

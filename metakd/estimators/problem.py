@@ -1,15 +1,15 @@
 """The bilevel problem an estimator is given, and the answer it owes."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from metakd.batch import map_tensors
+from metakd.derivatives import Gradients, added, filled, gradients, in_both, leaves
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import Gradients, added, filled, gradients, in_both, leaves
 from metakd.inner import GradientTransformation, Params, apply
 
 Inner = Callable[[Params, Params, Any], Tensor]
@@ -90,6 +90,15 @@ class Problem:
     first_inner: Callable[[Params], Tensor] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     mean: Mean = unchanged
+
+    @property
+    def whole(self) -> bool:
+        """Whether the losses are all there is, and not one process's parts."""
+        return self.mean is unchanged
+
+    def at(self, meta_params: Params) -> "Problem":
+        """The same problem at another phi; what was at hand for the old one is dropped."""
+        return replace(self, meta_params=meta_params, first_gradient=None, first_inner=None)
 
     def inner_loss(self, params: Params, meta_params: Params, t: int) -> Tensor:
         """The inner loss of step t, known to be one finite number."""
@@ -174,8 +183,8 @@ def answer(
     Raises:
         MetaKDError: the hypergradient is NaN or infinite, or all of it is missing or exactly zero.
     """
-    one = problem.mean is unchanged  # where others add to it, nothing is no error here
-    if one and not any(g is not None and bool(g.any()) for g in gradient.values()):
+    # Of a part nothing is no error: others add to it.
+    if problem.whole and not any(g is not None and bool(g.any()) for g in gradient.values()):
         missing = all(g is None for g in gradient.values())
         raise MetaKDError(
             f"the hypergradient is {'None' if missing else 'zero'} for all meta-parameters {list(gradient)[:5]}: "

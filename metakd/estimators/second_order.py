@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import (
+from metakd.derivatives import (
     Gradients,
     graph_gradients,
     in_both,
@@ -17,6 +16,7 @@ from metakd.estimators.derivatives import (
     second_order_gradients,
     slope,
 )
+from metakd.errors import MetaKDError
 from metakd.estimators.mixed import dual_numbers, duals, first_line, lacks_forward_mode
 from metakd.estimators.problem import Problem
 from metakd.inner import Params

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from metakd.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
-from metakd.estimators.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
-from metakd.estimators.problem import Hypergradient, Problem, answer, unchanged
+from metakd.estimators.problem import Hypergradient, Problem, answer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Unroll:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
             raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
-        if problem.mean is not unchanged:
+        if not problem.whole:
             raise MetaKDError(
                 "Unroll records one graph of all steps, which cannot reach into other processes; with "
                 "DistributedDataParallel use estimators.Adjoint(), which is as exact"

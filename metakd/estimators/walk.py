@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metakd.batch import map_tensors, tensors
-from metakd.estimators.derivatives import Gradients, added, filled, leaves
+from metakd.derivatives import Gradients, added, filled, leaves
 from metakd.estimators.problem import Hypergradient, Problem, answer
 from metakd.inner import Params
 

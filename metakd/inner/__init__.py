@@ -7,11 +7,12 @@ takes one differentiable step. `conjugate_gradient` and `neumann_series` solve l
 
 from torchopt.base import GradientTransformation
 
+from metakd.derivatives import Params
 from metakd.inner.choose import inner_optimizer
 from metakd.inner.linear_solvers import conjugate_gradient, neumann_series
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
 from metakd.inner.repaired import own, repaired
-from metakd.inner.step import Params, apply
+from metakd.inner.step import apply
 
 __all__ = [
     "GradientTransformation",

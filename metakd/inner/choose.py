@@ -3,10 +3,10 @@
 import torch
 from torchopt.base import GradientTransformation
 
+from metakd.derivatives import Params
 from metakd.errors import MetaKDError
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
 from metakd.inner.repaired import repaired
-from metakd.inner.step import Params
 
 
 def inner_optimizer(

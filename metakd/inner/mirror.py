@@ -9,9 +9,9 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 from torchopt.transform.scale_by_adam import ScaleByAdamState
 
+from metakd.derivatives import Params
 from metakd.errors import MetaKDError
 from metakd.inner.repaired import MomentumState, own, repaired
-from metakd.inner.step import Params
 
 Group = dict[str, Any]
 

@@ -1,15 +1,10 @@
 """One differentiable step of an inner optimizer."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torchopt.base import GradientTransformation
 
-Params = dict[str, Tensor]
-"""Tensors by name: parameters, or meta-parameters."""
-
-Gradients = Mapping[str, Tensor | None]
+from metakd.derivatives import Gradients, Params
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:

@@ -52,7 +52,7 @@ def batches(count, classes=3):
 
 def test_the_command_writes_a_table_that_a_second_command_joins(tmp_path):
     command(tmp_path, "--methods", "kd", "bikd", "--seeds", "0", "1")
-    first = command(tmp_path, "--methods", "kd+val", "bikd", "--seeds", "0", "1")
+    first = command(tmp_path, "--methods", "kd+val", "bikd", "best", "--seeds", "0", "1")
     assert "bikd-0" not in first.stderr  # done already
     out = tmp_path / "out"
     cells = [json.loads(path.read_text()) for path in sorted(out.glob("cells/digits-20/kd-*.json"))]

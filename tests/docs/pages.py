@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("*.md", "docs/*.md", "docs/*/*.md", "benchmarks/results/*/README.md")
+HOME = "docs/index.md"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place))
 EXAMPLES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("*.py"))]
 
@@ -50,7 +51,7 @@ def execute(page: str, scope: dict[str, Any], after: Callable[[dict[str, Any]], 
 
 
 def run_page(page: str, after: Callable[[dict[str, Any]], object] | None = None, **names: Any) -> dict[str, Any]:
-    """Run a page on top of the README's example: student, teacher, train, meta, optimizer, balancer and `names` exist.
+    """Run a page after the home page's example: student, teacher, train, meta, optimizer, balancer and `names` exist.
 
     Args:
         page: its path in the repository.
@@ -61,7 +62,7 @@ def run_page(page: str, after: Callable[[dict[str, Any]], object] | None = None,
         All names at the end of the page.
     """
     scope: dict[str, Any] = {}
-    execute("README.md", scope)
+    execute(HOME, scope)
     scope.update(names)
     execute(page, scope, after)
     return scope

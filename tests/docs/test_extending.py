@@ -1,4 +1,4 @@
-"""The page on parts of your own: its code runs on top of the README's, and every error is the one that it quotes."""
+"""The page on parts of your own: its code runs on top of the home page's, and every error is the one that it quotes."""
 
 import re
 from contextlib import redirect_stdout
@@ -9,7 +9,7 @@ import torch
 
 import metakd
 from metakd import BilevelLossBalancer, MetaKDError
-from tests.docs.pages import execute, text_of
+from tests.docs.pages import HOME, execute, text_of
 
 PAGE = text_of("docs/extending.md")
 ARGUMENTS = {"weight model": "weighting", "features": "features", "inner": "inner", "estimator": "estimator"}
@@ -27,10 +27,10 @@ def broken_parts():
 
 @pytest.fixture(scope="module")
 def setting():
-    """What the README's example leaves behind."""
+    """What the home page's example leaves behind."""
     torch.manual_seed(0)
     scope = {name: getattr(metakd, name) for name in ("MetaKDError", "check_hypergradient", "validate", "estimators")}
-    execute("README.md", scope)
+    execute(HOME, scope)
     return scope
 
 

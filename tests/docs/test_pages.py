@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, blocks, is_excerpt, prose, run_page, text_of
+from tests.docs.pages import HOME, PAGES, ROOT, blocks, is_excerpt, prose, run_page, text_of
 from tests.zoo import QUIET
 
 HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org"}
@@ -16,7 +16,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 BESIDE = {page for page in PAGES if not page.startswith(("docs/", "benchmarks/"))}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py")))
 OWN_TEST = set(re.findall(r'\b(?:run_page|execute)\(\s*"([^"]+\.md)"', TESTS))
-CODE = [page for page in PAGES if blocks(page) and page not in OWN_TEST and page != "README.md"]
+CODE = [page for page in PAGES if blocks(page) and page not in OWN_TEST and page != HOME]
 
 
 @cache
@@ -128,7 +128,7 @@ def test_the_code_compiles(page):
 
 @pytest.mark.parametrize("page", CODE)
 def test_code_that_no_other_test_runs(page, tmp_path, monkeypatch):
-    """On top of the README's example, unless all of it stands in the examples."""
+    """On top of the home page's example, unless all of it stands in the examples."""
     monkeypatch.chdir(tmp_path)
     if not all(map(is_excerpt, blocks(page))):
         run_page(page)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from metakd.errors import MetaKDError
-from metakd.handover import graph_nodes
-from metakd.inner import Params
+from metakd.graph import graph_nodes
+
+Params = dict[str, Tensor]
+"""Tensors by name: parameters, or meta-parameters."""
 
 Gradients = dict[str, Tensor | None]
+"""A gradient by name; None where nothing depends on a tensor."""
 
 
 def leaves(values: Params) -> Params:
