@@ -36,8 +36,11 @@ from metakd.weighting_step import WeightingStep
 class BilevelLossBalancer:
     r"""Learns how much each loss term counts for each sample, by exact hypergradients of a meta loss.
 
-    $$\min_\phi L_\mathrm{meta}(\theta_K(\phi)), \qquad \theta_{t+1} = \theta_t + \mathrm{update}\Big(\nabla_\theta
+    $$\min_\phi\, L_\mathrm{meta}(\theta_K(\phi)), \qquad \theta_{t+1} = \theta_t + \mathrm{update}\Big(\nabla_\theta
       \frac{1}{B} \sum_{i=1}^{B} \sum_{k=1}^{M} w_{ik}(\phi)\, \ell_{ik}(\theta_t)\Big)$$
+
+    with the student's parameters $\theta$, the weight model's $\phi$, and for sample i and term k the loss
+    $\ell_{ik}$ and its weight $w_{ik}$. A call has K = 1 inner step, `meta_step` any number.
 
     A call takes a training batch and a meta batch: it runs the training forward pass, looks one optimizer step
     ahead, takes the gradient of the meta loss there in the weight model's parameters, steps the weight model, and
@@ -77,7 +80,7 @@ class BilevelLossBalancer:
         MetaKDError: whatever does not fit, with cause and cure. After any error student, optimizer and weight
             model are bit for bit what they were.
 
-    Example:
+    Examples:
         >>> from metakd.terms import CrossEntropy, SoftTarget
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
         teacher: the teacher's outputs for these inputs; or None.
         index: positions of the samples in the training set, shape (B,); needed by `SampleTable` alone.
 
-    Example:
+    Examples:
         >>> import torch
         >>> batch = Batch(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
         >>> batch.teacher is None
@@ -44,7 +44,7 @@ def as_batch(item: Any) -> Batch:
     Raises:
         MetaKDError: the item is none of these.
 
-    Example:
+    Examples:
         >>> import torch
         >>> as_batch({"input_ids": torch.ones(2, 5), "labels": torch.tensor([0, 1])}).inputs.keys()
         dict_keys(['input_ids'])
@@ -91,7 +91,7 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
     Raises:
         MetaKDError: an iterator has ended, or a loader is empty.
 
-    Example:
+    Examples:
         >>> batches = endless(["a", "b"])
         >>> [next(batches) for _ in range(3)]
         ['a', 'b', 'a']
@@ -111,7 +111,7 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in a nest of tuples, lists and mappings, in order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(2), "text", None]}))
         2
@@ -128,7 +128,7 @@ def tensors(value: Any) -> list[Tensor]:
 def map_tensors(function: Any, value: Any) -> Any:
     """The same nest with `function` applied to every tensor; other leaves stay as they are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> map_tensors(lambda t: t.double(), Batch(torch.zeros(1), torch.zeros(1))).inputs.dtype
         torch.float64
@@ -150,7 +150,7 @@ def batch_size(batch: Batch, what: str) -> int:
     Raises:
         MetaKDError: the batch holds no tensor, no sample, or inputs and targets of different lengths.
 
-    Example:
+    Examples:
         >>> import torch
         >>> batch_size(Batch(torch.zeros(4, 3)), "the batch")
         4

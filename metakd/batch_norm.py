@@ -30,7 +30,7 @@ def batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, faster in its forward-mode and in its second derivatives.
 
-    Example:
+    Examples:
         >>> x, tangent = torch.randn(8, 3), torch.randn(8, 3)
         >>> ours, torchs = (
         ...     torch.func.jvp(lambda x: function(x, None, None, training=True), (x,), (tangent,))[1]

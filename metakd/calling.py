@@ -22,7 +22,7 @@ def call(module: nn.Module, inputs: Any, params: dict[str, Tensor] | None = None
         MetaKDError: the call failed and the inputs' device or dtype differs from the module's, or it is a single value
             that BatchNorm should take statistics of.
 
-    Example:
+    Examples:
         >>> import torch
         >>> call(nn.Linear(3, 2), torch.zeros(4, 3)).shape
         torch.Size([4, 2])

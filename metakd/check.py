@@ -39,7 +39,7 @@ class Check(NamedTuple):
     def verdict(self) -> str:
         """One line: whether, and how well, the two agree.
 
-        Example:
+        Examples:
             >>> Check({"phi": 2e-9}, {"phi": [0.5]}, {"phi": [0.5]}, 1e-6).verdict
             'exact: the largest relative error is 2.0e-09 (phi), the tolerance 1e-06'
         """
@@ -90,13 +90,13 @@ def check_hypergradient(
 
     Returns:
         `Check(relative_error, estimated, finite_differences, tolerance)`, where all errors are within the tolerance;
-        its `verdict` is a line to print.
+            its `verdict` is a line to print.
 
     Raises:
         MetaKDError: an error is above the tolerance; for each such tensor the message has the numbers and the likeliest
             cause.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> found = check_hypergradient(
         ...     lambda p, m, batch: (m["phi"] * p["w"] ** 2).sum(), lambda p, m: (p["w"] ** 3).sum(),

@@ -17,7 +17,7 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
     Raises:
         MetaKDError: a term failed, or a loss is NaN or infinite and that was not allowed by `finite=False`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> checked_losses({"half": lambda z, batch: z / 2}, torch.ones(2), Batch(torch.ones(2)), "the batch")
         tensor([[0.5000],
@@ -32,7 +32,7 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
 def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
     """Which of the losses (B, M) is NaN or infinite, in words; None where all are finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> not_finite(torch.tensor([[1.0, torch.inf]]), ["hard", "soft"], "the batch")
         "term 'soft' is inf for sample 0 of the batch (1 of 2 losses are not finite)"
@@ -65,7 +65,7 @@ def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, ba
     Raises:
         MetaKDError: it is not, or the model raised (chained).
 
-    Example:
+    Examples:
         >>> import torch
         >>> losses = torch.zeros(2, 1)
         >>> evaluate_weights(lambda features, batch: 1 + features, losses, Batch(None), losses)

@@ -24,7 +24,7 @@ def check_state(saved: Any, own: Any, where: str, key: str = "") -> None:
     Raises:
         MetaKDError: naming the first keys, or the key and the two shapes or values, that differ.
 
-    Example:
+    Examples:
         >>> check_state({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, "the balancer")
         Traceback (most recent call last):
         ...
@@ -93,7 +93,7 @@ def check_kind(saved: Any, own: Any, what: str) -> None:
 def loading(what: str) -> Iterator[None]:
     """A block that loads a saved state, in which every error becomes a `MetaKDError`.
 
-    Example:
+    Examples:
         >>> with loading("the scheduler"):
         ...     {}["last_epoch"]
         Traceback (most recent call last):
@@ -114,7 +114,7 @@ def check_keys(saved: Any, own: Any, where: str, key: str, known: Any = ()) -> N
     Raises:
         MetaKDError: naming the keys that are missing, and those that are not known here.
 
-    Example:
+    Examples:
         >>> check_keys({"a": 1}, {"b": 2}, "the balancer", "pending")
         Traceback (most recent call last):
         ...

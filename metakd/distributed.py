@@ -34,7 +34,7 @@ class Ranks:
     Args:
         student: the student, wrappers included.
 
-    Example:
+    Examples:
         >>> ranks = Ranks(nn.Linear(2, 2))
         >>> ranks.several, ranks.mean is unchanged
         (False, True)
@@ -177,7 +177,7 @@ class Ranks:
 def checksum(module: nn.Module) -> float:
     """A number that is the same for the same parameters.
 
-    Example:
+    Examples:
         >>> checksum(nn.Threshold(1.0, 2.0))
         0.0
     """

@@ -25,7 +25,7 @@ def dual_losses(evaluate: Callable[[Any], Tensor], outputs: Any) -> Tensor:
         evaluate: outputs -> losses (B, M).
         outputs: of the student, with tangents or without.
 
-    Example:
+    Examples:
         >>> z, tangent = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.0])
         >>> with forward_ad.dual_level():
         ...     losses = dual_losses(lambda z: z[:, None] ** 2, forward_ad.make_dual(z, tangent))

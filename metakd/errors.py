@@ -13,7 +13,7 @@ class MetaKDError(Exception):
     under way when it is raised has been undone: the student, its optimizer and the weight model are bit
     for bit what they were before the call.
 
-    Example:
+    Examples:
         >>> raise MetaKDError("no terms were given; pass at least one, e.g. {'hard': CrossEntropy()}")
         Traceback (most recent call last):
         ...
@@ -25,7 +25,7 @@ class MetaKDError(Exception):
 def explained() -> Iterator[None]:
     """A block in which errors of torch that have a known cure become a `MetaKDError` that names it.
 
-    Example:
+    Examples:
         >>> with explained():
         ...     raise RuntimeError("When use_reentrant=True, torch.utils.checkpoint is incompatible with .grad()")
         Traceback (most recent call last):
@@ -47,7 +47,7 @@ def blamed(what: str) -> Iterator[None]:
 
     Running out of memory stays what it is: some who catch it go on with a smaller batch.
 
-    Example:
+    Examples:
         >>> with blamed("batch_fn"):
         ...     {}["labels"]
         Traceback (most recent call last):

@@ -19,7 +19,7 @@ _cross_entropy = CrossEntropy()
 def own_losses(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
     """The sample's losses themselves: (B, M). The default without a teacher.
 
-    Example:
+    Examples:
         >>> own_losses(torch.ones(3, 2), None, Batch(None)).shape
         torch.Size([3, 2])
     """
@@ -29,7 +29,7 @@ def own_losses(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
 def student_and_teacher(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
     """Cross-entropy of the student and of the teacher on the label: (B, 2), BiKD's input (arXiv 2605.17839).
 
-    Example:
+    Examples:
         >>> batch = Batch(None, torch.tensor([0]), teacher=torch.zeros(1, 2))
         >>> student_and_teacher(torch.ones(1, 2), torch.zeros(1, 2), batch)
         tensor([[0.6931, 0.6931]])
@@ -49,7 +49,7 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
     Raises:
         MetaKDError: it raised (chained), or did not return a finite (B, F) floating-point tensor.
 
-    Example:
+    Examples:
         >>> evaluate_features(own_losses, torch.ones(3, 2, requires_grad=True), None, Batch(None)).requires_grad
         False
     """

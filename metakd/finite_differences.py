@@ -18,7 +18,7 @@ def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink
         shrink: each h is the one before divided by this.
         rows: how many h are tried.
 
-    Example:
+    Examples:
         >>> import math
         >>> abs(derivative(lambda h: math.exp(1 + h)) - math.e) < 1e-12
         True

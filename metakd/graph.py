@@ -21,7 +21,7 @@ def graph_nodes(loss: Tensor, seen: set[Any] | None = None) -> Iterator[Any]:
 def graph_leaves(loss: Tensor) -> list[Tensor]:
     """All leaves of autograd that a loss depends on.
 
-    Example:
+    Examples:
         >>> w = torch.ones(2, requires_grad=True)
         >>> graph_leaves((w * w.detach()).sum())[0] is w
         True

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 def hand_over(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
     """The same value, whose backward adds these gradients to the leaves, without running the graph again.
 
-    Example:
+    Examples:
         >>> w = torch.ones(1, requires_grad=True)
         >>> (2 * hand_over(torch.tensor(3.0), [w], [torch.tensor([5.0])])).backward()
         >>> w.grad

@@ -22,7 +22,7 @@ def hint(
         estimator: whose hypergradient it is.
         steps: K.
 
-    Example:
+    Examples:
         >>> hint([0.0], [0.3], lambda h: 0.1 + 0.3 * h, lambda problem: None, 1)
         'the estimate is zero: the losses use a cut copy of this tensor (.detach(), .item(), torch.no_grad())'
     """

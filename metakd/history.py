@@ -31,7 +31,7 @@ class History:
     Raises:
         MetaKDError: `points` is odd or below 2; in use, reports or labels that do not fit.
 
-    Example:
+    Examples:
         >>> history = History(["hard", "soft"], classes=2)
         >>> for step in range(1000):
         ...     weights = torch.tensor([[step / 1000, 0.25], [step / 1000, 0.75]])

@@ -30,7 +30,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         MetaKDError: an embedding whose gradient is not the derivative of the loss, or compiled parts in the module
             where torch is older than 2.6.
 
-    Example:
+    Examples:
         >>> v, g = torch.ones(1, 4), torch.ones(1, 1)
         >>> with differentiable_kernels(nn.Identity()):
         ...     torch.func.jvp(lambda v: torch._weight_norm(v, g, 0), (v,), (v,))[1]
@@ -51,7 +51,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
 def compiled_parts(module: nn.Module) -> list[str]:
     """The names of the submodules that `torch.compile(part)` or `part.compile()` compiled.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
         >>> model[1].compile(backend="eager")
         >>> compiled_parts(model)

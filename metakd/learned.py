@@ -50,7 +50,7 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
     Raises:
         MetaKDError: there is no batch, or a batch without integer labels (B,).
 
-    Example:
+    Examples:
         >>> from metakd import BilevelLossBalancer, terms
         >>> student = torch.nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

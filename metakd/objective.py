@@ -22,7 +22,7 @@ from metakd.terms import Term
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors; of dual losses a dual number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weighted_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor(11.)

@@ -18,7 +18,7 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: s
     Raises:
         MetaKDError: naming what differs: the groups, the kind of the optimizer, the shape of a parameter's state.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.zeros(2))
         >>> check_optimizer_state(torch.optim.SGD([w], lr=0.1).state_dict(), torch.optim.Adam([w]), "the training")
         Traceback (most recent call last):
@@ -65,7 +65,7 @@ def load_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: st
     Raises:
         MetaKDError: it does not fit, or left the optimizer without a setting; the caller puts it back then.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.zeros(2))
         >>> mine, state = (torch.optim.SGD([w], lr=lr) for lr in (0.1, 0.2))
         >>> load_optimizer_state(state.state_dict(), mine, "the training")

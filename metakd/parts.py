@@ -16,7 +16,7 @@ from metakd.weighting import LossMLP
 def check_parts(student: nn.Module, optimizer: torch.optim.Optimizer, estimator: Estimator) -> None:
     """Raise a `MetaKDError` where a part is not what it should be.
 
-    Example:
+    Examples:
         >>> from metakd.estimators import OneStep
         >>> student = nn.Linear(1, 1)
         >>> check_parts(student, torch.optim.SGD(student.parameters()), OneStep)
@@ -43,7 +43,7 @@ def validated(student: nn.Module, optimizer: torch.optim.Optimizer, estimator: E
     Raises:
         MetaKDError: a finding is an error.
 
-    Example:
+    Examples:
         >>> from metakd.estimators import OneStep
         >>> student = nn.Linear(1, 1)
         >>> validated(student, torch.optim.SGD(student.parameters()), OneStep())
@@ -60,7 +60,7 @@ def validated(student: nn.Module, optimizer: torch.optim.Optimizer, estimator: E
 def default_weighting(student: FunctionalStudent, width: int | None, terms: int) -> LossMLP:
     """BiKD's weight model where the student is, in float32 or finer; drawn without a trace on the random numbers.
 
-    Example:
+    Examples:
         >>> default_weighting(FunctionalStudent(nn.Linear(1, 1)), width=2, terms=3).terms
         3
     """

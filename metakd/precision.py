@@ -20,7 +20,7 @@ HALF = (torch.float16, torch.bfloat16)
 def as_written(kind: str) -> AbstractContextManager[None]:
     """A block without autocast for a type of device: operations run in the types of their tensors.
 
-    Example:
+    Examples:
         >>> with torch.autocast("cpu"), as_written("cpu"):
         ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
         torch.float32
@@ -31,7 +31,7 @@ def as_written(kind: str) -> AbstractContextManager[None]:
 def virtual_autocast(kind: str) -> Callable[[], AbstractContextManager[None]]:
     """Blocks for the virtual passes of what autocast asks for here and now, wherever they will be run.
 
-    Example:
+    Examples:
         >>> with torch.autocast("cpu", torch.bfloat16):
         ...     block = virtual_autocast("cpu")
         >>> with block():
@@ -51,7 +51,7 @@ def autocasts_to_float16(kind: str) -> bool:
 def ran_in_float16(outputs: Iterable[Tensor]) -> bool:
     """Whether float16 is anywhere on the way of gradients from the outputs to the parameters.
 
-    Example:
+    Examples:
         >>> w = torch.ones(1, 1, requires_grad=True)
         >>> ran_in_float16([(w.half() * 2).float()]), ran_in_float16([w.bfloat16() * 2])
         (True, False)
@@ -64,7 +64,7 @@ def ran_in_float16(outputs: Iterable[Tensor]) -> bool:
 def widened(values: Tensor) -> Tensor:
     """Half precision raised to float32, other types as they are.
 
-    Example:
+    Examples:
         >>> widened(torch.ones(1).half()).dtype, widened(torch.ones(1).double()).dtype
         (torch.float32, torch.float64)
     """

@@ -33,7 +33,7 @@ def read_batch(
     Raises:
         MetaKDError: the item is no batch, is empty, or the teacher failed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> item, student = torch.ones(4, 2), FunctionalStudent(nn.Linear(2, 3))
         >>> read_batch(item, "the batch", Batch, nn.Linear(2, 3), student).teacher.shape

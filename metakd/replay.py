@@ -45,7 +45,7 @@ Tape = list[Product]
 def recorded(*, others: bool = False) -> Iterator[Tape]:
     """A block whose products are put on a tape, in order; with `others` also what is between them.
 
-    Example:
+    Examples:
         >>> with recorded() as tape:
         ...     _ = F.linear(torch.ones(2, 3), torch.ones(4, 3)).relu()
         >>> tape[0].output.shape
@@ -63,7 +63,7 @@ def replayed(tape: Sequence[Product]) -> Iterator[None]:
     Before the first dual number nothing is, as far as the tape has the `others`. Where the code takes another way than
     on the tape, all is computed.
 
-    Example:
+    Examples:
         >>> x, w, tangent = torch.ones(2, 3), torch.ones(4, 3), torch.full((4, 3), 0.5)
         >>> with recorded() as tape:
         ...     _ = F.linear(x, w)

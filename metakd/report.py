@@ -21,7 +21,7 @@ class Report:
         skipped: why a hypergradient that was asked for was not taken: the learning rate is 0, or float16 overflowed.
             The weight model has not moved then.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import BilevelLossBalancer, terms
         >>> student = torch.nn.Linear(4, 3)

@@ -29,7 +29,7 @@ class RngState(NamedTuple):
     def capture(cls, devices: Iterable[torch.device]) -> "RngState":
         """Read all generators; of CUDA's, those of the given devices.
 
-        Example:
+        Examples:
             >>> state = RngState.capture([])
             >>> first = torch.rand(3)
             >>> state.restore()
@@ -57,7 +57,7 @@ class RngState(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """The same as tensors, numbers and containers, which `torch.load(weights_only=True)` reads.
 
-        Example:
+        Examples:
             >>> state = RngState.capture([])
             >>> first = torch.rand(3)
             >>> RngState.from_plain(state.plain()).restore()

@@ -31,7 +31,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     Virtual steps run the bare module: compiled graphs drop second-order terms, and data-parallel wrappers
     would communicate.
 
-    Example:
+    Examples:
         >>> bare = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(bare)) is bare
         True
@@ -43,7 +43,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 def data_parallel(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """The wrapper that averages a student's gradients over several processes, if there is one.
 
-    Example:
+    Examples:
         >>> data_parallel(nn.Linear(2, 2)) is None
         True
     """
@@ -75,7 +75,7 @@ class FunctionalStudent:
         dtype: run in this floating-point type in place of the module's own; by default in float32 where that is half
             precision, in which a step of the optimizer is lost in rounding.
 
-    Example:
+    Examples:
         >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
         >>> with student.untouched() as start:
         ...     a, _ = student.run(student.detached(), torch.ones(2, 3), start)

@@ -17,7 +17,7 @@ def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:
     Raises:
         MetaKDError: the teacher raised something (chained).
 
-    Example:
+    Examples:
         >>> norm = nn.BatchNorm1d(2)
         >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
         (False, True)
@@ -32,7 +32,7 @@ def teacher_outputs(teacher: nn.Module, inputs: Any) -> Any:
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """A block with the module in eval mode; afterwards every part has the mode it had.
 
-    Example:
+    Examples:
         >>> module = nn.Dropout()
         >>> with in_eval_mode(module):
         ...     print(module.training)

@@ -39,7 +39,7 @@ def log(
     Raises:
         MetaKDError: the balancer has no report yet.
 
-    Example:
+    Examples:
         >>> from metakd import BilevelLossBalancer, terms
         >>> class Printer:
         ...     def add_scalar(self, tag, value, step):

@@ -31,7 +31,7 @@ class TrainPass:
         record: keep the products for a forward-mode pass over the same batch.
         still: keep more of it, for that pass has layers at its beginning that do not move.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(2, 1, bias=False)
         >>> train = TrainPass(student, FunctionalStudent(student), Batch(torch.ones(1, 2)))
         >>> train.gradient_of(train.outputs.sum(), keep_graph=False)(["weight"])

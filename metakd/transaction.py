@@ -68,7 +68,7 @@ class Snapshot:
 def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
     """Put everything back where the block ends in an exception, Ctrl-C included.
 
-    Example:
+    Examples:
         >>> norm, table = nn.BatchNorm1d(2), nn.Linear(1, 1)
         >>> try:
         ...     with all_or_nothing(Snapshot(FunctionalStudent(norm), WeightingStep(table, None, 1))):

@@ -35,7 +35,7 @@ class WeightingStep:
     Raises:
         MetaKDError: the optimizer is not a torch optimizer, or holds none of the weight model's parameters.
 
-    Example:
+    Examples:
         >>> table = nn.Linear(1, 1, bias=False)
         >>> step = WeightingStep(table, torch.optim.SGD(table.parameters(), lr=1.0), accumulate=2)
         >>> before = table.weight.item()

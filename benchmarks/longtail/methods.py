@@ -83,7 +83,7 @@ LEARNED: dict[str, Learned] = {
     "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 10", bikd(accumulate=1, faster=10.0)),
     "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs),
     "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
-    "best": Learned("metakd's best", best),
+    "best": Learned("metakd's best, learned", best),
 }
 
 _CONTROLS = {

@@ -77,7 +77,7 @@ def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
     counts = cells[first][0]["counts"]
     rows = [row("teacher", teacher)]
     rows += [row(methods.find(name).title, [cell["test"] for cell in by]) for name, by in cells.items()]
-    pictures = "\n".join(f"![{path.stem.replace('-', ' ')}]({path.name})" for path in drawn)
+    pictures = "\n".join(f"![{title}: {path.stem.split('-', 2)[2].replace('-', ' ')}]({path.name})" for path in drawn)
     parts = [
         f"## {title}",
         f"{sum(counts):,} training images, {max(counts):,} to {min(counts):,} a class.",

@@ -35,7 +35,7 @@ class BoundedEigenvalues(nn.Module):
         MetaKDError: not 0 < low < high; when called, matrices that are not square or not finite; `right_inverse` of a
             matrix that is not symmetric, or has eigenvalues out of bounds.
 
-    Example:
+    Examples:
         >>> bounded = BoundedEigenvalues(0.01, 100.0)
         >>> bounded(torch.tensor([[1000.0, 0.0], [0.0, 0.0]])).round(decimals=3)
         tensor([[100.,   0.],

@@ -16,7 +16,7 @@ class Positive(nn.Module):
     Raises:
         MetaKDError: `right_inverse` of a number that is not positive, or not finite.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(layer.weight, 0.5)
         >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", Positive())

@@ -19,7 +19,7 @@ class Simplex(nn.Module):
     Raises:
         MetaKDError: `right_inverse` of numbers that are not positive, or do not sum to one.
 
-    Example:
+    Examples:
         >>> shares = Simplex()
         >>> shares(torch.tensor([0.0, 0.0, 0.0, 0.0]))
         tensor([0.2500, 0.2500, 0.2500, 0.2500])

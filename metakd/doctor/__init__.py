@@ -50,7 +50,7 @@ def diagnose(
         MetaKDError: the weight model has no parameters or has not seen a batch yet, there are fewer than two batches,
             or whatever a call of the balancer would raise before it comes to the hypergradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import BilevelLossBalancer, terms
         >>> student = torch.nn.Linear(4, 3)

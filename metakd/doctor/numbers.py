@@ -28,7 +28,7 @@ class Mean(NamedTuple):
     def of(cls, values: Sequence[float]) -> "Mean":
         """The mean of at least two values.
 
-        Example:
+        Examples:
             >>> print(Mean.of([1.0, 2.0, 3.0]))
             2 ± 0.58
         """
@@ -51,7 +51,7 @@ class Numbers(NamedTuple):
             parameter had a part in two of the batches.
         needed: how many hypergradients have to be averaged until the signal is as large as the noise; None where there
             is no signal.
-        cosine: see `Visit`.
+        cosine: between the gradients of the weighted training loss and of the meta loss, before the step ahead.
         before: the meta loss before the step ahead.
         change: by the step ahead, relative to it.
         length: of the step ahead, relative to the student's parameters.

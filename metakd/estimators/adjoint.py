@@ -18,15 +18,15 @@ _MODES = {"reverse": reverse_over_reverse, "forward": forward_over_reverse, "aut
 class Adjoint:
     r"""Exact hypergradient of any number of inner steps; memory does not grow with their graphs.
 
-    A first sweep takes the K steps without second-order graphs and keeps $\theta_t$, $g_t$ and the optimizer's state
-    $s_t$.
-    Then the adjoints $\lambda_\theta = \nabla_{\theta_t}\, \mathrm{outer}$ and $\lambda_s = \nabla_{s_t}\,
-    \mathrm{outer}$ walk back: pulled through the update they give the cotangent $u_t$ of the gradient $g_t$, and with
-    step t's graph built anew, alone,
+    A first sweep takes the K steps $(\theta_{t+1}, s_{t+1}) = F(\theta_t, s_t, g_t)$ without second-order graphs and
+    keeps the parameters $\theta_t$, the optimizer's state $s_t$ and the gradient $g_t$ of each. Then the adjoint
+    $\lambda_t$, the gradient of the outer loss in $(\theta_t, s_t)$, walks back: pulled through the update it gives the
+    cotangent $u_t$ of $g_t$, and with step t's graph built anew, alone,
 
-    $$\lambda_\theta \leftarrow \Big(\frac{\partial\, \theta_{t+1}}{\partial\, \theta_t}\Big)^{\!\top}
-      \Big|_{g_t}\! \lambda + \nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t, \qquad
-      \frac{d\, \mathrm{outer}}{d \phi} \mathrel{+}= \nabla^2_{\phi\theta}\, \mathrm{inner}\; u_t.$$
+    $$u_t = \left(\frac{\partial F}{\partial g_t}\right)^{\!\top} \lambda_{t+1}, \qquad
+      \lambda_t = \left(\frac{\partial F}{\partial (\theta_t, s_t)}\right)^{\!\top} \lambda_{t+1}
+      + \big(\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t,\, 0\big), \qquad
+      \frac{d\, \mathrm{outer}}{d \phi} = \sum_t \nabla^2_{\phi\theta}\, \mathrm{inner}\; u_t.$$
 
     The first step needs the mixed product alone: that is `OneStep`'s forward-mode pass. Source: the low-memory reverse
     of Franceschi et al. (2017) and MixFlow-MG (arXiv 2505.00793). Ours differs in starting from the real optimizer's
@@ -43,7 +43,7 @@ class Adjoint:
         MetaKDError: another mode; when called without a batch, or where the model lacks the mode's second
             derivatives (K > 1).
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}

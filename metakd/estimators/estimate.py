@@ -13,7 +13,7 @@ def estimate(estimator: Estimator, problem: Problem) -> Hypergradient:
         MetaKDError: it is no `Hypergradient`, or its gradient does not fit the meta-parameters, or is zero, NaN or
             infinite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd.inner import repaired
         >>> import torchopt

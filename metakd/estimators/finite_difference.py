@@ -45,7 +45,7 @@ class FiniteDifference:
         MetaKDError: an epsilon that is not a positive number, or so small that no parameter moves; other sides; when
             called without a batch, or with one side and several batches.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}

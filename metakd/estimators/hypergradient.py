@@ -35,9 +35,9 @@ def hypergradient(
 
     $$\frac{d}{d\phi}\, \mathrm{outer}(\theta_K(\phi), \phi), \qquad
       \theta_{t+1} = \theta_t + \mathrm{update}_\phi\big(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi, b_t),\,
-      s_t\big).$$
+      s_t\big),$$
 
-    Nothing that is passed in is changed.
+    with the batch $b_t$ and the optimizer's state $s_t$ of step t. Nothing that is passed in is changed.
 
     Args:
         inner: (params, meta_params, batch) -> scalar, a pure function.
@@ -59,7 +59,7 @@ def hypergradient(
         MetaKDError: no batches, parameters that are not floating-point tensors, a loss that is not a finite
             scalar, a hypergradient that is missing, all zero, NaN or infinite.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> theta, phi = {"x": torch.tensor([1.0, 2.0])}, {"target": torch.tensor([0.0, 0.0])}
         >>> result = hypergradient(

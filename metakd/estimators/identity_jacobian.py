@@ -12,10 +12,9 @@ class IdentityJacobian:
     r"""An approximation for K > 1 that leaves out how a step's gradient depends on where the step started.
 
     $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t=0}^{K-1} \nabla^2_{\phi\theta}\, \mathrm{inner}(\theta_t)\; u_t,
-      \qquad \lambda_t = \Big(\frac{\partial\, \theta_{t+1}}{\partial\, \theta_t}\Big)^{\!\top} \Big|_{g_t}\!
-      \lambda_{t+1},$$
+      \qquad \lambda_t = \left(\frac{\partial F}{\partial (\theta_t, s_t)}\right)^{\!\top} \lambda_{t+1},$$
 
-    with `Adjoint`'s $u_t$ and without its $\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t$: each step costs one
+    with `Adjoint`'s $F$ and $u_t$ and without its $\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t$: each step costs one
     forward-mode pass in place of a rebuilt graph and a double backward. For K = 1 it is exact; for more steps its
     relative error is of the order of learning rate x curvature x K. Source: T1-T2 (Luketina et al., ICML 2016); SAMA
     (Choe et al., NeurIPS 2023) does so for adaptive optimizers. Ours differs in following the optimizer exactly:
@@ -24,7 +23,7 @@ class IdentityJacobian:
     Raises:
         MetaKDError: when called without a batch.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}

@@ -24,11 +24,11 @@ class Implicit:
     $\phi$, so
 
     $$\frac{d\, \mathrm{outer}}{d \phi} = \nabla_\phi\, \mathrm{outer} - \nabla^2_{\phi\theta}\, \mathrm{inner}\; q,
-      \qquad (\nabla^2_{\theta\theta}\, \mathrm{inner} + \lambda I)\, q = \nabla_\theta\, \mathrm{outer}.$$
+      \qquad (\nabla^2_{\theta\theta}\, \mathrm{inner} + \delta I)\, q = \nabla_\theta\, \mathrm{outer}.$$
 
     Time and memory do not depend on how many steps led there; each solver step is one product with the Hessian through
     one kept graph. The error has three parts: the distance to the optimum, what the solver leaves over, and the damping
-    $\lambda$. After n steps the solver's part falls like $((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^n$ for conjugate
+    $\delta$. After n steps the solver's part falls like $((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^n$ for conjugate
     gradients and like $(1 - 1/\kappa)^n$ for the Neumann series, with $\kappa$ the Hessian's condition number. Decay
     that the inner optimizer adds is not part of the loss: for L2 decay give it as damping.
 
@@ -38,14 +38,14 @@ class Implicit:
     Args:
         solver: `"cg"` (conjugate gradients) or `"neumann"`.
         steps: products with the Hessian.
-        damping: $\lambda$.
+        damping: $\delta$.
         step_size: of the Neumann series; None for one over the largest curvature that five products find.
 
     Raises:
         MetaKDError: arguments out of range; a Hessian that is not positive definite; a model without second
             derivatives.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor([0.0, 0.0])}, {"phi": torch.tensor([1.0, 2.0])}

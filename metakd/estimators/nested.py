@@ -15,7 +15,7 @@ def flatten(values: Any, what: str) -> dict[str, Any]:
     Raises:
         MetaKDError: no mapping, an empty one, or two leaves with one path.
 
-    Example:
+    Examples:
         >>> flatten({"layer": {"w": 1, "b": 2}}, "params")
         {'layer/w': 1, 'layer/b': 2}
     """
@@ -36,7 +36,7 @@ def flatten(values: Any, what: str) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The nest shaped like `like` whose leaves are those of `flat`.
 
-    Example:
+    Examples:
         >>> unflatten({"layer/w": 1, "layer/b": 2}, {"layer": {"w": None, "b": None}})
         {'layer': {'w': 1, 'b': 2}}
     """

@@ -29,7 +29,8 @@ class OneStep:
 
     With `parameters` the step ahead moves those alone, as in AMAL (Sivasubramanian et al., 2023), which looks ahead
     with the classifier and the last stage. The answer is exact for that step and an approximation for the whole one.
-    All three passes end, or begin, at the first layer that moves: docs/cost.md has prices and errors.
+    All three passes end, or begin, at the first layer that moves: see [quick ways](cost.md#quick-ways) for prices and
+    errors.
 
     Args:
         mode: `"auto"`, `"forward"` or `"reverse"`.
@@ -40,7 +41,7 @@ class OneStep:
         MetaKDError: when called with K other than 1, with a pattern that fits no trainable parameter, or in forward
             mode on a model without forward-mode formulas.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(3.0)}, {"phi": torch.tensor(2.0)}

@@ -34,7 +34,7 @@ class Hypergradient(NamedTuple):
         params: theta_K, the parameters after the inner steps.
         optimizer_state: the inner optimizer's state after them.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> from metakd import hypergradient
         >>> inner, outer = lambda p, m, batch: m["w"] * p["x"] ** 2, lambda p, m: p["x"] ** 2
@@ -70,7 +70,7 @@ class Problem:
         mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
             the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> sgd, start = torchopt.sgd(lr=0.1), {"x": torch.tensor(1.0)}
         >>> problem = Problem(lambda p, m, batch: m["w"] * p["x"] ** 2, [lambda p, m: p["x"]], start,

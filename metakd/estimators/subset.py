@@ -16,7 +16,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     Raises:
         MetaKDError: a pattern fits none of them.
 
-    Example:
+    Examples:
         >>> matching(["stem.weight", "head.weight", "head.bias"], ["head.*"])
         ['head.weight', 'head.bias']
     """

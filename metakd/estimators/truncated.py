@@ -13,13 +13,13 @@ from metakd.estimators.walk import walk_back
 class Truncated:
     r"""The exact sum of what the last `horizon` inner steps contribute; the earlier steps' share is left out.
 
-    $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t = K - h}^{K - 1} \Big(\frac{\partial\, \theta_{t+1}}{\partial\,
-      \phi}\Big)^{\!\top} \lambda_{t+1}$$
+    $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t = K - h}^{K - 1} \nabla^2_{\phi\theta}\,
+      \mathrm{inner}(\theta_t)\; u_t$$
 
-    All K steps are taken, h are walked back. Where the inner steps contract by a factor $\rho < 1$ each, the error
-    falls like $\rho^h$; where they do not, the left-out share need not be small. Source: Shaban et al., "Truncated
-    Back-propagation for Bilevel Optimization" (AISTATS 2019). Ours differs in walking back by `Adjoint`'s rebuilt
-    graphs.
+    with `Adjoint`'s $u_t$. All K steps are taken, h are walked back. Where the inner steps contract by a factor
+    $\rho < 1$ each, the error falls like $\rho^h$; where they do not, the left-out share need not be small. Source:
+    Shaban et al., "Truncated Back-propagation for Bilevel Optimization" (AISTATS 2019). Ours differs in walking back by
+    `Adjoint`'s rebuilt graphs.
 
     Args:
         horizon: h, the number of steps to walk back; K or more is exact.
@@ -27,7 +27,7 @@ class Truncated:
     Raises:
         MetaKDError: a horizon below 1; see `Adjoint`.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}

@@ -20,7 +20,7 @@ class Unroll:
     Raises:
         MetaKDError: when called without a batch, in several processes, or where the model has no double backward.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> from metakd import hypergradient
         >>> w, phi = {"w": torch.tensor(1.0)}, {"phi": torch.tensor(2.0)}

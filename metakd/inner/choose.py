@@ -26,7 +26,7 @@ def inner_optimizer(
     Raises:
         MetaKDError: another choice, or an optimizer that does not hold `params` or cannot be mirrored.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.ones(1))
         >>> inner_optimizer("mirror", torch.optim.RMSprop([w]), {"w": w})
         Traceback (most recent call last):

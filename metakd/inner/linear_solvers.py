@@ -31,7 +31,7 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float)
     Raises:
         MetaKDError: A + damping I is not positive definite along a direction that the solver met.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
         >>> conjugate_gradient(lambda v: a @ v, torch.ones(2), steps=2, damping=0.0)
         tensor([0.5000, 0.2500])
@@ -70,7 +70,7 @@ def neumann_series(matvec: MatVec, b: Tensor, *, steps: int, damping: float, ste
     Raises:
         MetaKDError: the series diverges.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
         >>> neumann_series(lambda v: a @ v, torch.ones(2), steps=30, damping=0.0, step_size=0.25)
         tensor([0.5000, 0.2500])

@@ -28,7 +28,7 @@ class InnerOptimizer(NamedTuple):
         transformation: its `init` and `update`, as TorchOpt has them.
         state: of the parameters it was built for.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.zeros(2))
         >>> transformation, state = mirror(torch.optim.SGD([w], lr=0.5, momentum=0.9), {"w": w})
         >>> transformation.update({"w": torch.ones(2)}, state, params={"w": w})[0]
@@ -54,7 +54,7 @@ def plain_sgd(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimize
     Raises:
         MetaKDError: the optimizer does not hold all of `params`.
 
-    Example:
+    Examples:
         >>> from metakd.inner import apply
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
         >>> inner = plain_sgd(torch.optim.Adam([w], lr=0.5), {"w": w})
@@ -82,7 +82,7 @@ def mirror(optimizer: torch.optim.Optimizer, params: Params) -> InnerOptimizer:
     Raises:
         MetaKDError: another optimizer, an unsupported flag, or an optimizer that does not hold all of `params`.
 
-    Example:
+    Examples:
         >>> from metakd.inner import apply
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
         >>> inner = mirror(torch.optim.SGD([w], lr=0.5, weight_decay=0.2), {"w": w})

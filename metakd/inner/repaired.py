@@ -36,7 +36,7 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
     Returns:
         The mended one; one that needs no repair comes back as it is.
 
-    Example:
+    Examples:
         >>> import torchopt
         >>> from metakd.inner import apply
         >>> adam = repaired(torchopt.adam(lr=0.1))
@@ -70,7 +70,7 @@ def own(transformation: GradientTransformation) -> GradientTransformation:
     Returns:
         The same transformation.
 
-    Example:
+    Examples:
         >>> def update(gradients, state, *, params=None, inplace=True):
         ...     return {name: None if g is None else -0.1 * g.sign() for name, g in gradients.items()}, state
         >>> signs = own(GradientTransformation(lambda params: (), update))

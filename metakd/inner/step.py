@@ -21,7 +21,7 @@ def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, p
     Returns:
         theta' and the new state.
 
-    Example:
+    Examples:
         >>> import torch, torchopt
         >>> sgd = torchopt.sgd(lr=0.1)
         >>> theta = {"w": torch.tensor([1.0])}

@@ -26,7 +26,7 @@ def momentum_step(
 
     The update is b', with Nesterov's momentum g + mu b'. Whether a buffer has started is part of the state.
 
-    Example:
+    Examples:
         >>> g, b = [torch.tensor(1.0)], [torch.tensor(2.0)]
         >>> momentum_step(g, b, [True], momentum=0.5, dampening=0.0, nesterov=False)[0]
         [tensor(2.)]
@@ -62,7 +62,7 @@ def adam_step(
     square root gets the derivative zero: the true derivative of the direction there is 1 / eps times that of
     m_hat, and the factor that multiplies the root's infinite slope, m_hat, is zero.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1, dtype=torch.float64)
         >>> g = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         >>> (direction,), *_ = adam_step([g], [zero], [zero], [torch.tensor(0)], b1=0.9, b2=0.999, eps=1e-8)
@@ -91,7 +91,7 @@ def clip_norm(
 ) -> list[Tensor | None]:
     """Clip the joint norm to `max_norm`; the clip factor min(1, max_norm / (norm + 1e-6)) is differentiated.
 
-    Example:
+    Examples:
         >>> clip_norm([torch.tensor([3.0, 4.0])], max_norm=1.0)[0].norm() < 1.0
         tensor(True)
     """

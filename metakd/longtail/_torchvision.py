@@ -35,7 +35,7 @@ def import_torchvision() -> ModuleType:
     Raises:
         MetaKDError: If torchvision is not installed.
 
-    Example:
+    Examples:
         >>> import_torchvision().__name__
         'torchvision'
     """

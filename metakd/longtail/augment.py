@@ -28,7 +28,7 @@ def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.
     Returns:
         (B, C, H, W), same dtype.
 
-    Example:
+    Examples:
         >>> random_crop_flip(torch.ones(2, 3, 8, 8), padding=1, flip=True).shape
         torch.Size([2, 3, 8, 8])
     """
@@ -57,7 +57,7 @@ class Augment:
         flip: whether to mirror at random. Not for digits: a mirrored digit is none.
         scale: the raw images' largest value.
 
-    Example:
+    Examples:
         >>> augment = Augment(mean=(0.5,), std=(0.25,), padding=4, flip=True)
         >>> images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
         >>> augment(images).shape, augment.normalise(images).dtype

@@ -28,7 +28,7 @@ class Batches:
         seed: of the order and of the augmentation.
         stream: tells loaders of the same seed apart.
 
-    Example:
+    Examples:
         >>> from metakd.longtail import load_images
         >>> train = LongTailed.cut(load_images("digits"), 20, batch_size=32, validation_per_class=10).train
         >>> inputs, targets, index = next(train.epoch(0))
@@ -83,7 +83,7 @@ class LongTailed:
         title: the data in a word or two.
         name: the data in words.
 
-    Example:
+    Examples:
         >>> from metakd.longtail import load_images
         >>> data = LongTailed.cut(load_images("digits"), 20, batch_size=32, validation_per_class=10)
         >>> for batch, meta in zip(data.train.epoch(0), data.validation.endless(0)):
@@ -125,7 +125,7 @@ class LongTailed:
         Raises:
             MetaKDError: a class has too few images.
 
-        Example:
+        Examples:
             >>> from metakd.longtail import load_images
             >>> data = LongTailed.cut(load_images("digits"), imbalance=20, validation_per_class=10)
             >>> data.counts
@@ -165,7 +165,7 @@ class LongTailed:
     def describe(self) -> str:
         """The data in one line.
 
-        Example:
+        Examples:
             >>> from metakd.longtail import load_images
             >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
             >>> data.describe().split(": ")[1].split(", ")

@@ -40,7 +40,7 @@ class Checkpoint:
         settings: everything that decides the run's numbers; a checkpoint of other settings is refused.
         parts: what has a state, by name; None for parts that this run does not have.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> model = torch.nn.Linear(2, 1)
         >>> folder = tempfile.TemporaryDirectory()
@@ -161,7 +161,7 @@ def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results
     Raises:
         MetaKDError: the folder holds an unfinished run.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save({}, Path(folder) / "student.pt")

@@ -35,7 +35,7 @@ class Images:
         padding: random shifts in pixels that suit these images.
         flip: whether these images may be mirrored.
 
-    Example:
+    Examples:
         >>> images = load_images("digits")
         >>> images.train.dtype, images.scale, images.classes[:3]
         (torch.uint8, 16.0, ('0', '1', '2'))
@@ -69,7 +69,7 @@ def load_images(dataset: str, root: str | Path | None = None, *, size: int = 32)
     Raises:
         MetaKDError: the data are not there and could not be downloaded, or the tree is not as described.
 
-    Example:
+    Examples:
         >>> images = load_images("digits")
         >>> images.train.shape[1:], len(images.classes), len(images.test)
         (torch.Size([1, 8, 8]), 10, 600)

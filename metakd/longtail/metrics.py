@@ -26,7 +26,7 @@ class Groups(NamedTuple):
         medium: classes in between.
         few: classes with few training images.
 
-    Example:
+    Examples:
         >>> groups = group_classes([300, 200, 60, 40, 9, 8])
         >>> groups.rule, groups.medium
         ('many: over 100 training images, medium: 20 to 100, few: under 20', (2, 3))
@@ -54,7 +54,7 @@ def group_classes(counts: Sequence[int]) -> Groups:
     Raises:
         MetaKDError: there are fewer than three classes.
 
-    Example:
+    Examples:
         >>> group_classes([500, 400, 90, 50, 10, 5]).few
         (4, 5)
         >>> group_classes([4900, 3172, 2053, 1329, 860, 557, 360, 233, 151, 98])[1:]
@@ -81,7 +81,7 @@ class Scores(NamedTuple):
         loss: mean cross-entropy.
         ece: expected calibration error of the predicted class over 15 bins of confidence (Guo et al., 2017).
 
-    Example:
+    Examples:
         >>> batches = [(torch.eye(3), torch.tensor([0, 1, 0]), torch.arange(3))]
         >>> scores = evaluate(nn.Identity(), batches, Groups("by hand", (0,), (1,), (2,)))
         >>> scores.many, scores.per_class
@@ -112,7 +112,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     Raises:
         MetaKDError: torchmetrics is not installed.
 
-    Example:
+    Examples:
         >>> batches = [(torch.eye(3), torch.arange(3), torch.arange(3))]
         >>> evaluate(nn.Identity(), batches, Groups("by hand", (0,), (1,), (2,))).overall
         100.0

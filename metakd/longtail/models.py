@@ -51,7 +51,7 @@ class CifarResNet(nn.Module):
     Raises:
         MetaKDError: if the depth is not 6n + 2, there are not four widths, or the stride is not 1 or more.
 
-    Example:
+    Examples:
         >>> import torch
         >>> CifarResNet(8, (16, 16, 32, 64), classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -130,7 +130,7 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
     Raises:
         MetaKDError: if there is no such network.
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in build_model("resnet20", classes=10).parameters())
         272474
     """

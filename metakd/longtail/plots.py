@@ -32,7 +32,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path
     Returns:
         The figure, also written to ``path``.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> history = [{"epoch": 1, "train_loss": 0.9, "test_loss": 0.8, "test_accuracy": 70.0}]
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def class_accuracy(
     Returns:
         The figure, also written to ``path``.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "accuracy.png"

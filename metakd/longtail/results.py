@@ -34,7 +34,7 @@ class Run(NamedTuple):
             ``test_loss``, ``test_accuracy`` and ``validation_accuracy``.
         scores: test scores after the last epoch.
 
-    Example:
+    Examples:
         >>> Run([{"seconds": 1.5}, {"seconds": 1.0}], Scores(90.0, 95.0, 90.0, 85.0, (), 0.3, 2.0)).seconds
         2.5
     """
@@ -54,7 +54,7 @@ def provenance() -> dict[str, Any]:
     Returns:
         Plain numbers and texts, fit for JSON.
 
-    Example:
+    Examples:
         >>> sorted(provenance())
         ['command', 'hardware', 'threads', 'versions']
     """
@@ -94,7 +94,7 @@ def write_report(
     Returns:
         The files written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from metakd.longtail import load_images
         >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
@@ -160,7 +160,7 @@ def summary(runs: Mapping[str, Run], data: LongTailed) -> str:
     Returns:
         The title, the table and the rule of the groups, as text.
 
-    Example:
+    Examples:
         >>> from metakd.longtail import load_images
         >>> data = LongTailed.cut(load_images("digits"), 20, validation_per_class=10)
         >>> summary({"ce": Run([{"seconds": 1.5}], Scores(90.0, 95.0, 90.0, 85.0, (), 0.3, 2.0))}, data).splitlines()[3]
@@ -185,7 +185,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     Returns:
         Its lines, the header first.
 
-    Example:
+    Examples:
         >>> print(table({"ce": {"overall": 80.0, "few": 61.234}, "bikd": {"overall": 82.1, "few": 70.0}}))
               overall     few
         ce      80.00   61.23

@@ -19,7 +19,7 @@ class Split(NamedTuple):
         validation: (C * validation_per_class,) long tensor, balanced; disjoint from ``train``.
         counts: training images per class, in class order.
 
-    Example:
+    Examples:
         >>> train, validation, counts = long_tailed_split(torch.arange(40) % 2, 4, validation_per_class=4)
         >>> len(train), len(validation), counts
         (20, 8, (16, 4))
@@ -47,7 +47,7 @@ def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
     Raises:
         MetaKDError: if an argument is out of range, or the smallest class would be left without an image.
 
-    Example:
+    Examples:
         >>> long_tail_counts(4, n_max=100, imbalance=8)
         [100, 50, 25, 12]
         >>> sum(long_tail_counts(10, n_max=4900, imbalance=50))  # CIFAR-10-LT
@@ -77,7 +77,7 @@ def largest_n_max(available: Sequence[int], imbalance: float) -> int:
     Returns:
         At most ``available[0]``; 0 if there is no feasible long tail.
 
-    Example:
+    Examples:
         >>> largest_n_max([100, 60, 20, 12], imbalance=8)  # class 2 has only 20 images: int(83 / 4)
         83
     """
@@ -118,7 +118,7 @@ def long_tailed_split(
     Raises:
         MetaKDError: if a class has too few images, a label is missing, or the imbalance is below 1.
 
-    Example:
+    Examples:
         >>> split = long_tailed_split(torch.arange(400) % 4, 8, validation_per_class=10)
         >>> split.counts, len(split.validation)
         ((90, 45, 22, 11), 40)

@@ -57,7 +57,7 @@ def weights_by_class(
     Raises:
         MetaKDError: numbers and names that do not fit, or matplotlib is missing.
 
-    Example:
+    Examples:
         >>> figure = weights_by_class(torch.tensor([[0.2, 0.4], [0.9, 0.5]]), terms=["hard", "soft"])
         >>> print(*(line.get_label() for line in figure.axes[0].get_lines()), sep=", ")
         hard term, soft term
@@ -98,7 +98,7 @@ def influence_by_class(
     Raises:
         MetaKDError: numbers and names that do not fit, or matplotlib is missing.
 
-    Example:
+    Examples:
         >>> figure = influence_by_class(torch.tensor([[-0.2], [0.1]]), terms=["hard"], classes=["ant", "bee"])
         >>> figure.axes[0].get_ylabel()
         'mean influence on the meta loss\n(below 0: more weight helps)'

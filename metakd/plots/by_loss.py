@@ -57,7 +57,7 @@ def weights_by_loss(
         MetaKDError: the weight model sees more than two features, or what they are is not known; a model that looks at
             more than the features; numbers and names that do not fit; matplotlib is missing.
 
-    Example:
+    Examples:
         >>> from metakd.weighting import LossMLP
         >>> names = ["student's loss", "teacher's loss"]
         >>> figure = weights_by_loss(LossMLP(2, 2), terms=["hard", "soft"], features=names)

@@ -45,7 +45,7 @@ def weights_over_time(
     Raises:
         MetaKDError: the history is empty, or does not know the classes; matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Report
         >>> history = History(["hard", "soft"])
@@ -79,7 +79,7 @@ def influence_over_time(
     Raises:
         MetaKDError: no step of the history has an influence, or it does not know the classes; matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Report
         >>> history = History(["hard"])
@@ -111,7 +111,7 @@ def meta_loss_over_time(
     Raises:
         MetaKDError: no step of the history has a hypergradient; matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Report
         >>> history, one = History(["hard"]), torch.ones(4, 1)

@@ -34,6 +34,7 @@ def amal(
 
     Source: Sivasubramanian et al., AMAL, "Adaptive Mixing of Auxiliary Losses in Supervised Learning" (AAAI 2023, arXiv
     2202.03250) and its published code. Ours differs in that
+
     - every call moves the rows of its batch once; theirs goes over all training samples every 10 epochs (CIFAR-100),
       after 10 of warm-up, and takes 5 steps with three batches at a time; `balancer(batch, None)` is a warm-up step;
     - the lookahead is of all parameters unless `last_layer` says otherwise (theirs: the last layer alone), and in the
@@ -57,7 +58,7 @@ def amal(
     Raises:
         MetaKDError: see `BilevelLossBalancer`, `SampleTable` and `OneStep`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> balancer = amal(student, teacher, optimizer=torch.optim.SGD(student.parameters(), lr=0.1), samples=100)
         >>> batch = (torch.randn(8, 4), torch.randint(3, (8,)), torch.arange(8))

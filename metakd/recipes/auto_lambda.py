@@ -50,7 +50,7 @@ def auto_lambda(
     Raises:
         MetaKDError: `primary` names no term; see also `BilevelLossBalancer`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 2)
         >>> tasks = {"left": lambda z, batch: (z[:, 0] - batch.targets) ** 2, "right": lambda z, batch: z[:, 1] ** 2}
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def hard_and_soft(temperature: float) -> dict[str, Term]:
     """The two terms of distillation: cross-entropy, and divergence from the teacher.
 
-    Example:
+    Examples:
         >>> list(hard_and_soft(4.0))
         ['hard', 'soft']
     """
@@ -30,7 +30,7 @@ def hard_and_soft(temperature: float) -> dict[str, Term]:
 class Sum:
     """The sum of some terms, itself a term.
 
-    Example:
+    Examples:
         >>> Sum([CrossEntropy(), CrossEntropy()])(torch.zeros(1, 2), Batch(None, torch.tensor([0])))
         tensor([1.3863])
     """
@@ -50,7 +50,7 @@ class Sum:
 def beside(student: nn.Module, model: Model) -> Model:
     """The weight model on the device and in the dtype of the student's first trainable parameter.
 
-    Example:
+    Examples:
         >>> beside(nn.Linear(2, 2).double(), nn.Linear(1, 1)).weight.dtype
         torch.float64
     """
@@ -66,7 +66,7 @@ def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.
     Raises:
         MetaKDError: see `rate`.
 
-    Example:
+    Examples:
         >>> adam(nn.Linear(1, 1), 1e-3).defaults["lr"]
         0.001
     """
@@ -79,7 +79,7 @@ def rate(lr: float) -> float:
     Raises:
         MetaKDError: it is negative or not finite.
 
-    Example:
+    Examples:
         >>> rate(0.1)
         0.1
     """
@@ -96,7 +96,7 @@ def configured(
     Raises:
         MetaKDError: an option is one of the parts; or see `BilevelLossBalancer`.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(2, 2)
         >>> sgd = torch.optim.SGD(student.parameters(), lr=0.1)
         >>> configured("mine", student, hard_and_soft(4.0), {"every": 2}, optimizer=sgd).every

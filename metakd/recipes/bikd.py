@@ -58,7 +58,7 @@ def bikd(
     Raises:
         MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> balancer = bikd(student, teacher, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
         >>> batch, meta_batch = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]

@@ -22,8 +22,8 @@ def learning_to_reweight(
     r"""Learning to Reweight: a sample counts as much as a step on it alone would help the meta set.
 
     $$\sum_i w_i\, \mathrm{CE}_i, \qquad w_i = \frac{\max(0, -g_i)}{\sum_j \max(0, -g_j)}, \qquad
-      g_i = \frac{\partial}{\partial \epsilon_i} L_\mathrm{meta}\Big(\theta - \eta \nabla_\theta \sum_j \epsilon_j\,
-      \mathrm{CE}_j\Big) \Big|_{\epsilon = 0}$$
+      g_i = \left. \frac{\partial}{\partial \epsilon_i} L_\mathrm{meta}\Big(\theta - \eta \nabla_\theta \sum_j
+      \epsilon_j\, \mathrm{CE}_j\Big) \right|_{\epsilon = 0}$$
 
     There is no weight model and nothing to train but the student. Where no sample helps, all weights are zero.
 
@@ -43,7 +43,7 @@ def learning_to_reweight(
     Raises:
         MetaKDError: see `BilevelLossBalancer`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 3)
         >>> balancer = learning_to_reweight(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
         >>> batch, meta_batch = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]

@@ -49,7 +49,7 @@ def meta_weight_net(
     Raises:
         MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 3)
         >>> balancer = meta_weight_net(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
         >>> batch, meta_batch = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]

@@ -22,7 +22,7 @@ def rw_kd(
 
     $$\frac{1}{B} \sum_i (1 - \lambda_i)\, \mathrm{CE}_i + \lambda_i\, T^2\, \mathrm{KL}(p_i^T \,\|\, q_i^T), \qquad
       \lambda_i = \frac{u_i^\mathrm{soft}}{u_i^\mathrm{hard} + u_i^\mathrm{soft}}, \qquad
-      u_i = \max\Big(0, -\frac{\partial L_\mathrm{meta}}{\partial \epsilon_i} \Big|_{\epsilon = 0}\Big)$$
+      u_i = \max\left(0, -\left. \frac{\partial L_\mathrm{meta}}{\partial \epsilon_i} \right|_{\epsilon = 0}\right)$$
 
     with teacher $p$, student $q$, and $\epsilon$ the weights of both terms in one plain SGD step. Where neither helps,
     $\lambda_i = 1/2$. The meta loss is CE + T^2 KL of the meta batch.
@@ -49,7 +49,7 @@ def rw_kd(
     Raises:
         MetaKDError: see `BilevelLossBalancer`; also an option that the recipe decides.
 
-    Example:
+    Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
         >>> balancer = rw_kd(student, teacher, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
         >>> batch, meta_batch = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]

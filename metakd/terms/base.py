@@ -34,7 +34,7 @@ def named(terms: Mapping[str, Term] | Sequence[Term]) -> dict[str, Term]:
         MetaKDError: no terms, a term that cannot be called, a class in place of an object, a name that is not
             a string.
 
-    Example:
+    Examples:
         >>> from metakd.terms import CrossEntropy, named
         >>> list(named([CrossEntropy(), CrossEntropy(label_smoothing=0.1), lambda outputs, batch: ...]))
         ['cross_entropy', 'cross_entropy_2', 'term_2']
@@ -80,7 +80,7 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
         MetaKDError: a term raised (the exception is chained), or returned something else than a floating
             `(B,)` tensor, or the terms' losses are on different devices. The message names the term.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import CrossEntropy, evaluate

@@ -45,7 +45,7 @@ def thirds(counts: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...], t
     Raises:
         MetaKDError: there are fewer than three classes.
 
-    Example:
+    Examples:
         >>> thirds([5, 900, 40, 300])
         ((1,), (3, 2), (0,))
     """

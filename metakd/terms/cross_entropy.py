@@ -34,7 +34,7 @@ class CrossEntropy:
         MetaKDError: `label_smoothing` outside `[0, 1)`; when called, targets that are missing, are not
             `(B,)` integers, or are out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import CrossEntropy

@@ -40,7 +40,7 @@ class DebiasedSoftTarget(Softened):
             negative or not finite; when called, other than C logits, the teacher's outputs missing or of another
             shape than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import DebiasedSoftTarget

@@ -37,7 +37,7 @@ class TargetClass(Softened):
             are not `(B,)` integers, or are out of range; the teacher's outputs missing or of another shape than
             the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import TargetClass
@@ -75,7 +75,7 @@ class NonTargetClass(Softened):
     Raises:
         MetaKDError: as `TargetClass`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import NonTargetClass

@@ -39,7 +39,7 @@ class GatedSoftTarget(Softened):
         MetaKDError: `temperature` not positive and finite; when called, targets that are missing, are not `(B,)`
             integers, or are out of range; the teacher's outputs missing or of another shape than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import GatedSoftTarget

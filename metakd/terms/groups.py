@@ -79,7 +79,7 @@ class GroupTarget(_Grouped):
             positive and finite; when called, other than C logits, the teacher's outputs missing or of another
             shape than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import GroupTarget
@@ -120,7 +120,7 @@ class WithinGroupTarget(_Grouped):
     Raises:
         MetaKDError: as `GroupTarget`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import WithinGroupTarget

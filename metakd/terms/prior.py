@@ -33,7 +33,7 @@ class LogitAdjusted:
         MetaKDError: counts that are not positive finite numbers, `tau` negative or not finite; when called,
             other than C logits, and all that `CrossEntropy` raises.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import LogitAdjusted
@@ -76,7 +76,7 @@ class BalancedSoftmax(LogitAdjusted):
     Raises:
         MetaKDError: as `LogitAdjusted`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import BalancedSoftmax

@@ -23,7 +23,7 @@ def logits(outputs: Any) -> Tensor:
     Raises:
         MetaKDError: there is no floating tensor of two dimensions to be found.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from metakd.terms import logits

@@ -43,7 +43,7 @@ class RebalancedSoftTarget(Softened):
             outside `[0, 1)`; when called, other than C logits, the teacher's outputs missing or of another shape
             than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import RebalancedSoftTarget

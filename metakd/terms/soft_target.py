@@ -39,7 +39,7 @@ class SoftTarget(Softened):
         MetaKDError: `temperature` or `power` not positive and finite; when called, the teacher's outputs
             missing or of another shape than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import SoftTarget
@@ -78,7 +78,7 @@ class ReverseSoftTarget(Softened):
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
-    Source: one of the two divergences that Sepahvand, Meyer, Gross, BD-KD (2022, arXiv 2212.12965) balance.
+    Source: one of the two divergences that Amara et al., BD-KD (2022, arXiv 2212.12965), balance.
     Ours differs in that the balance between them is no part of the term, and that no gradient ever flows into
     the teacher.
 
@@ -89,7 +89,7 @@ class ReverseSoftTarget(Softened):
         MetaKDError: `temperature` not positive; when called, the teacher's outputs missing or of another
             shape than the student's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.terms import ReverseSoftTarget

@@ -47,7 +47,7 @@ def validate(
     Returns:
         The findings, errors first; the same thing in several modules is one finding.
 
-    Example:
+    Examples:
         >>> student = nn.Sequential(nn.EmbeddingBag(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
         >>> for finding in validate(student, torch.optim.SGD(student.parameters(), lr=0.1)):
         ...     print(f"[{finding.level}] {finding}")

@@ -27,7 +27,7 @@ class Finding:
         cure: what to do, if anything.
         forward_mode: False where it rules out forward-mode derivatives.
 
-    Example:
+    Examples:
         >>> print(Finding("note", "2 of 8 parameters", "they are frozen", "Nothing to do"))
         2 of 8 parameters: they are frozen. Nothing to do.
     """
@@ -76,7 +76,7 @@ class Subject(NamedTuple):
 def places(modules: Named) -> str:
     """Where some modules are, and what they are.
 
-    Example:
+    Examples:
         >>> places([(f"layers.{i}", nn.Tanh()) for i in range(5)])
         'layers.0, layers.1, layers.2 and 2 more (Tanh)'
     """
@@ -87,7 +87,7 @@ def places(modules: Named) -> str:
 def listed(names: Sequence[str]) -> str:
     """The first few of some names.
 
-    Example:
+    Examples:
         >>> listed(["a", "b"])
         'a, b'
     """

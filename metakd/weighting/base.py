@@ -50,7 +50,7 @@ def output_map(output: str) -> OutputMap:
     Raises:
         MetaKDError: there is no such map.
 
-    Example:
+    Examples:
         >>> output_map("sigmoid").inverse(0.5)
         0.0
     """
@@ -65,7 +65,7 @@ def starting_point(init: float | None, output: str) -> float:
     Raises:
         MetaKDError: no number maps to that weight.
 
-    Example:
+    Examples:
         >>> round(starting_point(1.0, "softplus"), 4)
         0.5413
     """
@@ -83,7 +83,7 @@ def starting_point(init: float | None, output: str) -> float:
 def shares(values: Tensor, dim: tuple[int, ...]) -> Tensor:
     """The values over their sum over some dimensions; zero where that is zero.
 
-    Example:
+    Examples:
         >>> shares(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), dim=(1,))
         tensor([[0.2500, 0.7500],
                 [0.0000, 0.0000]])
@@ -98,7 +98,7 @@ def positive_int(value: int, name: str) -> int:
     Raises:
         MetaKDError: it is not.
 
-    Example:
+    Examples:
         >>> positive_int(3, "terms")
         3
     """

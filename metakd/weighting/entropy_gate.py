@@ -29,7 +29,7 @@ def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
     Raises:
         MetaKDError: outputs that are no logits, or the teacher's missing or of another shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> batch = Batch(None, teacher=torch.tensor([[9.0, 0.0]]))
@@ -63,7 +63,7 @@ class EntropyGate(nn.Module):
     Raises:
         MetaKDError: not `0 <= low <= high`; when called, features that are not `(B, 2)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch, BilevelLossBalancer
         >>> from metakd.terms import CrossEntropy, ReverseSoftTarget, SoftTarget

@@ -44,7 +44,7 @@ class LossMLP(nn.Module):
         MetaKDError: a size that is not a positive integer, an unknown output map, or an activation that is no
             class of modules; when called, features that are not `(B, F)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import LossMLP

@@ -30,7 +30,7 @@ class Normalised(nn.Module):
     Raises:
         MetaKDError: `model` is no module; when called, one of its weights is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import ClassTable, Normalised

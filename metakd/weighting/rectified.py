@@ -38,7 +38,7 @@ class Rectified(nn.Module):
         MetaKDError: `terms` not a positive integer, or an unknown `over`; when called, an influence that is not
             `(B, M)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd.weighting import Rectified
         >>> Rectified().from_influence(torch.tensor([[-3.0], [-1.0], [5.0], [0.0]]))

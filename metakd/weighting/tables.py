@@ -62,7 +62,7 @@ class ClassTable(_Table):
         MetaKDError: a size that is not a positive integer, an unknown output map, or a start that it cannot
             give; when called, targets missing, not `(B,)` integers, or out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import ClassTable
@@ -107,7 +107,7 @@ class SampleTable(_Table):
         MetaKDError: a size that is not a positive integer, an unknown output map, or a start that it cannot
             give; when called, the index missing, not `(B,)` integers, or out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import SampleTable

@@ -29,7 +29,7 @@ class TermScalars(nn.Module):
     Raises:
         MetaKDError: `terms` not a positive integer, an unknown output map, or a start that it cannot give.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import TermScalars

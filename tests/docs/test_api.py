@@ -72,7 +72,7 @@ def lacking(found):
     text = found.__doc__ or ""
     if not re.match(r"\S.*[.?:]", inspect.cleandoc(text).partition("\n")[0]):
         yield "a line that says what it is for"
-    if ">>>" not in text and not getattr(found, "_is_protocol", False):
+    if not re.search(r"^\s*Examples:\n\s+>>> ", text, flags=re.MULTILINE) and not getattr(found, "_is_protocol", False):
         yield "an example"
     for name in parameters(found):
         if not re.search(rf"^\s+(\w+, )*{name}(, \w+)*:", text, flags=re.MULTILINE):

@@ -46,13 +46,19 @@ def misplaced(text, sources):
             named = [row for row in known if {label, label.split(",")[0]} & {*row}]
             for column, value in zip(columns, values, strict=True):
                 places = [row for row in named if column in row] or named
-                if not any(value in NUMBER.findall(" ".join(row)) for row in places):
+                wanted = set(NUMBER.findall(value)) or {value}
+                if not any(wanted <= {*NUMBER.findall(" ".join(row))} for row in places):
                     yield label, column, value
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_tables_have_the_numbers_of_their_rows(section):
     assert list(misplaced(SECTIONS[section], sources(section))) == []
+
+
+def test_the_readme_has_the_numbers_of_the_long_tailed_table():
+    (table,) = re.findall(r"^## Does it help\?\n(.*?)^## ", text_of("README.md"), flags=re.DOTALL | re.MULTILINE)
+    assert "BiKD" in table and list(misplaced(table, [text_of("benchmarks/results/longtail-small/README.md")])) == []
 
 
 @pytest.mark.parametrize("section", SECTIONS)
