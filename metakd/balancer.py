@@ -430,11 +430,9 @@ class BilevelLossBalancer:
     @contextmanager
     def _untouched(self) -> Iterator[Start]:
         snapshot = Snapshot(self._functional, self._step)
-        try:
-            with explained():
-                yield snapshot.start
-        finally:
-            snapshot.restore()
+        with all_or_nothing(snapshot), explained():
+            yield snapshot.start
+            snapshot.restore()  # inside, so that an interrupted one is done again
 
 
 _STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"
