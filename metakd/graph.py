@@ -22,6 +22,7 @@ def graph_leaves(loss: Tensor) -> list[Tensor]:
     """All leaves of autograd that a loss depends on.
 
     Examples:
+        >>> import torch
         >>> w = torch.ones(2, requires_grad=True)
         >>> graph_leaves((w * w.detach()).sum())[0] is w
         True
