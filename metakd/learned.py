@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -62,7 +63,9 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with in_eval_mode(balancer.student):
         for item in batches:
-            features, batch, weights = seen_and_answered(balancer, item)
+            with first_answer(balancer.weighting) as seen:
+                balancer.weights(item)
+            features, batch, weights = seen[0]
             if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
                 raise MetaKDError(
                     "weights are read by class, so every batch needs labels of shape (B,): give (inputs, targets)"
@@ -74,16 +77,17 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
     return LearnedWeights(balancer, targets, features, weights)
 
 
-def seen_and_answered(balancer: BilevelLossBalancer, item: Any) -> tuple[Tensor, Batch, Tensor]:
-    """Features (B, F) and batch as the weight model sees them, and the weights (B, M) that it answers."""
-    seen: list[tuple[Tensor, Batch]] = []
+@contextmanager
+def first_answer(weighting: nn.Module) -> Iterator[list[tuple[Tensor, Batch, Tensor]]]:
+    """A block that notes what a weight model sees and answers first: features (B, F), batch, weights (B, M)."""
+    seen: list[tuple[Tensor, Batch, Tensor]] = []
 
-    def look(model: Any, inputs: tuple[Tensor, Batch]) -> None:
-        seen.append(inputs)
+    def look(model: Any, inputs: tuple[Tensor, Batch], weights: Tensor) -> None:
+        if not seen:
+            seen.append((*inputs, weights.detach()))
 
-    hook = balancer.weighting.register_forward_pre_hook(look)
+    hook = weighting.register_forward_hook(look)
     try:
-        weights = balancer.weights(item)
+        yield seen
     finally:
         hook.remove()
-    return *seen.pop(), weights

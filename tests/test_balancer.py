@@ -412,6 +412,25 @@ def test_one_term_with_a_loss_mlp_is_meta_weight_nets_step():
 # It learns -------------------------------------------------------------------------------------------------------
 
 
+def learned_by(table, student, batch, meta_batch, **options):
+    """The weights (B,) of the one term after 40 steps on one batch."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    balancer = BilevelLossBalancer(
+        student,
+        [terms.CrossEntropy()],
+        optimizer=optimizer,
+        weighting=table,
+        weighting_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
+        **options,
+    )
+    for _ in range(40):
+        loss = balancer(batch, meta_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return balancer.report.weights[:, 0]
+
+
 @pytest.mark.parametrize("estimator", [estimators.OneStep(), estimators.Unroll()], ids=str)
 def test_wrong_labels_lose_their_weight(estimator):
     """Half of the training labels are wrong; a table of weights finds out which."""
@@ -420,25 +439,10 @@ def test_wrong_labels_lose_their_weight(estimator):
     truth = (x @ torch.randn(4, 3).double()).argmax(1)
     y = truth.clone()
     y[:30] = (y[:30] + 1) % 3
-    student = nn.Linear(4, 3).double()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    table = weighting.SampleTable(60, 1, init=0.5, output="sigmoid").double()
-    balancer = BilevelLossBalancer(
-        student,
-        [terms.CrossEntropy()],
-        optimizer=optimizer,
-        weighting=table,
-        weighting_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
-        estimator=estimator,
-    )
+    student, table = nn.Linear(4, 3).double(), weighting.SampleTable(60, 1, init=0.5, output="sigmoid").double()
     meta = torch.randn(60, 4).double()
     meta_batch = (meta, student_truth(x, truth, meta))
-    for _ in range(40):
-        loss = balancer((x, y, torch.arange(60)), meta_batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    weights = balancer.report.weights[:, 0]
+    weights = learned_by(table, student, (x, y, torch.arange(60)), meta_batch, estimator=estimator)
     assert weights[:30].mean() < 0.35 < 0.65 < weights[30:].mean()
 
 
@@ -452,21 +456,8 @@ def test_a_balanced_meta_set_makes_the_rare_class_count(counts):
 
     torch.manual_seed(0)
     train, meta_batch, student = samples((54, 6)), samples(counts), nn.Linear(2, 2).double()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    table = weighting.ClassTable(2, 1, init=0.5, output="sigmoid").double()
-    balancer = BilevelLossBalancer(
-        student,
-        [terms.CrossEntropy()],
-        optimizer=optimizer,
-        weighting=table,
-        weighting_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
-    )
-    for _ in range(40):
-        loss = balancer(train, meta_batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    common, rare = (balancer.report.weights[train[1] == c].mean().item() for c in (0, 1))
+    weights = learned_by(weighting.ClassTable(2, 1, init=0.5, output="sigmoid").double(), student, train, meta_batch)
+    common, rare = (weights[train[1] == c].mean().item() for c in (0, 1))
     assert (rare > 2 * common) == (counts == (15, 15))
 
 

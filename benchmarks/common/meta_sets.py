@@ -149,20 +149,11 @@ def disjoint(data: LongTailed, size: int, generator: torch.Generator) -> list[tu
 
 def hypergradients(balancer: BilevelLossBalancer, batches: Sequence[Any], meta: tuple[Tensor, Tensor]) -> Tensor:
     """(batches, parameters): one hypergradient a training batch; student and weight model stay as they are."""
-    model = balancer.weighting
-    reader = BilevelLossBalancer(
-        balancer.student,
-        balancer.terms,
-        optimizer=balancer.optimizer,
-        teacher=balancer.teacher,
-        features=balancer.features,
-        weighting=model,
-        weighting_optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-    )
     rows = []
     for batch in batches:
-        reader.meta_step([batch], meta)
-        rows.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
+        with balancer.problem([batch], meta) as problem:
+            gradient = balancer.estimator(problem).gradient
+        rows.append(torch.cat([g.flatten() for g in gradient.values()]).double())
     return torch.stack(rows)
 
 

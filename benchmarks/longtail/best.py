@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.longtail.fixed import Mixture
 from benchmarks.longtail.setting import Setting
-from metakd import BilevelLossBalancer, weighting
-from metakd.recipes.base import adam, beside
+from metakd import BilevelLossBalancer
 from metakd.terms import BalancedSoftmax, DebiasedSoftTarget, RebalancedSoftTarget, Term
+from metakd.weighting import ClassTable
 
 
 def terms(counts: Sequence[int]) -> Mapping[str, Term]:
@@ -20,19 +20,12 @@ def terms(counts: Sequence[int]) -> Mapping[str, Term]:
 
 def best_mixture(counts: tuple[int, ...]) -> Mixture:
     """Fixed weights of the same terms: those that did best on validation images, without the last term."""
-    weights = {"label": 1.0, "teacher": 1.0}
-    return {name: (weight, terms(counts)[name]) for name, weight in weights.items()}
+    known = terms(counts)
+    return {name: (1.0, known[name]) for name in ("label", "teacher")}
 
 
 def best(setting: Setting) -> BilevelLossBalancer:
     """The same terms by one learned weight a class and term."""
-    student, teacher, optimizer, counts, preset = setting
-    table = beside(student, weighting.ClassTable(len(counts), 3, init=0.4, output="sigmoid"))
-    return BilevelLossBalancer(
-        student,
-        terms(counts),
-        optimizer=optimizer,
-        teacher=teacher,
-        weighting=table,
-        weighting_optimizer=adam(table, 10 * preset.weighting_lr),  # its numbers move by themselves, one a class
-    )
+    table = ClassTable(len(setting.counts), 3, init=0.4, output="sigmoid")
+    # A table's numbers move by themselves, one a class and term: hence the rate.
+    return setting.balancer(terms(setting.counts), table, lr=10 * setting.preset.weighting_lr)

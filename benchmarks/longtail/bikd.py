@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.longtail.setting import Setting
 from metakd import Batch, BilevelLossBalancer, recipes
 from metakd.features import Features, student_and_teacher
-from metakd.recipes.base import adam, beside, hard_and_soft
+from metakd.recipes.base import hard_and_soft
 from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import LossMLP, Normalised, entropies
 
@@ -49,14 +49,5 @@ def bikd_with_shares(setting: Setting) -> BilevelLossBalancer:
 
 
 def _of_parts(setting: Setting, weighting: nn.Module, features: Features) -> BilevelLossBalancer:
-    student, teacher, optimizer, _, preset = setting
-    model = beside(student, weighting)
-    return BilevelLossBalancer(
-        student,
-        hard_and_soft(4.0),
-        optimizer=optimizer,
-        teacher=teacher,
-        features=features,
-        weighting=model,
-        weighting_optimizer=adam(model, preset.weighting_lr, weight_decay=1e-4),
-    )
+    lr = setting.preset.weighting_lr
+    return setting.balancer(hard_and_soft(4.0), weighting, lr=lr, weight_decay=1e-4, features=features)

@@ -1,6 +1,6 @@
 """What a method is given, and what it gives back to the training loop."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 
 from benchmarks.longtail.presets import Preset
 from metakd import Batch, BilevelLossBalancer
+from metakd.recipes.base import adam, beside
+from metakd.terms import Term
 
 
 class Setting(NamedTuple):
@@ -26,6 +28,15 @@ class Setting(NamedTuple):
     optimizer: Optimizer
     counts: tuple[int, ...]
     preset: Preset
+
+    def balancer(
+        self, terms: Mapping[str, Term], weighting: nn.Module, *, lr: float, weight_decay: float = 0.0, **options: Any
+    ) -> BilevelLossBalancer:
+        """A balancer of these parts, whose weight model is learned by Adam."""
+        model = beside(self.student, weighting)
+        optimizer = adam(model, lr, weight_decay)
+        parts = {"optimizer": self.optimizer, "teacher": self.teacher, "weighting": model, **options}
+        return BilevelLossBalancer(self.student, terms, weighting_optimizer=optimizer, **parts)
 
 
 class Objective(Protocol):

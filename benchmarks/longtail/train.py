@@ -188,15 +188,15 @@ def fit(
     if balancer is None or seen is None:
         return found
     of_losses = balancer.features is student_and_teacher and isinstance(balancer.weighting, LossMLP)
-    by_loss = figures is not None and of_losses  # a table answers to labels instead
-    if figures is not None and by_loss:
+    by_loss = figures if of_losses else None  # a table answers to labels instead
+    if by_loss is not None:
         stem = f"{cell.name.split('/')[0]}-{cell.method}"
         samples = learned_weights(balancer, data.train.plain()).features
         title = f"Weights by loss: {method.title}, {stem}, seed {cell.seed}"
-        figures.mkdir(parents=True, exist_ok=True)
-        path = figures / f"{stem}-weights-by-loss.png"
+        by_loss.mkdir(parents=True, exist_ok=True)
+        path = by_loss / f"{stem}-weights-by-loss.png"
         plots.weights_by_loss(balancer, samples, title=title, path=path)
-    learned = {"terms": list(balancer.terms), "history": saved(seen), "weights_by_loss": by_loss}
+    learned = {"terms": list(balancer.terms), "history": saved(seen), "weights_by_loss": by_loss is not None}
     if weighting_scheduler is not None:
         learned["diagnosis"] = str(diagnose(balancer, data.train.epoch(0), data.validation.endless(0)))
     return found | {"learned": learned}

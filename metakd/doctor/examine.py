@@ -13,7 +13,7 @@ from metakd.derivatives import slope
 from metakd.errors import MetaKDError
 from metakd.estimators.estimate import estimate
 from metakd.inner import Params
-from metakd.learned import seen_and_answered
+from metakd.learned import first_answer
 from metakd.rng import RngState
 
 
@@ -46,7 +46,7 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
 
     In a training of several processes it is what this one sees of its own batches.
     """
-    with balancer.problem([batch], meta_batch) as problem:
+    with first_answer(balancer.weighting) as seen, balancer.problem([batch], meta_batch) as problem:
         theta = problem.params
         gradient = problem.inner_gradient(theta, 0)
         before, meta_gradient, _ = problem.outer_gradients(theta)
@@ -57,7 +57,6 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
         except MetaKDError as error:
             hypergradient = str(error)
         reached = RngState.capture(devices)
-    seen = seen_and_answered(balancer, batch)
     reached.restore()  # the next batch draws other numbers, as in training
     dot = slope(gradient, meta_gradient)
     lengths = norm(gradient) * norm(meta_gradient)
@@ -67,7 +66,7 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
         float(before),
         float(after),
         norm({name: ahead[name] - p for name, p in theta.items()}) / max(norm(theta), 1e-30),
-        *seen,
+        *seen[0],
     )
 
 

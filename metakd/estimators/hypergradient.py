@@ -10,7 +10,7 @@ from metakd.errors import MetaKDError
 from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.estimate import estimate
 from metakd.estimators.nested import detached, on_flat, unflatten
-from metakd.estimators.problem import Estimator, Hypergradient, Outer, Problem
+from metakd.estimators.problem import NO_BATCHES, Estimator, Hypergradient, Outer, Problem
 from metakd.inner import GradientTransformation, repaired
 
 Nest = Mapping[str, Any]
@@ -91,7 +91,7 @@ def build_problem(
     """Check the arguments of `hypergradient` and put them together: names flat, the optimizer repaired."""
     batches = list(batches)
     if not batches:
-        raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
+        raise MetaKDError(NO_BATCHES)
     theta, phi = detached(params, "params"), detached(meta_params, "meta_params")
 
     def outer_on(*batch: Any) -> Outer:

@@ -127,7 +127,7 @@ class Problem:
             MetaKDError: there is no batch.
         """
         if not self.batches:
-            raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
+            raise MetaKDError(NO_BATCHES)
         params, state = self.params, self.optimizer_state
         for t in range(len(self.batches)):
             gradient = self.inner_gradient(params, t)
@@ -203,4 +203,5 @@ def answer(
     return Hypergradient(*map_tensors(Tensor.detach, found))
 
 
+NO_BATCHES = "batches is empty: its length is the number of inner steps, so give at least one batch"
 _OUTER = "the outer loss"  # beside the names of parameters, which have no spaces

@@ -5,7 +5,7 @@ from typing import Any
 
 from metakd.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Hypergradient, Problem, answer
+from metakd.estimators.problem import NO_BATCHES, Hypergradient, Problem, answer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Unroll:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         if not problem.batches:
-            raise MetaKDError("batches is empty: its length is the number of inner steps, so give at least one batch")
+            raise MetaKDError(NO_BATCHES)
         if not problem.whole:
             raise MetaKDError(
                 "Unroll records one graph of all steps, which cannot reach into other processes; with "
