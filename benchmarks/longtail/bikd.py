@@ -32,15 +32,32 @@ def cross_entropy_and_soft_target(outputs: Any, batch: Batch) -> Tensor:
     return both
 
 
-def bikd_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
+def bikd_from(start: float) -> Callable[[Setting], BilevelLossBalancer]:
+    """BiKD with weights near `start` at first, in place of a half."""
+
+    def build(setting: Setting) -> BilevelLossBalancer:
+        balancer = bikd(accumulate=1)(setting)
+        with torch.no_grad():
+            balancer.weighting.layers[-1].bias.fill_(math.log(start / (1 - start)))
+        return balancer
+
+    return build
+
+
+def bikd_with_more_inputs(*, accumulate: int) -> Callable[[Setting], BilevelLossBalancer]:
     """The weight model also sees the entropies of student and teacher, and how rare the label's class is."""
-    rarity = torch.tensor([math.log(max(setting.counts) / count) for count in setting.counts])
 
-    def features(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
-        rare = rarity.to(losses)[batch.targets].unsqueeze(1)
-        return torch.cat([student_and_teacher(losses, outputs, batch), entropies(losses, outputs, batch), rare], dim=1)
+    def build(setting: Setting) -> BilevelLossBalancer:
+        rarity = torch.tensor([math.log(max(setting.counts) / count) for count in setting.counts])
 
-    return _of_parts(setting, LossMLP(5, 2, hidden=(64,)), features)
+        def features(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+            rare = rarity.to(losses)[batch.targets].unsqueeze(1)
+            both = student_and_teacher(losses, outputs, batch), entropies(losses, outputs, batch)
+            return torch.cat([*both, rare], dim=1)
+
+        return _of_parts(setting, LossMLP(5, 2, hidden=(64,)), features, accumulate=accumulate)
+
+    return build
 
 
 def bikd_with_shares(setting: Setting) -> BilevelLossBalancer:
@@ -48,6 +65,6 @@ def bikd_with_shares(setting: Setting) -> BilevelLossBalancer:
     return _of_parts(setting, Normalised(LossMLP(2, 2, hidden=(64,))), student_and_teacher)
 
 
-def _of_parts(setting: Setting, weighting: nn.Module, features: Features) -> BilevelLossBalancer:
+def _of_parts(setting: Setting, weighting: nn.Module, features: Features, **options: Any) -> BilevelLossBalancer:
     lr = setting.preset.weighting_lr
-    return setting.balancer(hard_and_soft(4.0), weighting, lr=lr, weight_decay=1e-4, features=features)
+    return setting.balancer(hard_and_soft(4.0), weighting, lr=lr, weight_decay=1e-4, features=features, **options)

@@ -2,8 +2,14 @@
 
 from dataclasses import replace
 
-from benchmarks.longtail.best import best, best_mixture
-from benchmarks.longtail.bikd import bikd, bikd_with_more_inputs, bikd_with_shares, cross_entropy_and_soft_target
+from benchmarks.longtail.best import best, best_from_mixture, best_mixture
+from benchmarks.longtail.bikd import (
+    bikd,
+    bikd_from,
+    bikd_with_more_inputs,
+    bikd_with_shares,
+    cross_entropy_and_soft_target,
+)
 from benchmarks.longtail.fixed import Fixed
 from benchmarks.longtail.learned import CONTROLS, Learned
 from benchmarks.longtail.setting import Setting
@@ -81,9 +87,14 @@ LEARNED: dict[str, Learned] = {
     "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
     "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
     "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 10", bikd(accumulate=1, faster=10.0)),
-    "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs),
+    "bikd-start": Learned("BiKD, k = 1, weights from 0.9", bikd_from(0.9)),
+    "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs(accumulate=1)),
+    "bikd-k5-inputs": Learned("BiKD, k = 5, more inputs", bikd_with_more_inputs(accumulate=5)),
     "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
-    "best": Learned("metakd's best, learned", best),
+    "best": Learned("metakd's best, learned", best()),
+    "best-k5": Learned("metakd's best, k = 5", best(accumulate=5)),
+    "best-5steps": Learned("metakd's best, 5 inner steps", best(inner="mirror", estimator=Adjoint()), steps=5),
+    "best-start": Learned("metakd's best, from the mixture's weights", best_from_mixture),
 }
 
 _CONTROLS = {
@@ -100,9 +111,9 @@ TABLE = (
 
 QUESTIONS = {
     "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
-    "bikd-k5": ("kd", "kd+val", "bskd", "bikd"),
-    **{name: ("bikd",) for name in LEARNED if name.startswith("bikd-") and name != "bikd-k5"},
+    **{name: ("bikd", "kd", "kd+val") for name in LEARNED if name.startswith("bikd-")},
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
+    **{name: ("best", "mixture") for name in LEARNED if name.startswith("best-")},
 }
 """Which learned method is compared with what, seed by seed."""
 
