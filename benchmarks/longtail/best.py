@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.longtail.fixed import Mixture
 from benchmarks.longtail.setting import Setting
 from metakd import BilevelLossBalancer
+from metakd.features import student_and_teacher
 from metakd.terms import BalancedSoftmax, DebiasedSoftTarget, RebalancedSoftTarget, Term
-from metakd.weighting import ClassTable
+from metakd.weighting import ClassTable, LossMLP
 
 
 def terms(counts: Sequence[int]) -> Mapping[str, Term]:
@@ -21,32 +23,47 @@ def terms(counts: Sequence[int]) -> Mapping[str, Term]:
     }
 
 
-def best_mixture(counts: tuple[int, ...]) -> Mixture:
-    """Fixed weights of the same terms: those that did best on validation images, without the last term."""
+def best_mixture(
+    counts: tuple[int, ...], *, names: Sequence[str] = ("label", "teacher"), weight: float = 1.0
+) -> Mixture:
+    """Fixed weights of the same terms; by default those that did best on validation images, without the last term."""
     known = terms(counts)
-    return {name: (1.0, known[name]) for name in ("label", "teacher")}
+    return {name: (weight, known[name]) for name in names}
 
 
-def best(*, faster: float = 10.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
+def best(
+    *, names: Sequence[str] = ("label", "teacher", "rebalanced"), faster: float = 10.0, **options: Any
+) -> Callable[[Setting], BilevelLossBalancer]:
     """The same terms by one learned weight a class and term, each of which starts at 0.4.
 
     A table's numbers move by themselves, one a class and term: hence its learning rate, the preset's times `faster`.
     """
 
     def build(setting: Setting) -> BilevelLossBalancer:
-        table = ClassTable(len(setting.counts), 3, init=0.4, output="sigmoid")
-        return _of_table(setting, table, faster, **options)
+        table = ClassTable(len(setting.counts), len(names), init=0.4, output="sigmoid")
+        return _learned(setting, names, table, faster, **options)
 
     return build
 
 
 def best_from_mixture(setting: Setting) -> BilevelLossBalancer:
     """The table starts at the weights of the best fixed mixture, and leaves them slowly."""
-    table = ClassTable(len(setting.counts), 3, init=1.0)
+    known = terms(setting.counts)
+    table = ClassTable(len(setting.counts), len(known), init=1.0)
     with torch.no_grad():
-        table.free[:, 2] = -4.0  # a weight of 0.02, from which a gradient can still lift it
-    return _of_table(setting, table, faster=1.0)
+        table.free[:, -1] = -4.0  # a weight of 0.02, from which a gradient can still lift it
+    return _learned(setting, tuple(known), table, faster=1.0)
 
 
-def _of_table(setting: Setting, table: ClassTable, faster: float, **options: Any) -> BilevelLossBalancer:
-    return setting.balancer(terms(setting.counts), table, lr=faster * setting.preset.weighting_lr, **options)
+def best_by_network(setting: Setting) -> BilevelLossBalancer:
+    """BiKD's weight model in place of the table, over the terms of the best fixed mixture."""
+    network = LossMLP(2, 2, hidden=(64,))
+    return _learned(setting, ("label", "teacher"), network, 1.0, weight_decay=1e-4, features=student_and_teacher)
+
+
+def _learned(
+    setting: Setting, names: Sequence[str], weighting: nn.Module, faster: float, **options: Any
+) -> BilevelLossBalancer:
+    known = terms(setting.counts)
+    lr = faster * setting.preset.weighting_lr
+    return setting.balancer({name: known[name] for name in names}, weighting, lr=lr, **options)

@@ -1,8 +1,9 @@
 """Every method of the table by name, and the controls that a suffix makes of it."""
 
 from dataclasses import replace
+from functools import partial
 
-from benchmarks.longtail.best import best, best_from_mixture, best_mixture
+from benchmarks.longtail.best import best, best_by_network, best_from_mixture, best_mixture
 from benchmarks.longtail.bikd import (
     bikd,
     bikd_from,
@@ -92,28 +93,40 @@ LEARNED: dict[str, Learned] = {
     "bikd-k5-inputs": Learned("BiKD, k = 5, more inputs", bikd_with_more_inputs(accumulate=5)),
     "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
     "best": Learned("metakd's best, learned", best()),
+}
+
+CANDIDATES: dict[str, Method] = {
+    "mixture-half": Fixed("balanced softmax + debiased KD, weights 0.5", partial(best_mixture, weight=0.5)),
+    "mixture-3": Fixed(
+        "balanced softmax + debiased KD + rebalanced KD",
+        partial(best_mixture, names=("label", "teacher", "rebalanced")),
+    ),
+    "best-2": Learned("metakd's best, two terms", best(names=("label", "teacher"))),
+    "best-network": Learned("metakd's best, two terms, by BiKD's network", best_by_network),
     "best-k5": Learned("metakd's best, k = 5", best(accumulate=5)),
     "best-5steps": Learned("metakd's best, 5 inner steps", best(inner="mirror", estimator=Adjoint()), steps=5),
     "best-start": Learned("metakd's best, from the mixture's weights", best_from_mixture),
+    "bikd-k5-rate": Learned("BiKD, k = 5, weight model's rate x 10", bikd(accumulate=5, faster=10.0)),
 }
+"""Among which `mixture`, `best` and BiKD's learning rate were chosen, on validation images of a seed of their own."""
 
 _CONTROLS = {
     "frozen": "its weights as they start",
     "permuted": "weights permuted in the batch",
     "mean": "weights replaced by their mean",
 }
-METHODS: dict[str, Method] = FIXED | LEARNED
+METHODS: dict[str, Method] = FIXED | LEARNED | CANDIDATES
 TABLE = (
-    *METHODS, "ce+val", "kd+val", "bskd+val", "mixture+val",
+    *FIXED, *LEARNED, "ce+val", "kd+val", "bskd+val", "mixture+val",
     *(f"{name}+{control}" for name in ("bikd", "best") for control in CONTROLS),
 )  # fmt: skip
-"""What --methods is by default: every method, and the controls."""
+"""What --methods is by default: every method but the candidates, and the controls."""
 
 QUESTIONS = {
     "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
-    **{name: ("bikd", "kd", "kd+val") for name in LEARNED if name.startswith("bikd-")},
+    **{name: ("bikd", "kd", "kd+val") for name in METHODS if name.startswith("bikd-")},
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
-    **{name: ("best", "mixture") for name in LEARNED if name.startswith("best-")},
+    **{name: ("best", "mixture") for name in METHODS if name.startswith("best-")},
 }
 """Which learned method is compared with what, seed by seed."""
 
@@ -130,8 +143,8 @@ def find(name: str) -> Method:
     method = METHODS.get(base)
     if isinstance(method, Fixed) and suffix == "val":
         return replace(method, title=f"{method.title} + validation images")
-    if base in LEARNED and suffix in CONTROLS:
-        return replace(LEARNED[base], title=f"{LEARNED[base].title}: {_CONTROLS[suffix]}", control=suffix)
+    if isinstance(method, Learned) and suffix in CONTROLS:
+        return replace(method, title=f"{method.title}: {_CONTROLS[suffix]}", control=suffix)
     raise MetaKDError(
         f"there is no method {name!r}; there are {', '.join(METHODS)}; a fixed one may have the suffix +val, a learned "
         f"one {', '.join('+' + control for control in CONTROLS)}"
@@ -140,4 +153,5 @@ def find(name: str) -> Method:
 
 def position(name: str) -> tuple[int, str]:
     """A method's place in the table."""
-    return (TABLE.index(name) if name in TABLE else len(TABLE), name)
+    known = [*METHODS, *TABLE]
+    return (known.index(name) if name in known else len(known), name)

@@ -13,7 +13,7 @@ from benchmarks.longtail.presets import Preset
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """method -> its cells, in the order of their seeds."""
 
-SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE"}
+SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE", "loss": "loss"}
 
 
 def read(folder: Path) -> dict[tuple[str, float], dict[str, list[dict[str, Any]]]]:
@@ -64,33 +64,36 @@ def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
         f"{preset.teacher_batch_size}), trained on the same long-tailed images; student {preset.student}, "
         f"{preset.epochs} epochs of SGD {preset.lr:g} (momentum 0.9, weight decay 5e-4, x0.1 after 2/3 and 5/6), batch "
         f"{preset.batch_size}; weight models by Adam {preset.weighting_lr:g}. Test accuracy in percent after the last "
-        "epoch, mean ± standard deviation over the seeds; no test image selected anything. Every seed has a split, a "
-        "teacher and a start of its own, the same for all methods.\n\n"
+        "epoch, mean ± standard deviation over the seeds; loss is the cross-entropy on the test images, validation the "
+        "accuracy on the validation images, which are the learned methods' meta set; no test image selected anything. "
+        "Every seed has a split, a teacher and a start of its own, the same for all methods.\n\n"
         "```bash\n" + "\n".join(commands) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
     )
 
 
 def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
     """One data set and imbalance: the table, the differences, the figures."""
-    teacher = [cell["teacher"]["test"] for cell in {seed_of(c): c for by in cells.values() for c in by}.values()]
+    teachers = [cell["teacher"] for cell in {seed_of(c): c for by in cells.values() for c in by}.values()]
     first = min(cells, key=lambda name: name.endswith("+val"))  # these have more training images
     counts = cells[first][0]["counts"]
-    rows = [row("teacher", teacher)]
-    rows += [row(methods.find(name).title, [cell["test"] for cell in by]) for name, by in cells.items()]
+    rows = [row("teacher", teachers)]
+    rows += [row(methods.find(name).title, by, not name.endswith("+val")) for name, by in cells.items()]
     pictures = "\n".join(f"![{title}: {path.stem.split('-', 2)[2].replace('-', ' ')}]({path.name})" for path in drawn)
     parts = [
         f"## {title}",
         f"{sum(counts):,} training images, {max(counts):,} to {min(counts):,} a class.",
-        table(["method", *SCORES.values(), "seeds"], rows),
+        table(["method", *SCORES.values(), "validation", "seeds"], rows),
         differences(cells),
         pictures,
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def row(name: str, scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One method's row."""
-    return [name, *(spread([score[key] for score in scores]) for key in SCORES), str(len(scores))]
+def row(name: str, found: Sequence[Mapping[str, Any]], unseen: bool = True) -> list[str]:
+    """One method's row; no validation accuracy where the student was trained on these images."""
+    scores = [spread([of["test"][key] for of in found]) for key in SCORES]
+    validation = spread([of["validation"]["overall"] for of in found]) if unseen else ""
+    return [name, *scores, validation, str(len(found))]
 
 
 def differences(cells: Cells) -> str:

@@ -107,7 +107,7 @@ def test_the_validation_images_join_the_training_images(where):
     assert torch.equal(joined.train.images[-len(data.validation.images) :], data.validation.images)
 
 
-@pytest.mark.parametrize("name", methods.TABLE)
+@pytest.mark.parametrize("name", dict.fromkeys([*methods.TABLE, *methods.METHODS]))
 def test_every_method_trains(name):
     made = setting()
     objective = methods.find(name)(made)
