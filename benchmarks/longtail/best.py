@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.longtail.bikd import more_inputs
 from benchmarks.longtail.fixed import Mixture
 from benchmarks.longtail.setting import Setting
 from metakd import BilevelLossBalancer
-from metakd.features import student_and_teacher
+from metakd.features import Features, student_and_teacher
 from metakd.terms import BalancedSoftmax, DebiasedSoftTarget, RebalancedSoftTarget, Term
 from metakd.weighting import ClassTable, LossMLP
 
@@ -57,8 +58,16 @@ def best_from_mixture(setting: Setting) -> BilevelLossBalancer:
 
 def best_by_network(setting: Setting) -> BilevelLossBalancer:
     """BiKD's weight model in place of the table, over the terms of the best fixed mixture."""
-    network = LossMLP(2, 2, hidden=(64,))
-    return _learned(setting, ("label", "teacher"), network, 1.0, weight_decay=1e-4, features=student_and_teacher)
+    return _by_network(setting, LossMLP(2, 2, hidden=(64,)), student_and_teacher)
+
+
+def best_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
+    """The same, with more inputs and k = 5."""
+    return _by_network(setting, LossMLP(5, 2, hidden=(64,)), more_inputs(setting.counts), accumulate=5)
+
+
+def _by_network(setting: Setting, network: nn.Module, features: Features, **options: Any) -> BilevelLossBalancer:
+    return _learned(setting, ("label", "teacher"), network, 1.0, weight_decay=1e-4, features=features, **options)
 
 
 def _learned(

@@ -1,6 +1,6 @@
 """Methods that mix their terms by fixed weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,26 @@ from benchmarks.longtail.setting import Setting
 from metakd import Batch, terms
 
 Mixture = Mapping[str, tuple[float, terms.Term]]
+
+
+@dataclass(frozen=True)
+class ClassBalanced:
+    """A term times the inverse effective number of the label's class (Cui et al., CVPR 2019), on average 1 a class."""
+
+    counts: Sequence[int]
+    term: terms.Term
+    beta: float = 0.9999
+
+    @property
+    def uses_teacher(self) -> bool:
+        """That of the term."""
+        return getattr(self.term, "uses_teacher", True)
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """(B,) losses."""
+        losses: Tensor = self.term(outputs, batch)
+        weights = 1 / (1 - self.beta ** torch.tensor(self.counts, dtype=torch.float64))
+        return losses * (weights / weights.mean()).to(losses)[batch.targets]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.longtail.best import best, best_by_network, best_from_mixture, best_mixture
+from benchmarks.longtail.best import best, best_by_network, best_from_mixture, best_mixture, best_with_more_inputs
 from benchmarks.longtail.bikd import (
     bikd,
     bikd_from,
@@ -11,7 +11,7 @@ from benchmarks.longtail.bikd import (
     bikd_with_shares,
     cross_entropy_and_soft_target,
 )
-from benchmarks.longtail.fixed import Fixed
+from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, Learned
 from benchmarks.longtail.setting import Setting
 from metakd import BilevelLossBalancer, MetaKDError, recipes
@@ -53,6 +53,13 @@ def bd_kd(setting: Setting) -> BilevelLossBalancer:
 FIXED: dict[str, Method] = {
     "ce": Fixed("CE", lambda n: {"hard": (1.0, CrossEntropy())}),
     "kd": Fixed("KD", lambda n: {"hard": (0.5, CrossEntropy()), "soft": (0.5, SoftTarget(temperature=4.0))}),
+    "kd-classes": Fixed(
+        "KD, weights by class count",
+        lambda n: {
+            "hard": (0.5, ClassBalanced(n, CrossEntropy())),
+            "soft": (0.5, ClassBalanced(n, SoftTarget(temperature=4.0))),
+        },
+    ),
     "bskd": Fixed(
         "balanced-softmax KD", lambda n: {"hard": (0.5, BalancedSoftmax(n)), "soft": (0.5, SoftTarget(temperature=4.0))}
     ),
@@ -103,6 +110,7 @@ CANDIDATES: dict[str, Method] = {
     ),
     "best-2": Learned("metakd's best, two terms", best(names=("label", "teacher"))),
     "best-network": Learned("metakd's best, two terms, by BiKD's network", best_by_network),
+    "best-inputs": Learned("metakd's best, two terms, more inputs, k = 5", best_with_more_inputs),
     "best-k5": Learned("metakd's best, k = 5", best(accumulate=5)),
     "best-5steps": Learned("metakd's best, 5 inner steps", best(inner="mirror", estimator=Adjoint()), steps=5),
     "best-start": Learned("metakd's best, from the mixture's weights", best_from_mixture),
@@ -124,7 +132,7 @@ TABLE = (
 
 QUESTIONS = {
     "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
-    **{name: ("bikd", "kd", "kd+val") for name in METHODS if name.startswith("bikd-")},
+    **{name: ("bikd", "kd", "kd-classes", "kd+val") for name in METHODS if name.startswith("bikd-")},
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
     **{name: ("best", "mixture") for name in METHODS if name.startswith("best-")},
 }

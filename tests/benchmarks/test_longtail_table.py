@@ -1,6 +1,7 @@
 """The long-tailed table: the command, its resumption, and the controls."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from benchmarks.longtail import methods, report
-from benchmarks.longtail.fixed import Fixed
+from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
 from benchmarks.longtail.presets import PRESETS
 from benchmarks.longtail.setting import Setting
 from benchmarks.longtail.train import Cell, Where, data_of, settings_of, student_of, with_validation_images
 from metakd import Batch, MetaKDError
+from metakd.terms import CrossEntropy, SoftTarget
 
 ROOT = Path(__file__).parents[2]
 SMOKE = replace(PRESETS["smoke"], epochs=2)
@@ -178,6 +180,16 @@ def test_a_learned_method_s_settings_do_not_decide_a_fixed_one_s_numbers():
 def test_questions_are_about_methods_that_are_there():
     for name, rivals in methods.QUESTIONS.items():
         assert {type(methods.find(each)).__name__ for each in (name, *rivals)} <= {"Fixed", "Learned"}
+
+
+def test_class_balanced_weights_are_inverse_effective_numbers():
+    term = ClassBalanced((100, 1), CrossEntropy(), beta=0.9)
+    batch, logits = Batch(None, torch.tensor([0, 1, 1])), torch.zeros(3, 2)
+    effective = [sum(0.9**i for i in range(count)) for count in (100, 1)]  # 1 + beta + beta^2 + ...
+    mean = statistics.mean(1 / number for number in effective)
+    expected = [math.log(2) / effective[label] / mean for label in (0, 1, 1)]
+    assert term(logits, batch).tolist() == pytest.approx(expected, rel=1e-6)
+    assert not term.uses_teacher and ClassBalanced((1, 1), SoftTarget()).uses_teacher
 
 
 def test_a_folder_without_cells_has_no_table(tmp_path):
