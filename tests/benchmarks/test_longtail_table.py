@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks.longtail import methods, report
@@ -99,6 +100,25 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, tmp_path):
         student_of(cell, SMOKE, elsewhere, Interrupted(method.title, method.mixture), None)
     again = student_of(cell, SMOKE, elsewhere, method, None)
     assert again["test"] == whole["test"] and len(again["history"]) == SMOKE.epochs
+
+
+def test_the_paper_s_cells_train_in_small(tmp_path):
+    paper = PRESETS["paper"]
+    assert (paper.teacher, paper.student, paper.teacher_epochs, paper.epochs) == ("resnet32x4", "resnet8x4", 240, 120)
+    assert (paper.lr, paper.batch_size, paper.teacher_lr, paper.teacher_batch_size) == (0.1, 100, 0.05, 64)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(10):
+        for split, images in (("train", 5), ("test", 1)):
+            folder = tmp_path / "data" / "cifar10" / split / str(number)
+            folder.mkdir(parents=True)
+            for image in range(images):
+                pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / f"{image}.png")
+    short = replace(paper, teacher_epochs=1, epochs=1, batch_size=12, teacher_batch_size=12, validation_per_class=1)
+    where = Where(tmp_path / "data", True, tmp_path / "work", "cpu")
+    for method in ("bikd", "best"):
+        found = student_of(Cell("cifar10", 2.0, method, 0), short, where, methods.find(method), None)
+        assert 20 < sum(found["counts"]) < 40 and math.isfinite(found["test"]["loss"]) and found["learned"]["diagnosis"]
 
 
 def test_the_validation_images_join_the_training_images(where):
