@@ -50,7 +50,8 @@ def bikd(
         hidden: tanh layers of the MLP. Default: (64,), and (64, 64) from 100 classes on, as the authors recommend.
         accumulate: k, the hypergradients averaged for a step of the MLP.
         lr: of the MLP.
-        options: other arguments of `BilevelLossBalancer`.
+        options: other arguments of `BilevelLossBalancer`; the MLP takes the width of other `features` from the first
+            batch.
 
     Returns:
         The balancer, to be called in the loop.
@@ -68,7 +69,7 @@ def bikd(
     """
     if hidden is None:
         hidden = (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
-    weighting = beside(student, LossMLP(2, 2, hidden))
+    weighting = beside(student, LossMLP(None if "features" in options else 2, 2, hidden))
     return configured(
         "bikd",
         student,

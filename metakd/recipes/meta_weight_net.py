@@ -41,7 +41,8 @@ def meta_weight_net(
         optimizer: the student's.
         hidden: units of the MLP's hidden layer.
         lr: of the MLP.
-        options: other arguments of `BilevelLossBalancer`.
+        options: other arguments of `BilevelLossBalancer`; the MLP takes the width of other `features` from the first
+            batch.
 
     Returns:
         The balancer, to be called in the loop.
@@ -57,7 +58,8 @@ def meta_weight_net(
         >>> round(balancer.report.weights.mean().item(), 4)
         1.0
     """
-    weighting = beside(student, Normalised(LossMLP(1, 1, (hidden,), activation=nn.ReLU)))
+    width = None if "features" in options else 1
+    weighting = beside(student, Normalised(LossMLP(width, 1, (hidden,), activation=nn.ReLU)))
     return configured(
         "meta_weight_net",
         student,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metakd import MetaKDError, recipes
+from metakd.weighting import entropies
 from tests.recipes.by_hand import close, hard, meta_batch, mlp, soft, step_ahead, student, teacher, train_batch
 
 
@@ -85,3 +86,19 @@ def test_the_teachers_outputs_may_come_with_the_batch():
     close(balancer.report.weights, mlp(list(balancer.weighting.parameters()), seen, torch.tanh).detach())
     with pytest.raises(MetaKDError, match="teacher"):
         balancer((x, y), meta_batch(0))
+
+
+def test_the_mlp_takes_the_features_it_is_given():
+    def with_entropies(losses, outputs, batch):
+        return torch.cat([losses, entropies(losses, outputs, batch)], dim=1)
+
+    model = student()
+    balancer = recipes.bikd(
+        model, teacher(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), features=with_entropies, accumulate=1
+    )
+    balancer(train_batch(0), meta_batch(0)).backward()
+    first = next(balancer.weighting.parameters())
+    assert first.shape == (64, 4)
+    before = first.detach().clone()
+    balancer(train_batch(1), meta_batch(1))
+    assert not torch.equal(before, first)  # its optimizer has the layer that the first batch made

@@ -54,3 +54,18 @@ def test_a_teacher_given_for_another_purpose_changes_nothing_but_what_terms_see(
     balancer = recipes.meta_weight_net(model, optimizer=sgd, teacher=student().eval())
     balancer(train_batch(0), meta_batch(0))
     assert balancer.report.weights.mean().item() == pytest.approx(1.0)
+
+
+def test_the_mlp_takes_the_features_it_is_given():
+    def loss_and_label(losses, outputs, batch):
+        return torch.cat([losses, batch.targets.unsqueeze(1).to(losses)], dim=1)
+
+    model = student()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+    balancer = recipes.meta_weight_net(model, optimizer=sgd, hidden=8, features=loss_and_label)
+    balancer(train_batch(0), meta_batch(0)).backward()
+    first = next(balancer.weighting.parameters())
+    assert first.shape == (8, 2)
+    before = first.detach().clone()
+    balancer(train_batch(1), meta_batch(1))
+    assert not torch.equal(before, first)
