@@ -32,23 +32,8 @@ def best_mixture(
     return {name: (weight, known[name]) for name in names}
 
 
-def best(
-    *, names: Sequence[str] = ("label", "teacher", "rebalanced"), faster: float = 10.0, **options: Any
-) -> Callable[[Setting], BilevelLossBalancer]:
-    """The same terms by one learned weight a class and term, each of which starts at 0.4.
-
-    A table's numbers move by themselves, one a class and term: hence its learning rate, the preset's times `faster`.
-    """
-
-    def build(setting: Setting) -> BilevelLossBalancer:
-        table = ClassTable(len(setting.counts), len(names), init=0.4, output="sigmoid")
-        return _learned(setting, names, table, faster, **options)
-
-    return build
-
-
-def best_from_mixture(setting: Setting) -> BilevelLossBalancer:
-    """The table starts at the weights of the best fixed mixture, and leaves them slowly."""
+def best(setting: Setting) -> BilevelLossBalancer:
+    """One learned weight a class and term, which starts at the best fixed mixture and leaves it slowly."""
     known = terms(setting.counts)
     table = ClassTable(len(setting.counts), len(known), init=1.0)
     with torch.no_grad():
@@ -56,22 +41,35 @@ def best_from_mixture(setting: Setting) -> BilevelLossBalancer:
     return _learned(setting, tuple(known), table, faster=1.0)
 
 
-def best_by_network(setting: Setting) -> BilevelLossBalancer:
+def from_below(
+    *, names: Sequence[str] = ("label", "teacher", "rebalanced"), **options: Any
+) -> Callable[[Setting], BilevelLossBalancer]:
+    """A table, too; its weights are between 0 and 1, start at 0.4 and move ten times as fast."""
+
+    def build(setting: Setting) -> BilevelLossBalancer:
+        table = ClassTable(len(setting.counts), len(names), init=0.4, output="sigmoid")
+        return _learned(setting, names, table, faster=10.0, **options)
+
+    return build
+
+
+def by_network(setting: Setting) -> BilevelLossBalancer:
     """BiKD's weight model in place of the table, over the terms of the best fixed mixture."""
     return _by_network(setting, LossMLP(2, 2, hidden=(64,)), student_and_teacher)
 
 
-def best_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
+def by_network_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
     """The same, with more inputs and k = 5."""
     return _by_network(setting, LossMLP(5, 2, hidden=(64,)), more_inputs(setting.counts), accumulate=5)
 
 
 def _by_network(setting: Setting, network: nn.Module, features: Features, **options: Any) -> BilevelLossBalancer:
-    return _learned(setting, ("label", "teacher"), network, 1.0, weight_decay=1e-4, features=features, **options)
+    names = ("label", "teacher")
+    return _learned(setting, names, network, faster=1.0, weight_decay=1e-4, features=features, **options)
 
 
 def _learned(
-    setting: Setting, names: Sequence[str], weighting: nn.Module, faster: float, **options: Any
+    setting: Setting, names: Sequence[str], weighting: nn.Module, *, faster: float, **options: Any
 ) -> BilevelLossBalancer:
     known = terms(setting.counts)
     lr = faster * setting.preset.weighting_lr

@@ -12,8 +12,9 @@ from metakd.history import History
 from metakd.longtail import group_classes
 from metakd.longtail import plots as of_longtail
 
-BY_CLASS = ("ce", "kd", "bskd", "mixture", "bikd", "best")
-LEARNED = ("bikd", "best")
+BY_CLASS = ("ce", "kd", "bskd", "mixture", "bikd", "bikd-k5-inputs", "best")
+LEARNED = ("bikd", "bikd-k5-inputs", "best")
+"""Whose weights are drawn."""
 
 
 def draw(folder: Path, stem: str, cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:

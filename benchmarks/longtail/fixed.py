@@ -41,15 +41,18 @@ class Fixed:
         title: the method's name in the table.
         mixture: the class counts -> name -> (weight, term).
         warmup: the share of the epochs over which the weights of the terms that use a teacher rise from zero.
+        late: the mixture from the student's first learning rate decay on, after 2/3 of the epochs, where it is another.
     """
 
     title: str
     mixture: Callable[[tuple[int, ...]], Mixture]
     warmup: float = 0.0
+    late: Callable[[tuple[int, ...]], Mixture] | None = None
 
     def __call__(self, setting: Setting) -> "FixedObjective":
         """The loss of one cell."""
-        return FixedObjective(setting, self.mixture(setting.counts), self.warmup * setting.preset.epochs)
+        mixture, late = self.mixture(setting.counts), (self.late or self.mixture)(setting.counts)
+        return FixedObjective(setting, mixture, late, self.warmup * setting.preset.epochs)
 
 
 @dataclass
@@ -58,6 +61,7 @@ class FixedObjective:
 
     setting: Setting
     mixture: Mixture
+    late: Mixture
     warmup: float
     parts: dict[str, Any] = field(default_factory=dict)
     balancer: None = None
@@ -65,12 +69,13 @@ class FixedObjective:
     def epoch(self, epoch: int, batches: Iterable[Any], meta_batches: Iterator[Any]) -> Iterator[tuple[Batch, Tensor]]:
         """See `setting.Objective`; the meta batches are not looked at."""
         student, teacher = self.setting.student, self.setting.teacher
-        uses = {name: getattr(term, "uses_teacher", True) for name, (_, term) in self.mixture.items()}
+        mixture = self.mixture if epoch < round(2 / 3 * self.setting.preset.epochs) else self.late
+        uses = {name: getattr(term, "uses_teacher", True) for name, (_, term) in mixture.items()}
         rise = min((epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0
         for inputs, targets, index in batches:
             with torch.no_grad():
                 batch = Batch(inputs, targets, teacher(inputs) if any(uses.values()) else None, index)
             outputs = student(inputs)
-            losses = {name: term(outputs, batch).mean() for name, (_, term) in self.mixture.items()}
-            weights = {name: weight * (rise if uses[name] else 1.0) for name, (weight, _) in self.mixture.items()}
+            losses = {name: term(outputs, batch).mean() for name, (_, term) in mixture.items()}
+            weights = {name: weight * (rise if uses[name] else 1.0) for name, (weight, _) in mixture.items()}
             yield batch, sum((weights[name] * loss for name, loss in losses.items()), outputs.new_zeros(()))

@@ -1,9 +1,10 @@
 """Every method of the table by name, and the controls that a suffix makes of it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.longtail.best import best, best_by_network, best_from_mixture, best_mixture, best_with_more_inputs
+from benchmarks.longtail.best import best, best_mixture, by_network, by_network_with_more_inputs, from_below
 from benchmarks.longtail.bikd import (
     bikd,
     bikd_from,
@@ -11,11 +12,12 @@ from benchmarks.longtail.bikd import (
     bikd_with_shares,
     cross_entropy_and_soft_target,
 )
-from benchmarks.longtail.fixed import ClassBalanced, Fixed
+from benchmarks.longtail.fixed import ClassBalanced, Fixed, Mixture
 from benchmarks.longtail.learned import CONTROLS, Learned
 from benchmarks.longtail.setting import Setting
 from metakd import BilevelLossBalancer, MetaKDError, recipes
 from metakd.estimators import Adjoint
+from metakd.recipes.base import hard_and_soft
 from metakd.terms import (
     BalancedSoftmax,
     CrossEntropy,
@@ -50,16 +52,21 @@ def bd_kd(setting: Setting) -> BilevelLossBalancer:
     )
 
 
+def kd(counts: Sequence[int]) -> Mixture:
+    """Distillation with equal weights."""
+    return {name: (0.5, term) for name, term in hard_and_soft(4.0).items()}
+
+
+def kd_by_class(counts: Sequence[int]) -> Mixture:
+    """The same, more of the rare classes."""
+    return {name: (weight, ClassBalanced(counts, term)) for name, (weight, term) in kd(counts).items()}
+
+
 FIXED: dict[str, Method] = {
     "ce": Fixed("CE", lambda n: {"hard": (1.0, CrossEntropy())}),
-    "kd": Fixed("KD", lambda n: {"hard": (0.5, CrossEntropy()), "soft": (0.5, SoftTarget(temperature=4.0))}),
-    "kd-classes": Fixed(
-        "KD, weights by class count",
-        lambda n: {
-            "hard": (0.5, ClassBalanced(n, CrossEntropy())),
-            "soft": (0.5, ClassBalanced(n, SoftTarget(temperature=4.0))),
-        },
-    ),
+    "kd": Fixed("KD", kd),
+    "kd-classes": Fixed("KD, weights by class count", kd_by_class),
+    "kd-late": Fixed("KD, weights by class count from the first decay on", kd, late=kd_by_class),
     "bskd": Fixed(
         "balanced-softmax KD", lambda n: {"hard": (0.5, BalancedSoftmax(n)), "soft": (0.5, SoftTarget(temperature=4.0))}
     ),
@@ -95,11 +102,12 @@ LEARNED: dict[str, Learned] = {
     "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
     "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
     "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 10", bikd(accumulate=1, faster=10.0)),
+    "bikd-slow": Learned("BiKD, k = 1, weight model's rate / 5", bikd(accumulate=1, faster=0.2)),
     "bikd-start": Learned("BiKD, k = 1, weights from 0.9", bikd_from(0.9)),
     "bikd-inputs": Learned("BiKD, k = 1, more inputs", bikd_with_more_inputs(accumulate=1)),
     "bikd-k5-inputs": Learned("BiKD, k = 5, more inputs", bikd_with_more_inputs(accumulate=5)),
     "bikd-shares": Learned("BiKD, k = 1, weights as shares of the batch", bikd_with_shares),
-    "best": Learned("metakd's best, learned", best()),
+    "best": Learned("metakd's best, learned", best),
 }
 
 CANDIDATES: dict[str, Method] = {
@@ -108,12 +116,16 @@ CANDIDATES: dict[str, Method] = {
         "balanced softmax + debiased KD + rebalanced KD",
         partial(best_mixture, names=("label", "teacher", "rebalanced")),
     ),
-    "best-2": Learned("metakd's best, two terms", best(names=("label", "teacher"))),
-    "best-network": Learned("metakd's best, two terms, by BiKD's network", best_by_network),
-    "best-inputs": Learned("metakd's best, two terms, more inputs, k = 5", best_with_more_inputs),
-    "best-k5": Learned("metakd's best, k = 5", best(accumulate=5)),
-    "best-5steps": Learned("metakd's best, 5 inner steps", best(inner="mirror", estimator=Adjoint()), steps=5),
-    "best-start": Learned("metakd's best, from the mixture's weights", best_from_mixture),
+    "table": Learned("metakd's best, from 0.4, rate x 10", from_below()),
+    "table-2": Learned("metakd's best, from 0.4, rate x 10, two terms", from_below(names=("label", "teacher"))),
+    "table-k5": Learned("metakd's best, from 0.4, rate x 10, k = 5", from_below(accumulate=5)),
+    "table-5steps": Learned(
+        "metakd's best, from 0.4, rate x 10, 5 inner steps",
+        from_below(inner="mirror", estimator=Adjoint()),
+        steps=5,
+    ),
+    "network": Learned("metakd's best, by BiKD's network", by_network),
+    "network-inputs": Learned("metakd's best, by BiKD's network, more inputs, k = 5", by_network_with_more_inputs),
     "bikd-k5-rate": Learned("BiKD, k = 5, weight model's rate x 10", bikd(accumulate=5, faster=10.0)),
 }
 """Among which `mixture`, `best` and BiKD's learning rate were chosen, on validation images of a seed of their own."""
@@ -126,15 +138,19 @@ _CONTROLS = {
 METHODS: dict[str, Method] = FIXED | LEARNED | CANDIDATES
 TABLE = (
     *FIXED, *LEARNED, "ce+val", "kd+val", "bskd+val", "mixture+val",
-    *(f"{name}+{control}" for name in ("bikd", "best") for control in CONTROLS),
+    *(f"{name}+{control}" for name in ("bikd", "bikd-k5-inputs", "best") for control in CONTROLS),
 )  # fmt: skip
 """What --methods is by default: every method but the candidates, and the controls."""
 
+_RIVALS = {
+    "bikd": ("kd", "kd+val", "bskd"),
+    **{name: ("bikd", "kd", "kd+val") for name in METHODS if name.startswith("bikd-")},
+    "bikd-k5-inputs": ("bikd", "kd", "kd-classes", "kd-late", "kd+val", "bskd"),
+    "best": ("bskd", "bskd+val", "mixture", "mixture+val", "bikd"),
+    **{name: ("best", "mixture") for name in CANDIDATES if name.startswith(("table", "network"))},
+}
 QUESTIONS = {
-    "bikd": ("kd", "kd+val", "bskd", "bikd+frozen", "bikd+permuted", "bikd+mean"),
-    **{name: ("bikd", "kd", "kd-classes", "kd+val") for name in METHODS if name.startswith("bikd-")},
-    "best": ("bskd", "bskd+val", "mixture", "mixture+val", "best+frozen", "best+permuted", "best+mean", "bikd"),
-    **{name: ("best", "mixture") for name in METHODS if name.startswith("best-")},
+    name: (*rivals, *(found for found in TABLE if found.startswith(f"{name}+"))) for name, rivals in _RIVALS.items()
 }
 """Which learned method is compared with what, seed by seed."""
 

@@ -1,6 +1,7 @@
 """The table of all cells that are there, as Markdown, with its figures."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from benchmarks.longtail.presets import Preset
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """method -> its cells, in the order of their seeds."""
+
+CHOICE = re.compile(r" --(?:datasets|imbalances|seeds|methods)(?: (?!--)\S+)+")
+"""The part of a command that says which cells."""
 
 SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE", "loss": "loss"}
 
@@ -54,12 +58,12 @@ def write(folder: Path, preset: Preset) -> list[Path]:
 
 def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
     """What was run, with what, on what."""
-    commands = sorted({cell["command"] for cell in cells})
+    seeds = sorted({seed_of(cell) for cell in cells})
     versions = sorted({", ".join(f"{name} {v}" for name, v in cell["versions"].items()) for cell in cells})
     hardware = sorted({f"{cell['hardware']['processor']}, {cell['hardware']['cores']} cores, on {cell['device']}, "
                        f"{cell['threads']} thread(s)" for cell in cells})  # fmt: skip
     return (
-        "# The long-tailed table\n\n"
+        f"# The long-tailed table, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}\n\n"
         f"Teacher {preset.teacher} ({preset.teacher_epochs} epochs, SGD {preset.teacher_lr:g}, batch "
         f"{preset.teacher_batch_size}), trained on the same long-tailed images; student {preset.student}, "
         f"{preset.epochs} epochs of SGD {preset.lr:g} (momentum 0.9, weight decay 5e-4, x0.1 after 2/3 and 5/6), batch "
@@ -67,8 +71,26 @@ def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
         "epoch, mean ± standard deviation over the seeds; loss is the cross-entropy on the test images, validation the "
         "accuracy on the validation images, which are the learned methods' meta set; no test image selected anything. "
         "Every seed has a split, a teacher and a start of its own, the same for all methods.\n\n"
-        "```bash\n" + "\n".join(commands) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
+        "```bash\n" + "\n".join(commands(cells)) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
     )
+
+
+def commands(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One command for the methods with the same seeds; each record has the command that it was made by."""
+    seeds: dict[tuple[str, str, float], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        about = cell["settings"]
+        call = CHOICE.sub("", cell["command"])
+        seeds[call, about["dataset"], about["imbalance"]][about["method"]].append(about["seed"])
+    found = []
+    for (call, dataset, imbalance), by_method in seeds.items():
+        together: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for method, own in by_method.items():
+            together[tuple(own)].append(method)
+        for own, names in together.items():
+            about = f"--datasets {dataset} --imbalances {imbalance:g} --seeds {' '.join(map(str, own))}"
+            found.append(f"{call} {about} --methods {' '.join(names)}")
+    return found
 
 
 def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:

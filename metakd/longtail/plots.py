@@ -18,7 +18,7 @@ STYLES = {
     "bskd": ("balanced-softmax KD", "#009E73", "^", "-."),
     "bikd": ("BiKD", "#D55E00", "D", "-"),
 }
-_SPARE = ("#56B4E9", "#CC79A7", "#000000", "#999999")
+_SPARE = (("#56B4E9", "v"), ("#CC79A7", "P"), ("#000000", "X"), ("#999999", "*"))
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, title: str) -> Figure:
@@ -101,4 +101,5 @@ def class_accuracy(
 
 def _style(method: str, position: int) -> tuple[str, str, str, str]:
     """A method's name, colour, marker and dash."""
-    return STYLES.get(method, (method, _SPARE[position % len(_SPARE)], "v", "-"))
+    colour, marker = _SPARE[position % len(_SPARE)]
+    return STYLES.get(method, (method, colour, marker, "-"))

@@ -78,7 +78,11 @@ def finish(figure: Figure, labelled: Axes, path: str | Path | None, *, own: bool
     if own and labels:
         labelled.legend(frameon=False, fontsize="small")
     elif labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        for columns in range(min(len(labels), 6), 0, -1):
+            legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+            if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+                break
+            legend.remove()
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

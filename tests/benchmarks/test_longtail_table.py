@@ -185,6 +185,14 @@ def test_the_teacher_s_terms_warm_up():
     assert found == pytest.approx([3.0, 5.0, 7.0, 9.0, 9.0])
 
 
+def test_late_weights_come_with_the_first_decay():
+    made = setting()._replace(preset=replace(SMOKE, epochs=20))
+    early, late = ({"hard": (weight, lambda z, batch: torch.ones(len(z)))} for weight in (1.0, 5.0))
+    objective = Fixed("x", lambda counts: early, late=lambda counts: late)(made)
+    found = [float(next(iter(objective.epoch(epoch, batches(1), iter([]))))[1]) for epoch in range(20)]
+    assert found == [1.0] * 13 + [5.0] * 7
+
+
 @pytest.mark.parametrize("name", ["none", "kd+frozen", "bikd+val", "bikd+other", "kd+"])
 def test_names_that_are_not_there(name):
     with pytest.raises(MetaKDError, match="there is no method"):
@@ -210,6 +218,21 @@ def test_class_balanced_weights_are_inverse_effective_numbers():
     expected = [math.log(2) / effective[label] / mean for label in (0, 1, 1)]
     assert term(logits, batch).tolist() == pytest.approx(expected, rel=1e-6)
     assert not term.uses_teacher and ClassBalanced((1, 1), SoftTarget()).uses_teacher
+
+
+def test_methods_with_the_same_seeds_share_a_command():
+    def cell(method, seed, imbalance=50.0, output=""):
+        about = {"dataset": "digits", "imbalance": imbalance, "method": method, "seed": seed}
+        call = f"python x.py --preset a{output} --seeds {seed} 9 --methods {method} more --threads 1"
+        return {"settings": about, "command": call}
+
+    cells = [cell("kd", 0), cell("kd", 1), cell("bikd", 0), cell("ce", 0), cell("ce", 1), cell("kd", 0, 100.0)]
+    assert report.commands([*cells, cell("kd", 10, output=" --output b")]) == [
+        "python x.py --preset a --threads 1 --datasets digits --imbalances 50 --seeds 0 1 --methods kd ce",
+        "python x.py --preset a --threads 1 --datasets digits --imbalances 50 --seeds 0 --methods bikd",
+        "python x.py --preset a --threads 1 --datasets digits --imbalances 100 --seeds 0 --methods kd",
+        "python x.py --preset a --output b --threads 1 --datasets digits --imbalances 50 --seeds 10 --methods kd",
+    ]
 
 
 def test_a_folder_without_cells_has_no_table(tmp_path):

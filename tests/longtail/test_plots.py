@@ -56,6 +56,16 @@ def test_class_accuracy_below_the_class_counts(tmp_path):
     assert [label.get_text() for label in accuracy.get_xticklabels()] == list(CLASSES)
 
 
+def test_a_legend_of_long_names_stays_in_the_picture(tmp_path):
+    names = [f"{number}: a method whose name is rather long" for number in range(7)]
+    accuracy = dict.fromkeys(names, (90, 50, 10))
+    figure = plots.class_accuracy(accuracy, COUNTS, CLASSES, tmp_path / "a.png", title="t")
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 < figure.axes[1].get_window_extent().y0
+
+
 def test_a_method_has_the_same_colour_in_every_figure(tmp_path):
     first = plots.training_curves({"bikd": history(1)}, tmp_path / "a.png", title="t")
     both = {"ce": (1, 2, 3), "bikd": (1, 2, 3)}
