@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.longtail.bikd import more_inputs
 from benchmarks.longtail.fixed import Mixture
 from benchmarks.longtail.setting import Setting
 from metakd import BilevelLossBalancer
 from metakd.features import Features, student_and_teacher
 from metakd.terms import BalancedSoftmax, DebiasedSoftTarget, RebalancedSoftTarget, Term
-from metakd.weighting import ClassTable, LossMLP
+from metakd.weighting import ClassAware, ClassTable, LossMLP
 
 
 def terms(counts: Sequence[int]) -> Mapping[str, Term]:
@@ -60,7 +59,7 @@ def by_network(setting: Setting) -> BilevelLossBalancer:
 
 def by_network_with_more_inputs(setting: Setting) -> BilevelLossBalancer:
     """The same, with more inputs and k = 5."""
-    return _by_network(setting, LossMLP(5, 2, hidden=(64,)), more_inputs(setting.counts), accumulate=5)
+    return _by_network(setting, LossMLP(5, 2, hidden=(64,)), ClassAware(setting.counts), accumulate=5)
 
 
 def _by_network(setting: Setting, network: nn.Module, features: Features, **options: Any) -> BilevelLossBalancer:

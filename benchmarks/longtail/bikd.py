@@ -1,7 +1,7 @@
 """BiKD, and what might help it: other rates, inputs, upper losses and scales of its weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from metakd import Batch, BilevelLossBalancer, recipes
 from metakd.features import Features, student_and_teacher
 from metakd.recipes.base import hard_and_soft
 from metakd.terms import CrossEntropy, SoftTarget
-from metakd.weighting import LossMLP, Normalised, entropies
+from metakd.weighting import ClassAware, LossMLP, Normalised
 
 
 def bikd(*, faster: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
@@ -44,24 +44,12 @@ def bikd_from(start: float) -> Callable[[Setting], BilevelLossBalancer]:
     return build
 
 
-def more_inputs(counts: Sequence[int]) -> Features:
-    """(B, 5): what BiKD's weight model sees, both networks' entropies, and how rare the label's class is."""
-    rarity = torch.tensor([math.log(max(counts) / count) for count in counts])
-
-    def features(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
-        rare = rarity.to(losses)[batch.targets].unsqueeze(1)
-        both = student_and_teacher(losses, outputs, batch), entropies(losses, outputs, batch)
-        return torch.cat([*both, rare], dim=1)
-
-    return features
-
-
 def bikd_with_more_inputs(*, accumulate: int) -> Callable[[Setting], BilevelLossBalancer]:
-    """BiKD, its weight model with `more_inputs`."""
+    """The weight model also sees the entropies of student and teacher, and how rare the label's class is."""
 
     def build(setting: Setting) -> BilevelLossBalancer:
         network = LossMLP(5, 2, hidden=(64,))
-        return _of_parts(setting, network, more_inputs(setting.counts), accumulate=accumulate)
+        return _of_parts(setting, network, ClassAware(setting.counts), accumulate=accumulate)
 
     return build
 

@@ -1,5 +1,6 @@
 """Weight models: any `nn.Module` `(features (B, F), batch) -> (B, M)`; these are the usual ones."""
 
+from metakd.weighting.class_aware import ClassAware
 from metakd.weighting.entropy_gate import EntropyGate, entropies
 from metakd.weighting.loss_mlp import LossMLP
 from metakd.weighting.normalised import Normalised
@@ -8,6 +9,7 @@ from metakd.weighting.tables import ClassTable, SampleTable
 from metakd.weighting.term_scalars import TermScalars
 
 __all__ = [
+    "ClassAware",
     "ClassTable",
     "EntropyGate",
     "LossMLP",

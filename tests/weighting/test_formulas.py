@@ -13,8 +13,10 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+from metakd import recipes
 from metakd.batch import Batch
 from metakd.weighting import (
+    ClassAware,
     ClassTable,
     EntropyGate,
     LossMLP,
@@ -341,3 +343,34 @@ def test_the_gate_at_certainty_and_at_a_tie():
     found = entropies(torch.zeros(1, 3), sure, Batch(None, teacher=sure))
     assert found.tolist() == [[0.0, 0.0]]
     assert EntropyGate()(found, EMPTY).tolist() == [[1.0, 2.0, 1.0]]
+
+
+@given(ROWS, st.integers(2, 5), st.integers(0, 10**6))
+def test_class_aware_features_are_losses_entropies_and_rarity(rows, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(2, rows, classes, generator=generator, dtype=torch.float64)).unbind()
+    targets = torch.randint(classes, (rows,), generator=generator)
+    counts = torch.randint(1, 1000, (classes,), generator=generator).tolist()
+    batch = Batch(None, targets, teacher=teacher)
+    found = ClassAware(counts)(torch.zeros(rows, 2), student, batch)
+    expected = []
+    for i, label in enumerate(targets.tolist()):
+        p, q = ((z[i] - z[i].logsumexp(0)).exp() for z in (teacher, student))
+        losses = [-q[label].log(), -p[label].log(), -(q * q.log()).sum(), -(p * p.log()).sum()]
+        expected.append([*map(float, losses), math.log(max(counts) / counts[label])])
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_a_recipe_with_class_aware_features():
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = recipes.bikd(student, teacher, optimizer=sgd, features=ClassAware(torch.tensor([40, 9, 2])))
+    batch, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
+    balancer(batch, meta).backward()
+    assert next(balancer.weighting.parameters()).shape == (64, 5)
+    copied = pickle.loads(pickle.dumps(deepcopy(balancer.features)))
+    seen = [
+        each(torch.zeros(6, 2), student(batch[0]), Batch(*batch, teacher(batch[0])))
+        for each in (balancer.features, copied)
+    ]
+    assert copied.counts == (40, 9, 2) and torch.equal(*seen)

@@ -7,6 +7,7 @@ from torch import nn
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.weighting import (
+    ClassAware,
     ClassTable,
     EntropyGate,
     LossMLP,
@@ -163,3 +164,17 @@ def test_features_that_are_no_entropies(shape):
 
 def test_entropies_without_a_teacher():
     assert "batch.teacher is None" in message(entropies, X, torch.zeros(3, 2), Batch(None))
+
+
+@pytest.mark.parametrize("counts", [[5, 0], [], [[1, 2]], "many", [1, float("nan")]])
+def test_class_aware_features_of_counts_that_are_none(counts):
+    assert "count" in message(ClassAware, counts)
+
+
+def test_class_aware_features_of_other_outputs():
+    features, batch = ClassAware([9, 3]), Batch(None, torch.tensor([0, 1, 1]), teacher=torch.zeros(3, 2))
+    assert "there are 2 class counts but the student has 3 outputs" in message(features, X, torch.zeros(3, 3), batch)
+    assert "batch.teacher is None" in message(features, X, torch.zeros(3, 2), Batch(None, batch.targets))
+    labels = Batch(None, torch.tensor([0, 1, 2]), teacher=batch.teacher)
+    assert "2" in message(features, X, torch.zeros(3, 2), labels)
+    assert "targets" in message(features, X, torch.zeros(3, 2), Batch(None, teacher=batch.teacher))

@@ -1,0 +1,57 @@
+"""What a weight model has to see to tell a rare class from a hard sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd.batch import Batch
+from metakd.terms import CrossEntropy
+from metakd.terms.counts import PerClass, positive_counts
+from metakd.terms.reading import logits
+from metakd.weighting.entropy_gate import entropies
+
+
+class ClassAware:
+    """Features for long-tailed data: losses and entropies of student and teacher, and how rare the label's class is.
+
+    `x_i = (CE_i(q), CE_i(p), H(q_i), H(p_i), log(n_max / n_{y_i}))` with student `q`, teacher `p`, entropies `H` in
+    nats, `n_c` training samples of class c, and `n_max` of the most frequent one.
+
+    Shapes: outputs and `batch.teacher` `(B, C)`, `batch.targets` `(B,)`, result `(B, 5)`.
+
+    Source: BiKD (PAKDD 2026, arXiv 2605.17839) for the two losses, its weight model's whole input. Ours adds the rest:
+    from the losses alone a rare class looks like a hard sample.
+
+    Args:
+        counts: training samples of each class, in label order.
+
+    Raises:
+        MetaKDError: counts that are not positive finite numbers; when called, outputs that are no logits or have other
+            than one column a count, the teacher's missing or of another shape, or targets that are no labels of them.
+
+    Examples:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> batch = Batch(None, targets=torch.tensor([0, 1]), teacher=torch.zeros(2, 2))
+        >>> ClassAware([100, 10])(torch.zeros(2, 2), torch.zeros(2, 2), batch)
+        tensor([[0.6931, 0.6931, 0.6931, 0.6931, 0.0000],
+                [0.6931, 0.6931, 0.6931, 0.6931, 2.3026]])
+    """
+
+    def __init__(self, counts: Sequence[float] | Tensor) -> None:
+        self.counts = positive_counts(counts)
+        numbers = torch.tensor(self.counts, dtype=torch.float64)
+        self._rarity = PerClass((numbers.max() / numbers).log())
+        self._cross_entropy = CrossEntropy()
+
+    def __call__(self, losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+        """Return the features, shape `(B, 5)`."""
+        student = logits(outputs)
+        rarity = self._rarity.like(student)
+        certainty = entropies(losses, student, batch)  # it says what is wrong with the teacher's outputs
+        both = [self._cross_entropy(of, batch) for of in (student, batch.teacher)]
+        return torch.cat([torch.stack(both, dim=1), certainty, rarity[batch.targets].unsqueeze(1)], dim=1)
