@@ -126,9 +126,8 @@ CANDIDATES: dict[str, Method] = {
     ),
     "network": Learned("metakd's best, by BiKD's network", by_network),
     "network-inputs": Learned("metakd's best, by BiKD's network, more inputs, k = 5", by_network_with_more_inputs),
-    "bikd-k5-rate": Learned("BiKD, k = 5, weight model's rate x 10", bikd(accumulate=5, faster=10.0)),
 }
-"""Among which `mixture`, `best` and BiKD's learning rate were chosen, on validation images of a seed of their own."""
+"""Among which `mixture` and `best` were chosen, on validation images of a seed of their own."""
 
 _CONTROLS = {
     "frozen": "its weights as they start",
@@ -147,7 +146,7 @@ _RIVALS = {
     **{name: ("bikd", "kd", "kd+val") for name in METHODS if name.startswith("bikd-")},
     "bikd-k5-inputs": ("bikd", "kd", "kd-classes", "kd-late", "kd+val", "bskd"),
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "bikd"),
-    **{name: ("best", "mixture") for name in CANDIDATES if name.startswith(("table", "network"))},
+    **{name: ("best", "mixture") for name, method in CANDIDATES.items() if isinstance(method, Learned)},
 }
 QUESTIONS = {
     name: (*rivals, *(found for found in TABLE if found.startswith(f"{name}+"))) for name, rivals in _RIVALS.items()
