@@ -12,7 +12,7 @@ from metakd import Batch, BilevelLossBalancer, recipes
 from metakd.features import Features, student_and_teacher
 from metakd.recipes.base import hard_and_soft
 from metakd.terms import CrossEntropy, SoftTarget
-from metakd.weighting import ClassAware, LossMLP, Normalised
+from metakd.weighting import ClassAware, Normalised
 
 
 def bikd(*, faster: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:
@@ -48,15 +48,14 @@ def bikd_with_more_inputs(*, accumulate: int) -> Callable[[Setting], BilevelLoss
     """The weight model also sees the entropies of student and teacher, and how rare the label's class is."""
 
     def build(setting: Setting) -> BilevelLossBalancer:
-        network = LossMLP(5, 2, hidden=(64,))
-        return _of_parts(setting, network, ClassAware(setting.counts), accumulate=accumulate)
+        return _of_parts(setting, setting.network(5), ClassAware(setting.counts), accumulate=accumulate)
 
     return build
 
 
 def bikd_with_shares(setting: Setting) -> BilevelLossBalancer:
     """The weights of a batch have a mean of a half, so that the weight model cannot turn the learning rate down."""
-    return _of_parts(setting, Normalised(LossMLP(2, 2, hidden=(64,))), student_and_teacher)
+    return _of_parts(setting, Normalised(setting.network(2)), student_and_teacher)
 
 
 def _of_parts(setting: Setting, weighting: nn.Module, features: Features, **options: Any) -> BilevelLossBalancer:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.longtail.best import best, best_mixture, by_network, by_network_with_more_inputs, from_below
+from benchmarks.longtail.best import best, best_mixture, by_network, from_below
 from benchmarks.longtail.bikd import (
     bikd,
     bikd_from,
@@ -117,15 +117,13 @@ CANDIDATES: dict[str, Method] = {
         partial(best_mixture, names=("label", "teacher", "rebalanced")),
     ),
     "table": Learned("metakd's best, from 0.4, rate x 10", from_below()),
-    "table-2": Learned("metakd's best, from 0.4, rate x 10, two terms", from_below(names=("label", "teacher"))),
     "table-k5": Learned("metakd's best, from 0.4, rate x 10, k = 5", from_below(accumulate=5)),
     "table-5steps": Learned(
         "metakd's best, from 0.4, rate x 10, 5 inner steps",
         from_below(inner="mirror", estimator=Adjoint()),
         steps=5,
     ),
-    "network": Learned("metakd's best, by BiKD's network", by_network),
-    "network-inputs": Learned("metakd's best, by BiKD's network, more inputs, k = 5", by_network_with_more_inputs),
+    "network": Learned("metakd's best, by BiKD's network, more inputs, k = 5", by_network),
 }
 """Among which `mixture` and `best` were chosen, on validation images of a seed of their own."""
 

@@ -10,6 +10,7 @@ from benchmarks.longtail.presets import Preset
 from metakd import Batch, BilevelLossBalancer
 from metakd.recipes.base import adam, beside
 from metakd.terms import Term
+from metakd.weighting import LossMLP
 
 
 class Setting(NamedTuple):
@@ -37,6 +38,10 @@ class Setting(NamedTuple):
         optimizer = adam(model, lr, weight_decay)
         parts = {"optimizer": self.optimizer, "teacher": self.teacher, "weighting": model, **options}
         return BilevelLossBalancer(self.student, terms, weighting_optimizer=optimizer, **parts)
+
+    def network(self, inputs: int) -> LossMLP:
+        """BiKD's weight model of two terms."""
+        return LossMLP(inputs, 2, hidden=(64,) if len(self.counts) < 100 else (64, 64))
 
 
 class Objective(Protocol):
