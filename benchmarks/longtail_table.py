@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common.command import run
 from benchmarks.common.measure import ROOT
-from benchmarks.longtail import cost, figures, methods, report
+from benchmarks.longtail import cost, methods, report
 from benchmarks.longtail.presets import PRESETS
 from benchmarks.longtail.train import Cell, Where, settings_of, student_of
 from metakd.longtail import provenance
@@ -47,8 +47,7 @@ def main() -> None:
             continue
         print(f"{number}/{len(cells)} {cell.name}", file=sys.stderr, flush=True)
         method = chosen[cell.method]
-        drawn = cell.seed == args.seeds[0] and cell.method in figures.LEARNED
-        result = student_of(cell, preset, where, method, args.output if drawn else None)
+        result = student_of(cell, preset, where, method)
         found = {"settings": settings_of(cell, preset, method), **provenance(), "device": args.device, **result}
         text = json.dumps(found) + "\n"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text))

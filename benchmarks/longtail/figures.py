@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.longtail import methods
+from benchmarks.longtail import methods, snapshots
+from benchmarks.longtail.snapshots import rounded
 from metakd import plots
 from metakd.history import History
 from metakd.longtail import group_classes
@@ -53,8 +54,10 @@ def draw(folder: Path, stem: str, cells: Mapping[str, Sequence[Mapping[str, Any]
             plots.influence_over_time(
                 history, groups=groups, title=f"Influence over time: {seed}", path=path(f"{name}-influence-over-time")
             )
-            if cell["learned"]["weights_by_loss"]:  # drawn by the run itself, which has the weight model
-                path(f"{name}-weights-by-loss")
+            by_loss = {e["epoch"]: e["weights_by_loss"] for e in cell["history"] if "weights_by_loss" in e}
+            if by_loss:
+                title = f"Weights by loss: {seed}"
+                snapshots.draw(by_loss, history.terms, path(f"{name}-weights-by-loss"), title=title)
     return written
 
 
@@ -66,11 +69,6 @@ def saved(history: History) -> dict[str, Any]:
     """A history as numbers of four digits."""
     state = history.state_dict()
     return {key: rounded(value.tolist()) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
-
-
-def rounded(values: Any) -> Any:
-    """The same nest of lists, its numbers to four digits."""
-    return [rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.4g}")
 
 
 def history_of(learned: Mapping[str, Any], classes: int) -> History:

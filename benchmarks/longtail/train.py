@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
+from benchmarks.longtail import snapshots
 from benchmarks.longtail.figures import POINTS, saved
 from benchmarks.longtail.fixed import Fixed
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import Method
 from benchmarks.longtail.presets import Preset
 from benchmarks.longtail.setting import Setting
-from metakd import History, diagnose, learned_weights, plots, terms
-from metakd.features import student_and_teacher
+from metakd import History, diagnose, terms
 from metakd.longtail import Checkpoint, Images, LongTailed, build_model, evaluate, group_classes, load_images
-from metakd.weighting import LossMLP
 
 TEACHER = Fixed("Teacher", lambda counts: {"hard": (1.0, terms.CrossEntropy())})
 
@@ -100,14 +99,14 @@ def teacher_of(
     return model.eval().requires_grad_(False), result
 
 
-def student_of(cell: Cell, preset: Preset, where: Where, method: Method, figures: Path | None) -> dict[str, Any]:
-    """Train a student by a method; the record of it. What a weight model learned is drawn in the folder `figures`."""
+def student_of(cell: Cell, preset: Preset, where: Where, method: Method) -> dict[str, Any]:
+    """Train a student by a method; the record of it."""
     _, *suffix = cell.method.split("+")
     teacher, of_teacher = teacher_of(cell, preset, where)
     data = data_of(cell, preset, where)
     if "val" in suffix:
         data = with_validation_images(data)
-    result = fit(cell, preset, where, network(cell, preset, where), teacher, data, method, (2 / 3, 5 / 6), figures)
+    result = fit(cell, preset, where, network(cell, preset, where), teacher, data, method, (2 / 3, 5 / 6))
     return result | {"teacher": {key: of_teacher[key] for key in ("test", "validation", "seconds")}}
 
 
@@ -139,7 +138,6 @@ def fit(
     data: LongTailed,
     method: Method,
     milestones: Iterable[float],
-    figures: Path | None = None,
 ) -> dict[str, Any]:
     """Train, epoch by epoch, each followed by a checkpoint; the record of the run."""
     optimizer = optimizer_of(model, preset)
@@ -172,9 +170,12 @@ def fit(
             weighting_scheduler.step()
         entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": float(total) / len(data.train)}
         entry["seconds"] = round(time.perf_counter() - start, 3)
-        if (epoch + 1) % preset.evaluate_every == 0 and epoch + 1 < preset.epochs:
+        looked_at, last = (epoch + 1) % preset.evaluate_every == 0, epoch + 1 == preset.epochs
+        if looked_at and not last:
             entry["test"] = evaluate(model, data.test.plain(), groups).overall
             entry["validation"] = evaluate(model, data.validation.plain(), groups).overall
+        if (looked_at or last) and balancer is not None and snapshots.weighs_by_loss(balancer):
+            entry["weights_by_loss"] = snapshots.taken(balancer, data.train.epoch(epoch))
         history.append(entry)
         checkpoint.save(history)
     found = {
@@ -187,16 +188,7 @@ def fit(
     }
     if balancer is None or seen is None:
         return found
-    of_losses = balancer.features is student_and_teacher and isinstance(balancer.weighting, LossMLP)
-    by_loss = figures if of_losses else None  # a table answers to labels instead
-    if by_loss is not None:
-        stem = f"{cell.name.split('/')[0]}-{cell.method}"
-        samples = learned_weights(balancer, data.train.plain()).features
-        title = f"Weights by loss: {method.title}, {stem}, seed {cell.seed}"
-        by_loss.mkdir(parents=True, exist_ok=True)
-        path = by_loss / f"{stem}-weights-by-loss.png"
-        plots.weights_by_loss(balancer, samples, title=title, path=path)
-    learned = {"terms": list(balancer.terms), "history": saved(seen), "weights_by_loss": by_loss is not None}
+    learned = {"terms": list(balancer.terms), "history": saved(seen)}
     if weighting_scheduler is not None:
         learned["diagnosis"] = str(diagnose(balancer, data.train.epoch(0), data.validation.endless(0)))
     return found | {"learned": learned}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.longtail import methods, report
+from benchmarks.longtail import methods, report, snapshots
 from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
 from benchmarks.longtail.presets import PRESETS
@@ -72,10 +72,10 @@ def test_the_command_writes_a_table_that_a_second_command_joins(tmp_path):
 
 def test_the_teacher_is_trained_once_for_all_methods(where, monkeypatch):
     cell = Cell("digits", 20.0, "ce", 0)
-    one = student_of(cell, SMOKE, where, methods.find("ce"), None)
+    one = student_of(cell, SMOKE, where, methods.find("ce"))
     written = next(where.work.glob("*/teacher-*.pt"))
     before = written.stat().st_mtime_ns
-    other = student_of(cell._replace(method="kd"), SMOKE, where, methods.find("kd"), None)
+    other = student_of(cell._replace(method="kd"), SMOKE, where, methods.find("kd"))
     assert one["teacher"]["test"] == other["teacher"]["test"] and written.stat().st_mtime_ns == before
 
 
@@ -94,11 +94,11 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, tmp_path):
             return objective
 
     cell, method = Cell("digits", 20.0, "kd", 0), methods.find("kd")
-    whole = student_of(cell, SMOKE, where, method, None)
+    whole = student_of(cell, SMOKE, where, method)
     elsewhere = where._replace(work=tmp_path / "other")
     with pytest.raises(KeyboardInterrupt):
-        student_of(cell, SMOKE, elsewhere, Interrupted(method.title, method.mixture), None)
-    again = student_of(cell, SMOKE, elsewhere, method, None)
+        student_of(cell, SMOKE, elsewhere, Interrupted(method.title, method.mixture))
+    again = student_of(cell, SMOKE, elsewhere, method)
     assert again["test"] == whole["test"] and len(again["history"]) == SMOKE.epochs
 
 
@@ -117,7 +117,7 @@ def test_the_paper_s_cells_train_in_small(tmp_path):
     short = replace(paper, teacher_epochs=1, epochs=1, batch_size=12, teacher_batch_size=12, validation_per_class=1)
     where = Where(tmp_path / "data", True, tmp_path / "work", "cpu")
     for method in ("bikd", "best"):
-        found = student_of(Cell("cifar10", 2.0, method, 0), short, where, methods.find(method), None)
+        found = student_of(Cell("cifar10", 2.0, method, 0), short, where, methods.find(method))
         assert 20 < sum(found["counts"]) < 40 and math.isfinite(found["test"]["loss"]) and found["learned"]["diagnosis"]
 
 
@@ -233,6 +233,23 @@ def test_methods_with_the_same_seeds_share_a_command():
         "python x.py --preset a --threads 1 --datasets digits --imbalances 100 --seeds 0 --methods kd",
         "python x.py --preset a --output b --threads 1 --datasets digits --imbalances 50 --seeds 10 --methods kd",
     ]
+
+
+def test_snapshots_hold_the_weight_model(tmp_path):
+    made = setting()
+    balancer = methods.find("bikd")(made).balancer
+    balancer(batches(1)[0], batches(1)[0]).backward()
+    snapshot = json.loads(json.dumps(snapshots.taken(balancer, batches(9))))
+    assert torch.tensor(snapshot["losses"]).shape == (24, 2)  # three batches of eight
+    seen = torch.rand(5, 2)
+    expected = balancer.weighting(seen, Batch(None))
+    torch.testing.assert_close(snapshots.model_of(snapshot)(seen, Batch(None)), expected, rtol=1e-3, atol=1e-3)
+    assert snapshots.weighs_by_loss(balancer)
+    assert not any(snapshots.weighs_by_loss(methods.find(name)(made).balancer) for name in ("best", "bikd-inputs"))
+    path = tmp_path / "maps.png"
+    snapshots.draw({5: snapshot, 10: snapshot}, list(balancer.terms), path, title="t")
+    with Image.open(path) as image:
+        assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 100
 
 
 def test_a_folder_without_cells_has_no_table(tmp_path):

@@ -46,7 +46,7 @@ def test_a_larger_meta_set_holds_the_smaller_ones_and_no_training_image(data):
 def test_the_rival_trains_on_the_meta_images_and_learned_weights_do_not(data, monkeypatch):
     seen = []
 
-    def fit(cell, preset, where, model, teacher, given, method, milestones, figures=None):
+    def fit(cell, preset, where, model, teacher, given, method, milestones):
         sizes = len(given.train.targets), sum(given.counts), len(given.validation.targets)
         seen.append((cell.method, *sizes, getattr(method, "control", None)))
         return {"test": {"overall": float(len(seen))}}
