@@ -46,11 +46,12 @@ def draw(snapshots: Mapping[int, Snapshot], terms: Sequence[str], path: Path, *,
     losses = {epoch: torch.tensor(snapshot["losses"]) for epoch, snapshot in snapshots.items()}
     limits = torch.cat(list(losses.values())).quantile(0.98, dim=0).tolist()
     figure = Figure(figsize=(1.0 + 4.3 * len(terms), 0.6 + 3.6 * len(snapshots)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (dots: training samples)")
     panels = figure.subplots(len(snapshots), len(terms), squeeze=False)
     for row, (epoch, snapshot) in zip(panels, snapshots.items(), strict=True):
         names = ["student's cross-entropy (nats)", "teacher's cross-entropy (nats)"]
         model, seen = model_of(snapshot), losses[epoch]
         plots.weights_by_loss(model, seen, terms=terms, features=names, limits=limits, axes=list(row))
         row[0].set_title(f"epoch {epoch}: {row[0].get_title()}")
+        row[0].get_legend().remove()  # the same in each row, on top of a map
     figure.savefig(path, dpi=100)
