@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from benchmarks.longtail import methods, snapshots
-from benchmarks.longtail.snapshots import rounded
 from metakd import plots
 from metakd.history import History
 from metakd.longtail import group_classes
@@ -68,7 +67,10 @@ POINTS = 40
 def saved(history: History) -> dict[str, Any]:
     """A history as numbers of four digits."""
     state = history.state_dict()
-    return {key: rounded(value.tolist()) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+    return {
+        key: snapshots.rounded(value.tolist()) if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def history_of(learned: Mapping[str, Any], classes: int) -> History:

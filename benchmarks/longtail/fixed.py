@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.longtail.presets import DECAYS
 from benchmarks.longtail.setting import Setting
 from metakd import Batch, terms
 
@@ -21,6 +23,12 @@ class ClassBalanced:
     term: terms.Term
     beta: float = 0.9999
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """(C,) weights."""
+        found = 1 / (1 - self.beta ** torch.tensor(self.counts, dtype=torch.float64))
+        return found / found.mean()
+
     @property
     def uses_teacher(self) -> bool:
         """That of the term."""
@@ -29,8 +37,7 @@ class ClassBalanced:
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """(B,) losses."""
         losses: Tensor = self.term(outputs, batch)
-        weights = 1 / (1 - self.beta ** torch.tensor(self.counts, dtype=torch.float64))
-        return losses * (weights / weights.mean()).to(losses)[batch.targets]
+        return losses * self.weights.to(losses)[batch.targets]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Fixed:
         title: the method's name in the table.
         mixture: the class counts -> name -> (weight, term).
         warmup: the share of the epochs over which the weights of the terms that use a teacher rise from zero.
-        late: the mixture from the student's first learning rate decay on, after 2/3 of the epochs, where it is another.
+        late: the mixture from the student's first learning rate decay on, where it is another.
     """
 
     title: str
@@ -69,7 +76,7 @@ class FixedObjective:
     def epoch(self, epoch: int, batches: Iterable[Any], meta_batches: Iterator[Any]) -> Iterator[tuple[Batch, Tensor]]:
         """See `setting.Objective`; the meta batches are not looked at."""
         student, teacher = self.setting.student, self.setting.teacher
-        mixture = self.mixture if epoch < round(2 / 3 * self.setting.preset.epochs) else self.late
+        mixture = self.mixture if epoch < round(DECAYS[0] * self.setting.preset.epochs) else self.late
         uses = {name: getattr(term, "uses_teacher", True) for name, (_, term) in mixture.items()}
         rise = min((epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0
         for inputs, targets, index in batches:

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+DECAYS = (2 / 3, 5 / 6)
+"""The shares of the epochs after which a student's learning rate falls to a tenth."""
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from benchmarks.longtail.presets import Preset
 from metakd import Batch, BilevelLossBalancer
 from metakd.recipes.base import adam, beside
+from metakd.recipes.bikd import hidden_layers
 from metakd.terms import Term
 from metakd.weighting import LossMLP
 
@@ -41,7 +42,7 @@ class Setting(NamedTuple):
 
     def network(self, inputs: int) -> LossMLP:
         """BiKD's weight model of two terms."""
-        return LossMLP(inputs, 2, hidden=(64,) if len(self.counts) < 100 else (64, 64))
+        return LossMLP(inputs, 2, hidden=hidden_layers(len(self.counts)))
 
 
 class Objective(Protocol):

@@ -16,7 +16,7 @@ from benchmarks.longtail.figures import POINTS, saved
 from benchmarks.longtail.fixed import Fixed
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import Method
-from benchmarks.longtail.presets import Preset
+from benchmarks.longtail.presets import DECAYS, Preset
 from benchmarks.longtail.setting import Setting
 from metakd import History, diagnose, terms
 from metakd.longtail import Checkpoint, Images, LongTailed, build_model, evaluate, group_classes, load_images
@@ -106,7 +106,7 @@ def student_of(cell: Cell, preset: Preset, where: Where, method: Method) -> dict
     data = data_of(cell, preset, where)
     if "val" in suffix:
         data = with_validation_images(data)
-    result = fit(cell, preset, where, network(cell, preset, where), teacher, data, method, (2 / 3, 5 / 6))
+    result = fit(cell, preset, where, network(cell, preset, where), teacher, data, method, DECAYS)
     return result | {"teacher": {key: of_teacher[key] for key in ("test", "validation", "seconds")}}
 
 

@@ -67,8 +67,7 @@ def bikd(
         >>> balancer.report.weights.shape
         torch.Size([8, 2])
     """
-    if hidden is None:
-        hidden = (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
+    hidden = hidden_layers(classes) if hidden is None else hidden
     weighting = beside(student, LossMLP(None if "features" in options else 2, 2, hidden))
     return configured(
         "bikd",
@@ -81,3 +80,16 @@ def bikd(
         weighting_optimizer=adam(weighting, lr, weight_decay=1e-4),
         accumulate=accumulate,
     )
+
+
+def hidden_layers(classes: int | None) -> tuple[int, ...]:
+    """Units of the MLP's tanh layers, as the authors recommend for a number of classes.
+
+    Raises:
+        MetaKDError: it is not a positive integer.
+
+    Examples:
+        >>> hidden_layers(10), hidden_layers(100)
+        ((64,), (64, 64))
+    """
+    return (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
