@@ -8,11 +8,13 @@ and hypergradients are those of one process on all parts together.
 """
 
 import argparse
+import gc
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before init_process_group: functions in it take the group as a default, and keep it
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -73,6 +75,16 @@ def agree(module):
     return differ.item() == 0
 
 
+def run(epochs, device):
+    """Train, and tell how well; returns nothing, so that no wrapped student outlives it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    student, balancer, accuracy = train(epochs, device, rank, size)
+    same = agree(student), agree(balancer.weighting)
+    if rank == 0:
+        print(f"test accuracy {100 * accuracy:.1f} %")
+        print(f"{size} ranks agree: student {same[0]}, weight model {same[1]}")
+
+
 def main():
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,14 +98,10 @@ def main():
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
     try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        student, balancer, accuracy = train(args.epochs, device, rank, size)
-        same = agree(student), agree(balancer.weighting)
-        if rank == 0:
-            print(f"test accuracy {100 * accuracy:.1f} %")
-            print(f"{size} ranks agree: student {same[0]}, weight model {same[1]}")
+        run(args.epochs, device)
     finally:
-        dist.destroy_process_group()
+        gc.collect()  # DistributedDataParallel is part of a reference cycle, and holds the group
+        dist.destroy_process_group()  # with nobody holding the group, gloo's threads end here and not at exit
 
 
 if __name__ == "__main__":

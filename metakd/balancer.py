@@ -1,6 +1,6 @@
 """`BilevelLossBalancer`: the object a user wraps around an existing training loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -17,17 +17,21 @@ from metakd.distributed import Ranks, checksum
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, OneStep, Problem
 from metakd.estimators.estimate import estimate
-from metakd.estimators.problem import unchanged
+from metakd.estimators.problem import WeightedLosses, unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
-from metakd.inner import GradientTransformation, Params, inner_optimizer
-from metakd.objective import InnerLoss, Objective, weighted_mean
-from metakd.parts import check_parts, default_weighting, validated
+from metakd.inner import GradientTransformation, Params, inner_optimizer, param_groups
+from metakd.inner.groups import Optimizers
+from metakd.kernels import compiled_parts
+from metakd.objective import Objective, weighted_mean
+from metakd.parts import check_parts, check_teacher, default_weighting, validated
 from metakd.precision import as_written
+from metakd.proof import OtherLossesError, compare_with_real_pass, what_it_stands_on
 from metakd.reader import read_batch
 from metakd.report import Report
-from metakd.student import FunctionalStudent, Start
+from metakd.student import FunctionalStudent, Start, put_back
+from metakd.teacher import Teacher
 from metakd.terms import CrossEntropy, Term, named
-from metakd.train_pass import TrainPass
+from metakd.train_pass import TrainPass, as_it_is
 from metakd.transaction import Snapshot, all_or_nothing
 from metakd.weighting.base import positive_int
 from metakd.weighting_step import WeightingStep
@@ -62,10 +66,12 @@ class BilevelLossBalancer:
         student: any module, unchanged; wrapped as it is trained.
         terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
             (outputs, batch) -> (B,).
-        optimizer: the student's own torch optimizer; its learning rates, groups and state are read at every step.
+        optimizer: the student's own torch optimizer, or a list of those that hold its parameters together; learning
+            rates, groups and state are read at every step.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
         weighting_optimizer: of the weight model; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
-        teacher: run once a batch, in eval mode, without gradients; or None.
+        teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); run once a
+            batch, in eval mode, without gradients; or None.
         features: (losses (B, M), outputs, batch) -> (B, F), what the weight model sees, always detached. Default:
             with a teacher the cross-entropies of student and teacher on the label, without one the losses.
         meta_loss: a term, averaged over the meta batch; default `terms.CrossEntropy()`.
@@ -75,6 +81,10 @@ class BilevelLossBalancer:
         accumulate: hypergradients averaged before each step of the weight model (the paper's k).
         every: take a hypergradient on every n-th call only (calls n, 2n, ...).
         batch_fn: loader item -> `Batch`; the default takes (x, y), (x, y, index), a mapping or a `Batch`.
+        verify: prove exactness on this student. At the first hypergradient, and when modules, modes, hooks, shapes of
+            outputs, terms or estimator change, compare the losses and the gradient of a virtual pass with those of the
+            real one, and forward mode with reverse mode. That costs 2 + M backward passes and 3 forward passes, once.
+            A number n repeats it at every n-th hypergradient; False leaves it out.
 
     Raises:
         MetaKDError: whatever does not fit, with cause and cure. After any error student, optimizer and weight
@@ -98,10 +108,10 @@ class BilevelLossBalancer:
         student: nn.Module,
         terms: Mapping[str, Term] | Sequence[Term],
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         weighting: nn.Module | None = None,
         weighting_optimizer: torch.optim.Optimizer | None = None,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
         features: Features | None = None,
         meta_loss: Term | None = None,
         inner: str | GradientTransformation = "sgd",
@@ -109,6 +119,7 @@ class BilevelLossBalancer:
         accumulate: int = 1,
         every: int = 1,
         batch_fn: Callable[[Any], Batch] | None = None,
+        verify: bool | int = True,
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
@@ -118,19 +129,25 @@ class BilevelLossBalancer:
         self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
         check_parts(student, optimizer, estimator)
-        self._functional, self._ranks = FunctionalStudent(student), Ranks(student)
-        inner_optimizer(inner, optimizer, self._functional.trainable())
+        check_teacher(teacher)
+        self.verify = verify if isinstance(verify, bool) else positive_int(verify, "verify")
+        self._ranks, plain = Ranks(student), FunctionalStudent(student)
+        inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             known = len(self.terms) if teacher is None else 2
-            weighting = default_weighting(self._functional, known if features is None else None, len(self.terms))
-        self.weighting = weighting
+            weighting = default_weighting(plain, known if features is None else None, len(self.terms))
+        self.weighting: nn.Module = weighting
+        self._functional = self._as_function()
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
         self._shared = False
+        self._proven: frozenset[Hashable] = frozenset()
+        self._since_proof = 0
+        self._repeats = True
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -166,10 +183,8 @@ class BilevelLossBalancer:
                 raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
             self._agree(f"call {calls}, {'with' if learns else 'without'} a hypergradient")
-            forward_mode = learns and self._memory.get("forward_mode", True)
-            still = getattr(self.estimator, "parameters", None) is not None
-            train = TrainPass(self.student, self._functional, train_batch, record=forward_mode, still=still)
-            losses = checked_losses(self.terms, train.outputs, train_batch, "the batch", finite=not train.float16)
+            train = TrainPass(self.student, self._functional, train_batch, self.terms, snapshot.start)
+            losses = train.losses
             if overflow := self._overflow(train, losses):
                 weights = torch.ones_like(losses)
                 self._report, self._calls = Report(losses.detach(), weights, skipped=overflow), calls
@@ -180,11 +195,9 @@ class BilevelLossBalancer:
                     self.weighting(features, train_batch)
                 self._share_weighting()
                 if learns:
-                    objective = self._objective(
-                        self._functional, [train_batch], meta_batch, start=snapshot.start, end=end, tape=train.tape
-                    )
+                    objective = self._objective(self._functional, [train.batch], meta_batch, snapshot.start, end)
                     with as_written(self._functional.device_type):
-                        loss, report = self._learn(snapshot, objective, train, losses, features)
+                        loss, report = self._learn(snapshot, objective, train, features)
                 else:
                     weights = evaluate_weights(self.weighting, features, train_batch, losses).detach()
                     loss = weighted_mean(weights, losses)
@@ -200,11 +213,15 @@ class BilevelLossBalancer:
     def weights(self, batch: Any) -> Tensor:
         """The weights of a batch's samples as they are now, (B, M), detached; leaves no trace."""
         with self._untouched() as start, torch.no_grad():
-            known = self._batch(batch, "the batch")
-            outputs, _ = self._functional.run(self._functional.detached(), known.inputs, start)
-            losses = checked_losses(self.terms, outputs, known, "the batch")
-            features = evaluate_features(self.features, losses, outputs, known)
-            return evaluate_weights(self.weighting, features, known, losses)
+            known = as_it_is(self._batch(batch, "the batch"))
+
+            def evaluated(outputs: Any) -> Tensor:
+                losses = checked_losses(self.terms, outputs, known, "the batch")
+                features = evaluate_features(self.features, losses, outputs, known)
+                return evaluate_weights(self.weighting, features, known, losses)
+
+            weights: Tensor = self._functional.run(self._functional.detached(), known.inputs, start, evaluated)[0]
+            return weights
 
     def meta_step(self, batches: Sequence[Any], meta_batch: Any) -> Report:
         """One hypergradient through K = len(batches) virtual inner steps, then one step of the weight model.
@@ -228,11 +245,12 @@ class BilevelLossBalancer:
             torch.enable_grad(),
             self._ranks.together(),
         ):
-            objective = self._objective(self._functional, batches, meta_batch, start=start)
+            objective = self._objective(self._functional, batches, meta_batch, start)
             self._agree(f"a meta step through {len(objective.batches)} batches after call {self._calls}")
             problem = self._problem_in_phi(objective)
             self._share_weighting()
             with as_written(self._functional.device_type):
+                self._prove_step(objective, start)
                 if self._stands_still():
                     problem.sweep()
                     report = Report(*objective.last, skipped=_STILL)
@@ -318,29 +336,31 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
-        with self._untouched(), torch.enable_grad():
-            student = self._functional if dtype is None else FunctionalStudent(self.student, dtype)
-            problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start=student.start()))
+        student = self._functional if dtype is None else self._as_function(dtype)
+        with self._untouched(), student.untouched() as start, torch.enable_grad():
+            problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start))
             with as_written(student.device_type):
-                yield replace(problem, memory=dict(problem.memory), mean=unchanged)
+                yield replace(problem, memory=replace(problem.memory), mean=unchanged)
+
+    def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
+        """The student as a function, whose passes call the terms, the meta loss and the features as well."""
+        return FunctionalStudent(
+            self.student, dtype, [*self.terms.values(), self.meta_loss, self.features], apart=self.weighting
+        )
 
     def _learn(
-        self, snapshot: Snapshot, objective: Objective, train: TrainPass, losses: Tensor, features: Tensor
+        self, snapshot: Snapshot, objective: Objective, train: TrainPass, features: Tensor
     ) -> tuple[Tensor, Report]:
         """Hypergradient in the weights, then in the weight model; its step; the loss under the new weights."""
-        (batch,) = objective.batches
+        batch, losses = train.batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
         answer: Any = self.weighting if from_influence is None else self.weighting.lookahead_weights
         weights = evaluate_weights(answer, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses)
-        problem = self._problem(
-            objective,
-            objective.inner_given_weights,
-            {"weights": weights.detach()},
-            first_gradient=train.gradient_of(loss, keep_graph=moves),
-            first_inner=(lambda meta: weighted_mean(meta["weights"], losses.detach())) if train.repeats else None,
-        )
+        if self._due(train.outputs) and not train.float16:
+            self._prove(objective, train, weights.detach())
+        problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
         result = estimate(self.estimator, problem)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
@@ -355,10 +375,45 @@ class BilevelLossBalancer:
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
 
+    def _due(self, outputs: Any) -> bool:
+        """Whether this hypergradient comes with a proof; counts it."""
+        if self.verify is False:
+            return False
+        stands_on = what_it_stands_on(self._functional, outputs, self.terms, self.estimator)
+        self._since_proof += 1
+        again = not isinstance(self.verify, bool) and self._since_proof > self.verify
+        if stands_on in self._proven and not again:
+            return False
+        self._proven, self._since_proof = self._proven | {stands_on}, 1
+        return True
+
+    def _prove(self, objective: Objective, train: TrainPass, weights: Tensor) -> None:
+        """Compare a virtual pass with the real one, and have the estimator compare forward mode with reverse mode."""
+        self._memory.compare = True
+        try:
+            compare_with_real_pass(objective, train, weights, list(self.terms))
+        except OtherLossesError:
+            if not train.compiled:
+                raise
+            # Compiled code draws random numbers of its own: the lookahead takes its gradient from a virtual pass.
+            self._repeats = False
+
+    def _prove_step(self, objective: Objective, start: Start) -> None:
+        """The proof of a meta step: a real pass over its first batch, of which nothing stays."""
+        if self.verify is False or compiled_parts(self._functional.module):
+            return
+        with self._functional.untouched():
+            train = TrainPass(self._functional.module, self._functional, objective.batches[0], self.terms, start)
+            if self._due(train.outputs) and not train.float16:
+                put_back(start)
+                self._prove(objective, train, torch.ones_like(train.losses))
+
     def _stands_still(self) -> bool:
         """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""
-        moving = {id(p) for g in self.optimizer.param_groups if float(g["lr"]) != 0.0 for p in g["params"]}
-        return isinstance(self.inner, str) and not any(id(p) in moving for p in self._functional.trainable().values())
+        if not isinstance(self.inner, str):
+            return False
+        moving = {id(p) for _, g in param_groups(self.optimizer) if float(g["lr"]) != 0.0 for p in g["params"]}
+        return not any(id(p) in moving for p in self._functional.trainable().values())
 
     def _overflow(self, train: TrainPass, losses: Tensor) -> str | None:
         """What float16 made of the losses of this rank or another, which a gradient scaler knows how to go on from."""
@@ -371,11 +426,18 @@ class BilevelLossBalancer:
         return f"float16 overflowed: {found or 'a loss of another rank is not finite'}; the returned loss is unweighted"
 
     def _objective(
-        self, student: FunctionalStudent, batches: Sequence[Any], meta_batch: Any, **passes: Any
+        self,
+        student: FunctionalStudent,
+        batches: Sequence[Any],
+        meta_batch: Any,
+        start: Start,
+        end: Start | None = None,
     ) -> Objective:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        return Objective(student, self.terms, self.meta_loss, self.features, self.weighting, known, meta, **passes)
+        features = self.features if end is None else None  # else they are known from the real forward pass
+        parts = self.terms, self.meta_loss, features, self.weighting
+        return Objective(student, *parts, known, meta, start=start, end=end)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
@@ -385,15 +447,27 @@ class BilevelLossBalancer:
             )
         objective.materialise()
         phi = {name: objective.student.cast(p.detach()) for name, p in self._step.params().items()}
-        return self._problem(objective, objective.inner, phi)
+        return self._problem(objective, objective.weighted(), phi)
 
-    def _problem(
-        self,
-        objective: Objective,
-        inner: InnerLoss,
-        phi: Params,
-        **at_hand: Any,
+    def _problem_in_weights(
+        self, objective: Objective, train: TrainPass, loss: Tensor, weights: Tensor, *, keep_graph: bool
     ) -> Problem:
+        """The problem of one inner step in the weights themselves, with what the real forward pass has at hand."""
+        losses, given = train.losses.detach(), weights.detach()
+        same = not (train.compiled or train.float16)  # a virtual pass gives the same losses, to rounding
+        return self._problem(
+            objective,
+            objective.given_weights(),
+            {"weights": given},
+            first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._repeats else None,
+            first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
+        )
+
+    def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **at_hand: Any) -> Problem:
+        def inner(params: Params, meta: Params, t: int) -> Tensor:
+            losses = weighted.losses(params, t)  # first, for features are read off it
+            return weighted_mean(weighted.weights(meta, t), losses)
+
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
         return Problem(
             inner,
@@ -405,6 +479,7 @@ class BilevelLossBalancer:
             objective.student.cast(optimizer.state),
             memory=self._memory,
             mean=self._ranks.mean,
+            weighted=weighted,
             **at_hand,
         )
 
@@ -423,15 +498,15 @@ class BilevelLossBalancer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
-        snapshot = Snapshot(self._functional, self._step, vars(self), self._memory)
+        snapshot = Snapshot(self._functional, self._step, vars(self), vars(self._memory))
         with all_or_nothing(snapshot), explained():
             yield snapshot
 
     @contextmanager
     def _untouched(self) -> Iterator[Start]:
         snapshot = Snapshot(self._functional, self._step)
-        with all_or_nothing(snapshot), explained():
-            yield snapshot.start
+        with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
+            yield start
             snapshot.restore()  # inside, so that an interrupted one is done again
 
 

@@ -1,11 +1,28 @@
 """`Batch`, and how a data loader's item becomes one."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from operator import index
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from metakd.errors import MetaKDError
+from metakd.nest import map_tensors, tensors
+from metakd.sizes import UndecidedError, decided, described, is_integer
+
+__all__ = [
+    "Batch",
+    "arguments",
+    "as_batch",
+    "batch_size",
+    "check_size",
+    "counted",
+    "endless",
+    "map_tensors",
+    "tensors",
+]
 
 _TARGET_KEYS = ("targets", "labels", "label", "target", "y")
 
@@ -14,11 +31,12 @@ class Batch(NamedTuple):
     """One batch, as every term, weight model and feature function sees it.
 
     Attributes:
-        inputs: what the student is called with: a tensor is passed as the only argument, a tuple or list
-            as positional arguments, a mapping as keyword arguments.
+        inputs: what the student is called with: a tuple or list has its positional arguments, a mapping its keyword
+            arguments; anything else, a tensor or a `PackedSequence`, is the only argument.
         targets: the labels or whatever the terms compare with, first dimension B; or None.
-        teacher: the teacher's outputs for these inputs; or None.
+        teacher: the teacher's outputs for these inputs, of several teachers a list of theirs; or None.
         index: positions of the samples in the training set, shape (B,); needed by `SampleTable` alone.
+        size: B, where the forms of targets, outputs and inputs do not tell it; or None.
 
     Examples:
         >>> import torch
@@ -31,15 +49,16 @@ class Batch(NamedTuple):
     targets: Any = None
     teacher: Any = None
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    size: int | None = None
 
 
 def as_batch(item: Any) -> Batch:
     """Turn a loader's item into a `Batch`.
 
-    Taken are a `Batch`; a tensor (inputs alone); `(inputs, targets)`; `(inputs, targets, index)`; a mapping
-    with the key `inputs` and any of `Batch`'s other fields; and a mapping without it, as Hugging Face's
-    collators build it: its labels become the targets, its `index` and `teacher` the fields of that name,
-    and all the rest keyword arguments of the student.
+    Taken are a `Batch`; a tensor or a `PackedSequence` (inputs alone); `(inputs, targets)`; `(inputs, targets, index)`;
+    a mapping with the key `inputs` and any of `Batch`'s other fields; and a mapping without it, as Hugging Face's
+    collators build it: its labels become the targets, its `index` and `teacher` the fields of that name, and all the
+    rest keyword arguments of the student.
 
     Raises:
         MetaKDError: the item is none of these.
@@ -51,17 +70,27 @@ def as_batch(item: Any) -> Batch:
     """
     if isinstance(item, Batch):
         return item
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor | PackedSequence):
         return Batch(item)
     if isinstance(item, Mapping):
         return _from_mapping(dict(item))
     if isinstance(item, tuple | list) and len(item) in (2, 3):
-        inputs, targets, *index = item
-        return Batch(inputs, targets, index=index[0] if index else None)
+        inputs, targets, *rest = item
+        return Batch(inputs, targets, index=_positions(rest[0]) if rest else None)
     length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
     raise MetaKDError(
         f"a loader's item of type {type(item).__name__}{length} is not understood; give (inputs, targets), "
         "(inputs, targets, index), a mapping or a Batch, or pass batch_fn= to turn your items into a Batch"
+    )
+
+
+def _positions(third: Any) -> Tensor | None:
+    if third is None or (isinstance(third, Tensor) and third.ndim == 1 and is_integer(third)):
+        return third
+    raise MetaKDError(
+        "the third item from the loader is read as the samples' positions in the training set, integers of shape "
+        f"(B,), but it is {described(third)}; for two inputs and their targets pass "
+        "batch_fn=lambda item: Batch(inputs=(item[0], item[1]), targets=item[2])"
     )
 
 
@@ -108,62 +137,56 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
             )
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in a nest of tuples, lists and mappings, in order.
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the student for a batch's inputs.
 
     Examples:
-        >>> import torch
-        >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(2), "text", None]}))
-        2
+        >>> arguments({"x": 1}), arguments([1, 2]), arguments(1)
+        (((), {'x': 1}), ((1, 2), {}), ((1,), {}))
     """
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for part in value.values() for t in tensors(part)]
-    if isinstance(value, tuple | list):
-        return [t for part in value for t in tensors(part)]
-    return []
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    # A packed sequence is a tuple for Python, and one argument for every layer that takes it.
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    return (tuple(inputs) if several else (inputs,)), {}
 
 
-def map_tensors(function: Any, value: Any) -> Any:
-    """The same nest with `function` applied to every tensor; other leaves stay as they are.
-
-    Examples:
-        >>> import torch
-        >>> map_tensors(lambda t: t.double(), Batch(torch.zeros(1), torch.zeros(1))).inputs.dtype
-        torch.float64
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, part) for part in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(function, part) for part in value)
-    return value
-
-
-def batch_size(batch: Batch, what: str) -> int:
-    """The number of samples in a batch; `what` names it in the error.
+def batch_size(batch: Batch, what: str, outputs: Tensor | None = None) -> int:
+    """The number of samples in a batch; `what` names it in errors, and the student's outputs help to tell.
 
     Raises:
-        MetaKDError: the batch holds no tensor, no sample, or inputs and targets of different lengths.
+        MetaKDError: the batch holds no sample, inputs and targets of different lengths, or nothing that tells.
 
     Examples:
         >>> import torch
-        >>> batch_size(Batch(torch.zeros(4, 3)), "the batch")
-        4
+        >>> boxes = [{"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(1, 4)}]
+        >>> batch_size(Batch(torch.zeros(4, 3)), "the batch"), batch_size(Batch(None, boxes), "the batch")
+        (4, 2)
     """
-    found = tensors(batch.targets) or tensors(batch.inputs)
-    if not found or found[0].ndim == 0:
-        raise MetaKDError(f"{what} holds no tensor with a batch dimension; give inputs and targets of shape (B, ...)")
-    size = found[0].shape[0]
-    if size == 0:
-        raise MetaKDError(f"{what} is empty (batch size 0); its loader must yield at least one sample")
-    if isinstance(batch.inputs, Tensor) and (batch.inputs.ndim == 0 or batch.inputs.shape[0] != size):
-        raise MetaKDError(
-            f"{what} has inputs of shape {tuple(batch.inputs.shape)} but {size} targets; "
-            "both need the same first dimension"
-        )
-    return size
+    return counted(batch, what, outputs)[0]
+
+
+def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int, str]:
+    """The number of samples in a batch as `batch_size` tells it, and which part of the batch says so."""
+    if batch.size is not None:
+        return _given(batch.size, what), "the batch, by its size"
+    args, kwargs = arguments(batch.inputs)
+    several = len(args) != 1 or args[0] is not batch.inputs
+    return decided(what, batch.targets, outputs, [*args, *kwargs.values()], several=several)
+
+
+def check_size(batch: Batch, what: str) -> None:
+    """As `batch_size`, but where the student's outputs may yet tell, that is left to them.
+
+    Examples:
+        >>> import torch
+        >>> check_size(Batch((torch.zeros(4, 3), torch.zeros(2, 9))), "the batch")
+    """
+    with suppress(UndecidedError):
+        batch_size(batch, what)
+
+
+def _given(size: Any, what: str) -> int:
+    if isinstance(size, bool) or not hasattr(size, "__index__") or index(size) < 1:
+        raise MetaKDError(f"{what} has size={size!r}, it must be an integer of at least 1: the number of its samples")
+    return index(size)

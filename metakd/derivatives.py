@@ -1,6 +1,6 @@
 """First and second derivatives of a scalar, by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,17 +16,41 @@ Gradients = dict[str, Tensor | None]
 """A gradient by name; None where nothing depends on a tensor."""
 
 
+class NoSecondDerivative(MetaKDError):
+    """A loss that cannot be differentiated twice.
+
+    Examples:
+        >>> raise NoSecondDerivative("the derivative of x_backward is not implemented")
+        Traceback (most recent call last):
+        ...
+        metakd.derivatives.NoSecondDerivative: the derivative of x_backward is not implemented; reverse mode would ...
+    """
+
+    @property
+    def fact(self) -> str:
+        """What was seen, without the advice."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.fact}; {_NO_SECOND_ORDER}"
+
+
 def leaves(values: Params) -> Params:
     """The same values as fresh leaves of autograd."""
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
 def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
-    """The gradients of a scalar by name; None where the loss does not reach a parameter."""
-    if not loss.requires_grad:
+    """The gradients of a scalar by name, dense; None where the loss does not reach a parameter."""
+    if not loss.requires_grad or not params:
         return dict.fromkeys(params)
     found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, **options)
-    return dict(zip(params, found, strict=True))
+    return dense(dict(zip(params, found, strict=True)))
+
+
+def dense(values: Gradients) -> Gradients:
+    """The same with sparse gradients filled up, as `nn.Embedding(sparse=True)` gives them."""
+    return {n: g.to_dense() if g is not None and g.layout != torch.strided else g for n, g in values.items()}
 
 
 def in_both(
@@ -55,53 +79,72 @@ def slope(gradient: Mapping[str, Tensor | None], along: Mapping[str, Tensor | No
     return torch.stack([(g * u).sum() for g, u in pairs]).sum() if pairs else None
 
 
-def graph_gradients(loss: Tensor, params: Params, seen: set[Any] | None = None) -> Gradients:
-    """`gradients` with a graph of their own, known to be twice differentiable as far as Python sees.
-
-    Args:
-        loss: a scalar.
-        params: what to differentiate in.
-        seen: nodes of the graph that need no look any more; new ones are added.
-
-    Raises:
-        MetaKDError: an operation on the way is marked @once_differentiable. Where its incoming gradient is constant,
-            autograd would lose what hangs behind it without a word.
-    """
-    reject_once_differentiable(loss, seen)
+def graph_gradients(loss: Tensor, params: Params) -> Gradients:
+    """`gradients` with a graph of their own."""
     return gradients(loss, params, create_graph=True)
 
 
 def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     """`gradients` of a scalar that was built from gradients.
 
+    The backward pass worked once, so whatever fails here is a second derivative that is missing.
+
     Raises:
-        MetaKDError: an operation on the way has no second derivative.
+        NoSecondDerivative: an operation on the way has no second derivative.
     """
     try:
         return gradients(loss, params, **options)
-    except RuntimeError as error:
-        if not any(text in str(error) for text in ("is not implemented", "don't support automatic differentiation")):
-            raise
-        raise MetaKDError(f"{str(error).splitlines()[0][:160]}; {_NO_SECOND_ORDER}") from error
+    except (MetaKDError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise NoSecondDerivative(f"the second derivative of an inner step fails ({first_line(error)})") from error
 
 
 def reject_once_differentiable(loss: Tensor, seen: set[Any] | None = None) -> None:
-    """See `graph_gradients`.
+    """Make sure that a loss can be differentiated twice, as far as Python sees.
+
+    Args:
+        loss: a scalar with a graph.
+        seen: nodes of the graph that need no look any more; new ones are added.
 
     Raises:
-        MetaKDError: the graph of the loss holds an operation that is marked @once_differentiable.
+        NoSecondDerivative: an operation on the way is marked @once_differentiable. Where its incoming gradient is
+            constant, autograd would lose what hangs behind it without a word.
     """
     for node in graph_nodes(loss, seen):
-        operation = getattr(type(node), "_forward_cls", None)
-        # The mark is a wrapper that torch's own module defines around the user's backward. The library's own operations
-        # are twice differentiable, and mark the second time.
-        if operation is None or operation.__module__.startswith("metakd."):
-            continue
-        if getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":
-            raise MetaKDError(f"{operation.__name__}.backward is marked @once_differentiable; {_NO_SECOND_ORDER}")
+        reject_marked(node)
+
+
+def reject_marked(node: Any) -> None:
+    """See `reject_once_differentiable`, for one node of a graph."""
+    operation = getattr(type(node), "_forward_cls", None)
+    # The mark is a wrapper that torch's own module defines around the user's backward. The library's own operations
+    # are twice differentiable, and mark the second time.
+    if operation is None or operation.__module__.startswith("metakd."):
+        return
+    if getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":
+        raise NoSecondDerivative(f"{operation.__name__}.backward is marked @once_differentiable")
+
+
+def first_line(error: BaseException) -> str:
+    """What the first error of a chain says, shortened.
+
+    Examples:
+        >>> first_line(KeyError())
+        'KeyError'
+    """
+    first = list(_chain(error))[-1]
+    lines = str(first).splitlines()
+    return lines[0][:160] if lines else type(first).__name__
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 _NO_SECOND_ORDER = (
     "reverse mode would have to differentiate it twice. Use another kernel (for attention "
-    "torch.nn.attention.SDPBackend.MATH), estimators.OneStep(mode='forward') or estimators.FiniteDifference()"
+    "torch.nn.attention.SDPBackend.MATH) or estimators.FiniteDifference()"
 )

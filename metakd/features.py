@@ -10,6 +10,7 @@ from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.precision import widened
 from metakd.terms import CrossEntropy
+from metakd.terms.reading import the_teachers_logits
 
 Features = Callable[[Tensor, Any, Batch], Tensor]
 
@@ -35,11 +36,12 @@ def student_and_teacher(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
         tensor([[0.6931, 0.6931]])
     """
     try:
-        return torch.stack([_cross_entropy(outputs, batch), _cross_entropy(batch.teacher, batch)], dim=1)
+        return torch.stack([_cross_entropy(z, batch) for z in (outputs, the_teachers_logits(batch))], dim=1)
     except MetaKDError as error:
         raise MetaKDError(
             f"the default features (cross-entropy of student and teacher on the label) cannot be computed: {error}. "
-            "Pass features=lambda losses, outputs, batch: losses to use the losses instead"
+            "Pass features=lambda losses, outputs, batch: losses to use the losses instead, and where the student is "
+            "no classifier a meta_loss= as well"
         ) from error
 
 
@@ -47,7 +49,7 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
     """Call a feature function without autograd and check what it returns.
 
     Raises:
-        MetaKDError: it raised (chained), or did not return a finite (B, F) floating-point tensor.
+        MetaKDError: it raised (chained), or did not return a finite (B, F) tensor of real floating-point numbers.
 
     Examples:
         >>> evaluate_features(own_losses, torch.ones(3, 2, requires_grad=True), None, Batch(None)).requires_grad
@@ -67,7 +69,10 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
     size = losses.shape[0]
     if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != size or not found.is_floating_point():
         got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise MetaKDError(f"features function {name!r} must return floating-point (B, F) with B = {size}, got {got}")
+        cure = "; take .abs(), or .real and .imag" if isinstance(found, Tensor) and found.is_complex() else ""
+        raise MetaKDError(
+            f"features function {name!r} must return real floating-point (B, F) with B = {size}, got {got}{cure}"
+        )
     if not bool(found.isfinite().all()):
         bad = (~found.isfinite()).any(dim=1).nonzero().flatten().tolist()
         raise MetaKDError(

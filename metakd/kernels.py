@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from metakd.batch_norm import batch_norm
@@ -93,6 +94,19 @@ def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
         yield
     finally:
         checkpointing._checkpoint_hook = hook  # type: ignore[misc]
+
+
+@contextmanager
+def no_parametrization_cache() -> Iterator[None]:
+    """A block in which `parametrize.cached()` of the user's remembers nothing that was computed outside.
+
+    Else a virtual pass would take the parametrized tensors of the real parameters.
+    """
+    kept, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = kept
 
 
 class _Formulas(TorchFunctionMode):

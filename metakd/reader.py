@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from metakd.batch import Batch, batch_size
+from metakd.batch import Batch, check_size
 from metakd.errors import MetaKDError, blamed
 from metakd.student import FunctionalStudent
-from metakd.teacher import teacher_outputs
+from metakd.teacher import Teacher, teacher_outputs
 from metakd.terms import Term
 
 
@@ -16,7 +14,7 @@ def read_batch(
     item: Any,
     what: str,
     batch_fn: Callable[[Any], Batch],
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     student: FunctionalStudent,
     needed_by: Term | None = None,
 ) -> Batch:
@@ -31,10 +29,11 @@ def read_batch(
         needed_by: the one term that will read the batch, if there is just one.
 
     Raises:
-        MetaKDError: the item is no batch, is empty, or the teacher failed.
+        MetaKDError: the item is no batch, is empty or contradicts itself, or the teacher failed.
 
     Examples:
         >>> import torch
+        >>> from torch import nn
         >>> item, student = torch.ones(4, 2), FunctionalStudent(nn.Linear(2, 3))
         >>> read_batch(item, "the batch", Batch, nn.Linear(2, 3), student).teacher.shape
         torch.Size([4, 3])
@@ -45,7 +44,7 @@ def read_batch(
         raise MetaKDError(
             f"batch_fn must return a metakd.Batch, got {type(batch).__name__}; write Batch(inputs, targets)"
         )
-    batch_size(batch, what)
+    check_size(batch, what)
     if teacher is None or batch.teacher is not None or not getattr(needed_by, "uses_teacher", True):
         return batch
     with student.untouched():

@@ -1,27 +1,28 @@
 """A student as a pure function of its parameters, its buffers and the random numbers it draws."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from metakd.batch import map_tensors
 from metakd.calling import call
 from metakd.derivatives import Params
-from metakd.kernels import differentiable_kernels, recomputed_by
+from metakd.inner import as_real
+from metakd.kernels import differentiable_kernels, no_parametrization_cache, recomputed_by
+from metakd.nest import map_tensors
 from metakd.precision import HALF
-from metakd.replay import Product, are_duals_of, replayed
+from metakd.python_state import PythonState
+from metakd.reach import reach
 from metakd.rng import RngState
 
 
 class Start(NamedTuple):
-    """All that one forward pass reads besides parameters and inputs: buffers (copies) and generators."""
+    """All that one forward pass reads besides parameters and inputs: buffers, Python objects and generators."""
 
-    buffers: Params
+    state: PythonState
     rng: RngState
 
 
@@ -65,15 +66,17 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 class FunctionalStudent:
     """Runs a module on given parameters without leaving a trace on it.
 
-    `run(params, inputs, start)` is a pure function: buffers are read from and written to copies, the
-    generators start where `start` says, and only differentiable kernels are used. Calling it twice with
-    the same arguments gives the same outputs, dropout and batch statistics included. The caller puts
-    the generators back afterwards (`untouched`).
+    `run(params, inputs, start, then)` is a pure function: each parameter is swapped in wherever the module, its hooks
+    and the terms hold it, buffers and attributes are those of `start` and are written to copies, the generators start
+    where `start` says, and only differentiable kernels are used. Calling it twice with the same arguments gives the
+    same, dropout and batch statistics included. It is called inside `untouched`, which puts everything back.
 
     Args:
         module: the student; wrappers of `torch.compile` and data parallelism are looked through.
         dtype: run in this floating-point type in place of the module's own; by default in float32 where that is half
             precision, in which a step of the optimizer is lost in rounding.
+        others: whatever else a pass calls: terms, meta loss, features.
+        apart: modules that none of these may touch: the weight model.
 
     Examples:
         >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
@@ -84,24 +87,29 @@ class FunctionalStudent:
         True
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-        self.module = unwrap(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None = None,
+        others: Sequence[Any] = (),
+        apart: nn.Module | None = None,
+    ) -> None:
+        self.module, self._others, self._apart = unwrap(module), tuple(others), apart
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
+        self._home: PythonState | None = None
 
     def trainable(self) -> Params:
         """The parameters that ask for gradients, by name; tied ones once. The very tensors of the module."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def detached(self) -> Params:
-        """`trainable()` cut from autograd, in the dtype of the runs."""
-        return {name: self.cast(p.detach()) for name, p in self.trainable().items()}
+        """`trainable()` cut from autograd, in the dtype of the runs; complex ones as their real view."""
+        return {name: self.cast(as_real(p.detach())) for name, p in self.trainable().items()}
 
     def cast(self, value: Any) -> Any:
-        """A nest of tensors with the floating-point ones in the dtype of the runs."""
-        if self._dtype is None:
-            return value
-        return map_tensors(lambda t: t.to(self._dtype) if t.is_floating_point() else t, value)
+        """A nest of tensors with the floating-point and complex ones in the dtype of the runs."""
+        return value if self._dtype is None else map_tensors(partial(_cast, self._dtype), value)
 
     @property
     def device_type(self) -> str:
@@ -114,90 +122,86 @@ class FunctionalStudent:
         return {p.device for p in self.module.parameters()}
 
     def start(self) -> Start:
-        """Copies of the buffers as they are now, and the generators' states."""
-        buffers = {name: self.cast(b.detach().clone()) for name, b in self.module.named_buffers()}
-        return Start(buffers, RngState.capture(self.devices))
+        """What a pass from here starts with, copied."""
+        apart = [] if self._apart is None else list(self._apart.modules())
+        state = PythonState(reach([self.module, *self._others], apart))
+        return Start(state, RngState.capture(self.devices))
 
     def run(
-        self, params: Params, inputs: Any, start: Start, tape: Sequence[Product] = ()
-    ) -> tuple[Any, Callable[[], Start]]:
-        """One forward pass on `params`; returns the outputs, and what gives the start of the pass right after it.
+        self,
+        params: Params,
+        inputs: Any,
+        start: Start,
+        then: Callable[[Any], Any] = lambda outputs: outputs,
+        *,
+        wants_end: bool = False,
+    ) -> tuple[Any, Start | None]:
+        """One forward pass on `params`, and what `then` makes of its outputs while they are swapped in.
 
-        With the tape of a recorded pass over the same inputs from the same start, dual numbers take their values from
-        there if `params` are the module's own.
+        Args:
+            params: by name, as in `detached()`.
+            inputs: of the module, which may write to them.
+            start: where the pass starts.
+            then: outputs -> result; terms that use the student's own layers find the same parameters there.
+            wants_end: give the start of a pass right after this one as well.
         """
         start.rng.restore()
-        known = tape if tape and are_duals_of(params, self.trainable()) else ()
-        with replayed(known):
-            outputs, buffers = self._evaluate(params, start.buffers, partial(call, self.module, self.cast(inputs)))
-        return outputs, lambda: Start(buffers, RngState.capture(self.devices))
+        return self._inside(params, start, lambda: then(call(self.module, self.cast(inputs))), wants_end=wants_end)
 
-    def _evaluate(self, params: Params, buffers: Params, function: Callable[[], Any]) -> tuple[Any, Params]:
-        """A function's value while the module holds these parameters and copies of the buffers; also the latter."""
-        frozen = {name: self.cast(p) for name, p in self.module.named_parameters() if not p.requires_grad}
-        state = {**params, **frozen, **{name: b.clone() for name, b in buffers.items()}}
-        inside = {f"module.{name}": value for name, value in state.items()}
-        with differentiable_kernels(self.module), recomputed_by(partial(self._evaluate, params, buffers)):
-            value = functional_call(_Holder(self.module), inside, (function,))
-        return value, {name: _primal(inside[f"module.{name}"]) for name in buffers}
+    def _inside(
+        self, params: Params, start: Start, function: Callable[[], Any], *, wants_end: bool = False
+    ) -> tuple[Any, Start | None]:
+        """A function's value from `start` on while `params` are swapped in, and where it ends."""
+        if self._home is None:
+            raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
+        named, state = dict(self.module.named_parameters()), start.state
+        swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in named.items()}
+        swaps |= {i: self.cast(value).clone() for i, value in state.values.items()}
+        try:
+            state.put_back(swaps)
+            recomputed = recomputed_by(lambda again: self._inside(params, start, again)[0])
+            with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
+                value = function()
+            return value, self._end(state, swaps) if wants_end else None
+        finally:
+            self._home.put_back()
 
-    def keep(self) -> tuple[Start, Callable[[], None]]:
-        """The start of a pass from here, and a function that puts the module and the generators back to it.
+    def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:
+        if new is None:
+            return p if self._dtype is None else self.cast(p.detach())
+        return torch.view_as_complex(new) if p.is_complex() and not new.is_complex() else new
 
-        Put back are buffers and tensors kept as plain attributes; parameters are never written to.
-        """
-        copies = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        start = Start({name: self.cast(b) for name, b in copies.items()}, RngState.capture(self.devices))
-        places = [(m, name, b) for m in self.module.modules() for name, b in m._buffers.items() if b is not None]
-        values = {id(b): copies[name] for name, b in self.module.named_buffers()}
-        attributes = [(vars(module), dict(vars(module))) for module in self.module.modules()]
-
-        def put_back() -> None:
-            start.rng.restore()
-            for module, name, buffer in places:
-                buffer.data.copy_(values[id(buffer)])  # by .data, for a graph that waits for its backward may hold it
-                module._buffers[name] = buffer
-            for now, old in attributes:
-                put_back_tensors(now, old)
-
-        return start, put_back
+    def _end(self, state: PythonState, swaps: Mapping[int, Tensor]) -> Start:
+        reals = {id(t): t for _, _, t in state.tensors}
+        now = self.start()
+        names = {id(swap): reals[i] for i, swap in swaps.items() if i in reals}
+        return Start(now.state.translated(names), now.rng)
 
     @contextmanager
     def untouched(self) -> Iterator[Start]:
-        """A block after which all is put back (`keep`); gives the start of a pass from here.
+        """A block after which all is put back; gives the start of a pass from here.
 
-        Virtual passes draw random numbers, and leave attributes behind where hooks store what they compute; a backward
-        pass through the real forward pass changes buffers where it recomputes a checkpointed BatchNorm.
+        Put back are buffers, attributes, what hooks and terms left in objects of theirs, and the generators. Virtual
+        passes leave all this behind; a backward pass through the real forward pass changes buffers where it recomputes
+        a checkpointed BatchNorm.
         """
-        start, put_back = self.keep()
+        start, home = self.start(), self._home
+        self._home = start.state
         try:
             yield start
         finally:
-            put_back()
+            self._home = home
+            put_back(start)
 
 
-class _Holder(nn.Module):
-    """Calls functions that use a module: what `functional_call` needs to swap the module's tensors meanwhile."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
+def put_back(start: Start) -> None:
+    """Make everything what it was at `start`."""
+    start.rng.restore()
+    start.state.put_back()
+    start.state.put_values_back()
 
 
-def put_back_tensors(now: dict[str, Any], old: dict[str, Any]) -> None:
-    """The tensors among a module's attributes `now` as they were in `old`."""
-    for name in now.keys() | old.keys():
-        if now.get(name) is not old.get(name) and any(isinstance(d.get(name), Tensor) for d in (now, old)):
-            if name in old:
-                now[name] = old[name]
-            else:
-                del now[name]
-
-
-def _primal(buffer: Tensor) -> Tensor:
-    """A buffer as the next pass reads it: a constant, without tangent or graph."""
-    primal: Tensor = torch.autograd.forward_ad.unpack_dual(buffer).primal
-    return primal.detach()
+def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from metakd.student import FunctionalStudent, put_back_tensors
+from metakd.python_state import PythonState
+from metakd.reach import reach
+from metakd.student import FunctionalStudent, put_back
 from metakd.weighting_step import WeightingStep
 
 
@@ -18,8 +20,8 @@ class Snapshot:
     """All that a step of a balancer may change in the user's modules, as it was before.
 
     Args:
-        student: its buffers, tensors kept as attributes and the generators are kept; its parameters are never written
-            to, but they leave their places during a virtual pass.
+        student: its buffers, attributes and the generators are kept; its parameters are never written to, but they
+            leave their places during a virtual pass.
         step: the weight model and its gradients are kept, and its optimizer's state from `keep_optimizer()` on.
         contents: dicts that are kept too, their values as they are.
 
@@ -31,13 +33,9 @@ class Snapshot:
         self._step = step
         self._contents = [(d, dict(d)) for d in (vars(step), *contents)]
         self._put_optimizer_back: Callable[[], None] | None = None
-        self.start, self._put_student_back = student.keep()
+        self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
-        parts = list(step.weighting.modules())
-        self._attributes = [(vars(part), dict(vars(part))) for part in parts]
-        places: list[dict[str, Any]] = [part._buffers for part in parts]
-        places += [part._parameters for part in (*student.module.modules(), *parts)]
-        self._places = [(place, name, t) for place in places for name, t in place.items() if t is not None]
+        self._weighting_state = PythonState(reach([step.weighting]))
         kept = [*step.weighting.parameters(), *step.weighting.buffers()]
         self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
 
@@ -49,12 +47,9 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back, bit for bit."""
-        self._put_student_back()
-        for place, name, t in self._places:
-            place[name] = t
+        put_back(self.start)
+        self._weighting_state.put_back()
         self._put_lazy_parts_back()
-        for now, old in self._attributes:
-            put_back_tensors(now, old)
         for t, value, grad in self._values:
             t.copy_(value)
             t.grad = grad

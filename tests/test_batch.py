@@ -1,14 +1,16 @@
 """How a loader's item becomes a `Batch`, and what is said about items that cannot."""
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch.nn.utils.rnn import pack_sequence
 
 from metakd import Batch, MetaKDError
-from metakd.batch import as_batch, batch_size, map_tensors, tensors
+from metakd.batch import arguments, as_batch, batch_size, check_size
 
 X, Y, INDEX, TEACHER = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.ones(4, 5)
 
@@ -25,7 +27,7 @@ def same(batch, inputs, targets=None, teacher=None, index=None):
 def test_a_batch_is_itself():
     batch = Batch(X, Y, TEACHER, INDEX)
     assert as_batch(batch) is batch
-    assert Batch._fields == ("inputs", "targets", "teacher", "index")
+    assert Batch._fields == ("inputs", "targets", "teacher", "index", "size")
 
 
 def test_tensors_tuples_and_lists():
@@ -36,11 +38,15 @@ def test_tensors_tuples_and_lists():
         same(as_batch(kind([{"a": X}, Y])), {"a": X}, Y)
     pair = namedtuple("Pair", "image label")(X, Y)
     same(as_batch(pair), X, Y)
+    same(as_batch((X, Y, None)), X, Y)
+    packed = pack_sequence([X, X[:2]])
+    same(as_batch(packed), packed)
 
 
 def test_mappings_with_inputs_have_the_fields_of_a_batch():
     same(as_batch({"inputs": X}), X)
     same(as_batch({"targets": Y, "inputs": X, "teacher": TEACHER, "index": INDEX}), X, Y, TEACHER, INDEX)
+    assert as_batch({"inputs": X, "size": 7}).size == 7
     same(as_batch(OrderedDict(inputs=(X, X), targets=Y)).__class__(X, Y), X, Y)
 
 
@@ -58,6 +64,13 @@ def test_mappings_without_inputs_are_keyword_arguments(key):
     [
         ((X,), r"type tuple of length 1 .*batch_fn="),
         ((X, Y, INDEX, TEACHER), r"type tuple of length 4 .*batch_fn="),
+        (
+            (X, X, X),
+            r"third item.*torch.float32 \(4, 3\).*batch_fn=.*inputs=\(item\[0\], item\[1\]\), targets=item\[2\]",
+        ),
+        ((X, X, Y.bool()), r"third item.*torch.bool \(4,\).*Batch\(inputs="),
+        ((X, X, Y[:, None]), r"third item.*torch.int64 \(4, 1\).*Batch\(inputs="),
+        ([X, X, [0, 1, 2, 3]], r"third item.*\(int, int, int, int\).*Batch\(inputs="),
         ([], r"type list of length 0 "),
         (None, r"type NoneType is not understood"),
         ("text", r"type str is not understood"),
@@ -71,47 +84,13 @@ def test_what_is_not_understood_is_named(item, message):
         as_batch(item)
 
 
-LEAVES = st.one_of(
-    st.none(), st.integers(), st.text(max_size=2), st.integers(0, 3).map(lambda n: torch.full((n,), 1.0))
-)
-NESTS = st.recursive(
-    LEAVES,
-    lambda part: st.one_of(
-        st.lists(part, max_size=3),
-        st.lists(part, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=2), part, max_size=3),
-        st.tuples(part, part).map(lambda pair: Batch(*pair)),
-    ),
-    max_leaves=8,
-)
-
-
-def shape_of(nest):
-    """A nest with its tensors' values in place of the tensors."""
-    if isinstance(nest, torch.Tensor):
-        return ("tensor", nest.tolist())
-    if isinstance(nest, dict):
-        return {key: shape_of(part) for key, part in nest.items()}
-    if isinstance(nest, tuple | list):
-        return type(nest).__name__, [shape_of(part) for part in nest]
-    return nest
-
-
-@given(NESTS)
-def test_mapping_over_a_nest_keeps_its_form(nest):
-    before = shape_of(nest)
-    assert shape_of(map_tensors(lambda t: t, nest)) == before
-    doubled = map_tensors(lambda t: 2 * t, nest)
-    assert shape_of(map_tensors(lambda t: t / 2, doubled)) == before
-    assert shape_of(nest) == before
-    assert [t.tolist() for t in tensors(doubled)] == [(2 * t).tolist() for t in tensors(nest)]
-
-
-@given(NESTS)
-def test_tensors_are_those_that_mapping_meets_in_its_order(nest):
-    met = []
-    map_tensors(met.append, nest)
-    assert [id(t) for t in met] == [id(t) for t in tensors(nest)]
+def test_arguments_of_the_student():
+    packed = pack_sequence([X, X[:2]])
+    assert arguments(packed) == ((packed,), {})
+    assert arguments((packed, X))[0][0] is packed
+    assert arguments(UserDict(x=X)) == ((), {"x": X})
+    graph = SimpleNamespace(x=X)
+    assert arguments(graph) == ((graph,), {})
 
 
 @given(st.integers(1, 6), st.integers(0, 3))
@@ -137,9 +116,78 @@ def test_the_batch_size_is_that_of_the_targets_or_else_of_the_inputs(size, rank)
         (Batch(torch.tensor(1.0)), r"no tensor with a batch dimension"),
         (Batch(X, torch.tensor(1.0)), r"no tensor with a batch dimension"),
         (Batch(None), r"no tensor with a batch dimension"),
-        (Batch({"text": "words"}, ["a", "b"]), r"no tensor with a batch dimension"),
+        (Batch({"text": "words"}, ["a", "b"]), r"no tensor with a batch dimension.*Batch\(size=\.\.\.\)"),
+        (Batch(SimpleNamespace(x=X)), r"cannot tell how many samples the meta batch has"),
+        (Batch(torch.zeros(7, 4, 3), Y), r"inputs of shape \(7, 4, 3\) but 4 targets.*Batch\(size=\.\.\.\)"),
+        (Batch(X, [{}, {}, {}]), r"inputs of shape \(4, 3\) but 3 targets"),
+        (Batch(pack_sequence([X, X]), Y), r"inputs of 2 samples but 4 targets"),
+        (Batch(torch.zeros(5, 3), (torch.zeros(9), Y)), r"shape \(5, 3\) but 2, 9 or 4 targets.*Batch\(size="),
+        (
+            Batch(SimpleNamespace(), (torch.zeros(9), Y)),
+            r"by batch.targets 2, 9 or 4; give their number as Batch\(size=",
+        ),
+        (Batch((torch.zeros(2, 9), X)), r"by batch.inputs 2 or 4; give their number as Batch\(size="),
+        (
+            Batch((torch.zeros(5), X[:3]), {"a": Y, "b": torch.zeros(9)}),
+            r"by batch.targets 4 or 9, by batch.inputs 5 or 3",
+        ),
+        (Batch(X, Y, size=0), r"size=0, it must be an integer of at least 1"),
+        (Batch(X, Y, size=4.0), r"size=4.0, it must be"),
+        (Batch(X, Y, size=True), r"size=True, it must be"),
     ],
 )
 def test_batches_without_a_size_are_an_error(batch, message):
     with pytest.raises(MetaKDError, match=message):
         batch_size(batch, "the meta batch")
+
+
+BOXES = [{"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)} for n in (2, 5, 1)]
+LINES = [torch.zeros(7), torch.zeros(3), torch.zeros(5)]
+PACKED = pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(1, 2)])
+Record = namedtuple("Record", "labels lengths")
+THREE = {
+    "boxes": Batch(([torch.zeros(3, 8, 8)] * 3,), BOXES),
+    "boxes in a tuple": Batch((LINES,), tuple(BOXES)),
+    "boxes, stacked images": Batch(torch.zeros(3, 3, 8, 8), BOXES),
+    "as many boxes each": Batch(torch.zeros(3, 3, 8, 8), [{"boxes": torch.zeros(2, 4)}] * 3),
+    "lines of different lengths": Batch((LINES,), LINES),
+    "lines of one length": Batch(torch.zeros(3, 5), [torch.zeros(4)] * 3),
+    "lines and nothing that helps": Batch(SimpleNamespace(x=X), LINES),
+    "single numbers": Batch(SimpleNamespace(x=X), [torch.tensor(1.0)] * 3),
+    "several targets": Batch(torch.zeros(3, 5), (torch.zeros(3), torch.zeros(3, 2))),
+    "several targets of a graph": Batch(SimpleNamespace(x=X), (torch.zeros(3), torch.zeros(3, 2))),
+    "labels in a row and their lengths": Batch(torch.zeros(3, 9, 2), (torch.zeros(11), torch.tensor([3, 4, 4]))),
+    "the same in a list": Batch(torch.zeros(3, 9, 2), [torch.zeros(11), torch.tensor([3, 4, 4])]),
+    "the same by name": Batch(torch.zeros(3, 9, 2), {"labels": torch.zeros(11), "lengths": torch.tensor([3, 4, 4])}),
+    "the same as a record": Batch((torch.zeros(3, 9, 2),), Record(torch.zeros(2), torch.tensor([3, 4, 4]))),
+    "labels and lengths": Batch(torch.zeros(3, 9, 2), (torch.zeros(3, 6), torch.tensor([3, 4, 4]))),
+    "packed": Batch(PACKED),
+    "packed with labels": Batch(PACKED, torch.zeros(3)),
+    "packed on both sides": Batch(PACKED, PACKED),
+    "packed targets": Batch(torch.zeros(3, 5), PACKED),
+    "packed and a state": Batch((PACKED, torch.zeros(1, 3, 4)), torch.zeros(3)),
+    "edges": Batch((torch.zeros(3, 5), torch.zeros(2, 9)), torch.zeros(3)),
+    "a graph with labels": Batch(SimpleNamespace(x=X), torch.zeros(3)),
+    "time first": Batch(torch.zeros(9, 3, 2), torch.zeros(9, 3), size=3),
+    "a graph": Batch(SimpleNamespace(x=X), size=3),
+    "an integer of another kind": Batch(SimpleNamespace(x=X), size=torch.tensor(3)),
+    "a table beside": Batch({"x": torch.zeros(3, 2), "table": torch.zeros(9)}, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_three_samples(case):
+    assert batch_size(THREE[case], "the batch") == 3
+    check_size(THREE[case], "the batch")
+
+
+def test_the_outputs_tell_what_the_batch_leaves_open():
+    for batch in (Batch((torch.zeros(2, 9), X)), Batch(SimpleNamespace(), (torch.zeros(9), Y))):
+        check_size(batch, "the batch")
+        assert batch_size(batch, "the batch", torch.zeros(4, 2)) == 4
+
+
+def test_what_contradicts_itself_is_refused_before_there_are_outputs():
+    for batch in (Batch(torch.zeros(5, 3), (torch.zeros(9), Y)), Batch(SimpleNamespace()), Batch(X, Y[:2])):
+        with pytest.raises(MetaKDError, match=r"Batch\(size=\.\.\.\)"):
+            check_size(batch, "the batch")

@@ -5,8 +5,10 @@ from metakd.estimators.finite_difference import FiniteDifference
 from metakd.estimators.hypergradient import hypergradient
 from metakd.estimators.identity_jacobian import IdentityJacobian
 from metakd.estimators.implicit import Implicit
+from metakd.estimators.memory import Memory
 from metakd.estimators.one_step import OneStep
-from metakd.estimators.problem import Estimator, Hypergradient, Problem
+from metakd.estimators.problem import Estimator, Problem, WeightedLosses
+from metakd.estimators.result import Hypergradient
 from metakd.estimators.truncated import Truncated
 from metakd.estimators.unroll import Unroll
 
@@ -17,9 +19,11 @@ __all__ = [
     "Hypergradient",
     "IdentityJacobian",
     "Implicit",
+    "Memory",
     "OneStep",
     "Problem",
     "Truncated",
     "Unroll",
+    "WeightedLosses",
     "hypergradient",
 ]

@@ -7,11 +7,10 @@ import torch
 
 from metakd.errors import MetaKDError
 from metakd.estimators.mixed import mixed_alone
-from metakd.estimators.problem import Hypergradient, Problem
-from metakd.estimators.second_order import faster_of_both, forward_over_reverse, reverse_over_reverse
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
+from metakd.estimators.second_order import forward_over_reverse, reverse_over_reverse
 from metakd.estimators.walk import walk_back
-
-_MODES = {"reverse": reverse_over_reverse, "forward": forward_over_reverse, "auto": faster_of_both}
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,19 @@ class Adjoint:
       + \big(\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t,\, 0\big), \qquad
       \frac{d\, \mathrm{outer}}{d \phi} = \sum_t \nabla^2_{\phi\theta}\, \mathrm{inner}\; u_t.$$
 
-    The first step needs the mixed product alone: that is `OneStep`'s forward-mode pass. Source: the low-memory reverse
-    of Franceschi et al. (2017) and MixFlow-MG (arXiv 2505.00793). Ours differs in starting from the real optimizer's
-    state, in its groups and skipped parameters, and in replaying random numbers and buffers through the balancer's
-    pure losses. `Unroll` gives the same numbers to rounding.
+    The first step needs the mixed product alone: in a balancer that is `OneStep`'s forward-mode pass. Source: the
+    low-memory reverse of Franceschi et al. (2017) and MixFlow-MG (arXiv 2505.00793). Ours differs in starting from the
+    real optimizer's state, in its groups and skipped parameters, and in replaying random numbers, and in a balancer
+    buffers, where a step is evaluated again. `Unroll` gives the same numbers to rounding.
 
     Args:
-        mode: how the two products are taken where both are asked for. `"reverse"` is a double backward, `"forward"`
-            the tangents of a gradient taken with dual numbers. `"auto"` times both in the first hypergradients and
-            stays with the faster; its numbers then depend on the clock, to rounding.
+        mode: how the two products are taken where both are asked for. `"reverse"` and `"auto"` are a double backward,
+            `"forward"` the tangents of a gradient taken with dual numbers, which was never faster where we measured.
         offload: where the $\theta_t$, $g_t$ and $s_t$ of the first sweep wait, as in `"cpu"`; None for where they are.
 
     Raises:
         MetaKDError: another mode; when called without a batch, or where the model lacks the mode's second
-            derivatives (K > 1).
+            derivatives.
 
     Examples:
         >>> import torchopt
@@ -58,11 +56,14 @@ class Adjoint:
     offload: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in _MODES:
+        if self.mode not in ("reverse", "forward", "auto"):
             raise MetaKDError(f"Adjoint has the modes 'reverse', 'forward' and 'auto', not {self.mode!r}")
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(
-            problem, len(problem.batches), first=mixed_alone(), later=_MODES[self.mode], offload=self.offload
-        )
+        later = forward_over_reverse if self.mode == "forward" else reverse_over_reverse
+        return walk_back(problem, len(problem.batches), first=mixed_alone(), later=later, offload=self.offload)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return True

@@ -1,17 +1,20 @@
 """An estimator called, and its answer known to fit the problem: whoever has an estimator calls it so."""
 
+from typing import Any
+
 from torch import Tensor
 
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Estimator, Hypergradient, Problem, answer
+from metakd.estimators.answer import answer
+from metakd.estimators.problem import Estimator, Problem
+from metakd.estimators.result import Hypergradient
 
 
 def estimate(estimator: Estimator, problem: Problem) -> Hypergradient:
     """What the estimator answers, detached.
 
     Raises:
-        MetaKDError: it is no `Hypergradient`, or its gradient does not fit the meta-parameters, or is zero, NaN or
-            infinite.
+        MetaKDError: it is no `Hypergradient`, or its gradient does not fit the meta-parameters, or is NaN or infinite.
 
     Examples:
         >>> import torch
@@ -37,4 +40,45 @@ def estimate(estimator: Estimator, problem: Problem) -> Hypergradient:
             f"the estimator's gradient has the names and shapes {got}, expected those of problem.meta_params, "
             f"{wanted}: one tensor for each, zeros where the outer loss does not feel it"
         )
-    return answer(problem, found.outer_loss, {**found.gradient}, found.params, found.optimizer_state)
+    outer_loss, gradient, *others = found
+    return answer(problem, outer_loss, {**gradient}, *others)
+
+
+def checked_estimator(estimator: Any) -> Estimator:
+    """The estimator, known to be an object that can be called on a problem.
+
+    Raises:
+        MetaKDError: it is a class, a name or nothing that can be called.
+
+    Examples:
+        >>> checked_estimator("unroll")
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: estimator is 'unroll'; give an object such as estimators.Adjoint() or ...
+    """
+    if isinstance(estimator, type):
+        raise MetaKDError(f"estimator is the class {estimator.__name__}; give an object of it, {estimator.__name__}()")
+    if not callable(estimator):
+        raise MetaKDError(
+            f"estimator is {estimator!r}; give an object such as estimators.Adjoint() or estimators.Unroll()"
+        )
+    found: Estimator = estimator
+    return found
+
+
+def is_exact(estimator: Estimator, steps: int) -> bool:
+    """Whether the estimator is exact for that many inner steps; one that does not say is taken to be.
+
+    Examples:
+        >>> from metakd.estimators import Truncated
+        >>> is_exact(Truncated(2), 2), is_exact(Truncated(2), 3)
+        (True, False)
+    """
+    says = getattr(estimator, "exact", None)
+    return says is None or bool(says(steps))
+
+
+def solved(estimator: Estimator, problem: Problem) -> Problem:
+    """The problem whose hypergradient this estimator's is, where that is another one: `OneStep(parameters=...)`."""
+    solves = getattr(estimator, "solved", None)
+    return problem if solves is None else solves(problem)

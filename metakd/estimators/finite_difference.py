@@ -1,6 +1,7 @@
 """`FiniteDifference`: hypergradients from first-order gradients alone."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from metakd.derivatives import Gradients, gradients, in_both, leaves
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.problem import Problem, WeightedLosses
+from metakd.estimators.result import Hypergradient
+from metakd.estimators.verification import compare_influence
 from metakd.estimators.walk import walk_back
 from metakd.inner import Params
 
@@ -28,14 +31,16 @@ class FiniteDifference:
     the training pass found at $\theta$ is taken from there, so that one forward pass is left, in place of `OneStep`'s
     forward-mode pass. Both sides have the same batch statistics and the same random numbers as the training pass.
 
-    The error is of the order of $\epsilon$ (one side) or $\epsilon^2$ (two sides) times a higher derivative, plus the
-    rounding of the losses over $\epsilon$. With $\delta$ the arithmetic's precision the default takes $\epsilon = 3
-    \delta^{1/2}$ or $\delta^{1/3}$, which is where the two sum to least for losses and derivatives of the order of one:
-    1e-3 and 5e-3 in float32. Across a kink within $\epsilon$, as of ReLU, either is off by more. Through several
-    steps the products' errors multiply: compare with `Adjoint` once. In half precision, autocast included, rounding
-    leaves nothing of the difference. Source: DARTS (Liu et al., ICLR 2019), two sides and
-    $\epsilon = 0.01$ for one step of SGD. Ours differs in $\epsilon$, in the one side, and in taking any number of
-    steps of any inner optimizer.
+    The error is of the order of $\epsilon$ (one side) or $\epsilon^2$ (two sides) times a higher derivative, plus
+    the rounding of the losses over $\epsilon$. It is the losses that are differenced: what is constant to autograd
+    but moves with $\theta$, as behind `.detach()` or a straight-through estimator, counts here and does not in the
+    gradients that train the student. A balancer compares the two once and warns where they differ. With $\delta$
+    the arithmetic's precision the default takes $\epsilon = 3 \delta^{1/2}$ or $\delta^{1/3}$, which is where the
+    two sum to least for losses and derivatives of the order of one: 1e-3 and 5e-3 in float32. Across a kink within
+    $\epsilon$, as of ReLU, either is off by more. Through several steps the products' errors multiply: compare with
+    `Adjoint` once. In half precision, autocast included, rounding leaves nothing of the difference. Source: DARTS
+    (Liu et al., ICLR 2019), two sides and $\epsilon = 0.01$ for one step of SGD. Ours differs in $\epsilon$, in the
+    one side, and in taking any number of steps of any inner optimizer.
 
     Args:
         epsilon: the length of the step along u, in the units of the parameters; None for the default.
@@ -71,12 +76,19 @@ class FiniteDifference:
             raise MetaKDError(
                 f"FiniteDifference(sides=1) is for one inner step, got {len(problem.batches)} batches; use sides=2"
             )
-        return walk_back(problem, len(problem.batches), first=self._in_meta, later=self._in_both)
+        return walk_back(problem, len(problem.batches), first=self._in_meta, later=self._in_both, params_gradient=False)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return False
 
     def _in_meta(
         self, problem: Problem, params: Params, meta: Params, batch: Any, u: Params
     ) -> tuple[Gradients, Gradients]:
         h = self._step(u)
+        if problem.weighted is not None and problem.memory.compare:
+            problem.memory.compare = False
+            self._compare(problem, problem.weighted, params, batch, u, h)
         ahead = gradients(problem.inner(_moved(params, u, h), meta, batch), meta)
         if self.sides == 2:
             return {}, _slope(ahead, gradients(problem.inner(_moved(params, u, -h), meta, batch), meta), 2 * h)
@@ -93,6 +105,24 @@ class FiniteDifference:
             sides.append(in_both(problem.inner(theta, meta, batch), theta, meta))
         (ahead, meta_ahead), (behind, meta_behind) = sides
         return _slope(ahead, behind, 2 * h), _slope(meta_ahead, meta_behind, 2 * h)
+
+    def _compare(
+        self, problem: Problem, weighted: WeightedLosses, params: Params, batch: Any, u: Params, h: Tensor
+    ) -> None:
+        """Warn where the losses' differences are something else than their derivatives."""
+        if not bool(h):
+            return
+        with torch.no_grad():
+            ahead = weighted.losses(_moved(params, u, h), batch)
+            behind = weighted.losses(_moved(params, u, -h) if self.sides == 2 else params, batch)
+        found = compare_influence(problem, params, batch, u, (ahead - behind) / (self.sides * h), limit=_TOLERANCE)
+        if found is not None:
+            warnings.warn(
+                f"FiniteDifference differs from autograd: {found}. It differences the losses, so that straight-through "
+                "estimators, .detach() and kinks such as ReLU's give other numbers than gradients do, and so does "
+                "rounding in half precision; where the model can be differentiated twice use estimators.OneStep()",
+                stacklevel=3,
+            )
 
     def _step(self, u: Params) -> Tensor:
         """h; zero where u is zero."""
@@ -114,6 +144,8 @@ def _moved(params: Params, u: Params, h: Tensor) -> Params:
 
 def _slope(ahead: Gradients, behind: Gradients, distance: Tensor) -> Gradients:
     pairs = {name: (a, behind[name]) for name, a in ahead.items()}
-    if not bool(distance):
-        return dict.fromkeys(ahead)
+    distance = torch.where(distance > 0, distance, 1.0)  # along u = 0 the two are the same
     return {name: None if a is None or b is None else (a - b) / distance for name, (a, b) in pairs.items()}
+
+
+_TOLERANCE = 0.2  # of the differences, which have errors of their own

@@ -1,22 +1,25 @@
 """`hypergradient`: the pure function under the balancer, for any bilevel problem."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metakd.errors import MetaKDError
+from metakd.batch import tensors
 from metakd.estimators.adjoint import Adjoint
-from metakd.estimators.estimate import estimate
-from metakd.estimators.nested import detached, on_flat, unflatten
-from metakd.estimators.problem import NO_BATCHES, Estimator, Hypergradient, Outer, Problem
-from metakd.inner import GradientTransformation, repaired
+from metakd.estimators.agreement import reject_impure, reject_other_hypergradient
+from metakd.estimators.build import Nest, Optimizer, build_problem
+from metakd.estimators.estimate import checked_estimator, estimate, is_exact, solved
+from metakd.estimators.memory import Memory
+from metakd.estimators.nested import as_given
+from metakd.estimators.problem import Estimator, Problem
+from metakd.estimators.result import Hypergradient
+from metakd.estimators.unroll import Unroll
+from metakd.rng import RngState
 
-Nest = Mapping[str, Any]
-"""A dict of name -> tensor, or of name -> such a dict."""
-
-Optimizer = GradientTransformation | Callable[[Any], GradientTransformation]
+__all__ = ["Nest", "Optimizer", "build_problem", "hypergradient"]
 
 
 def hypergradient(
@@ -30,6 +33,7 @@ def hypergradient(
     optimizer_state: Any = None,
     outer_batches: Sequence[Any] | None = None,
     estimator: Estimator | None = None,
+    verify: bool | None = None,
 ) -> Hypergradient:
     r"""Gradient of an outer loss in meta-parameters, through K = len(batches) inner optimizer steps.
 
@@ -37,13 +41,19 @@ def hypergradient(
       \theta_{t+1} = \theta_t + \mathrm{update}_\phi\big(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi, b_t),\,
       s_t\big),$$
 
-    with the batch $b_t$ and the optimizer's state $s_t$ of step t. Nothing that is passed in is changed.
+    with the batch $b_t$ and the optimizer's state $s_t$ of step t; also the gradient in $\theta_0$, for what is learned
+    about where the steps begin. Nothing that is passed in is changed.
+
+    The losses may draw random numbers, from torch's, Python's and NumPy's global generators: a step draws the same ones
+    whenever an estimator evaluates it, and after the call the generators are as after each step and each outer loss
+    once. Tensors may be complex: estimators and optimizers, and so the optimizer's state, have their real and imaginary
+    parts in a last dimension of 2.
 
     Args:
-        inner: (params, meta_params, batch) -> scalar, a pure function.
-        outer: (params, meta_params) -> scalar, a pure function; with `outer_batches` (params, meta_params, batch).
+        inner: (params, meta_params, batch) -> scalar, a pure function but for the random numbers.
+        outer: (params, meta_params) -> scalar, likewise; with `outer_batches` (params, meta_params, batch).
         params: theta_0 by name; dicts may be nested, and the losses and the result see them nested alike.
-        meta_params: phi by name, likewise.
+        meta_params: phi by name, likewise; `{}` where the gradient in theta_0 is all that is asked for.
         batches: one for each inner step, handed to `inner` as they are.
         optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one where
             they are its learning rate or another of its numbers, as in `lambda m: torchopt.sgd(lr=m["lr"])`. What
@@ -51,13 +61,17 @@ def hypergradient(
         optimizer_state: the state to start from; None for `optimizer.init(params)`.
         outer_batches: the outer loss is the mean over these, with one batch's graph in memory at a time.
         estimator: how to compute it; None for `Adjoint()`, exact for any K.
+        verify: None compares what could be wrong without a word, which is an explicit forward mode, with reverse mode.
+            True compares more, at twice the time or more: the losses with themselves, evaluated again, and an estimator
+            that is exact for K steps with `Unroll` (`Unroll` with `Adjoint`). False compares nothing.
 
     Returns:
-        `Hypergradient(outer_loss, gradient, params, optimizer_state)`, all detached.
+        `Hypergradient(outer_loss, gradient, params, optimizer_state, params_gradient)`, all detached.
 
     Raises:
         MetaKDError: no batches, parameters that are not floating-point tensors, a loss that is not a finite
-            scalar, a hypergradient that is missing, all zero, NaN or infinite.
+            scalar, a hypergradient that is NaN or infinite, an outer loss that nothing connects to the
+            meta-parameters, a comparison that fails.
 
     Examples:
         >>> import torchopt
@@ -68,53 +82,41 @@ def hypergradient(
         ...     params=theta, meta_params=phi, batches=range(3), optimizer=torchopt.sgd(lr=0.5))
         >>> result.gradient["target"]  # theta_3 = x / 8 + 7/8 target
         tensor([0.1094, 0.2188])
+        >>> result.params_gradient["x"]
+        tensor([0.0156, 0.0312])
     """
-    problem = build_problem(
-        inner, outer, params, meta_params, batches, optimizer, optimizer_state, outer_batches=outer_batches
+    estimator = checked_estimator(Adjoint() if estimator is None else estimator)
+    problem = replace(
+        build_problem(
+            inner, outer, params, meta_params, batches, optimizer, optimizer_state, outer_batches=outer_batches
+        ),
+        memory=Memory(compare=verify is not False),
+        wants_params_gradient=True,
     )
-    with torch.enable_grad():
-        found = estimate(estimator or Adjoint(), problem)
-    return found._replace(gradient=unflatten(found.gradient, meta_params), params=unflatten(found.params, params))
+    start = RngState.capture({t.device for t in tensors([problem.params, problem.meta_params, problem.data])})
+    try:
+        with torch.enable_grad():
+            found = estimate(estimator, problem)
+            if verify:
+                reject_impure(problem)
+                _compare(problem, estimator, found)
+    except BaseException:
+        start.restore()
+        raise
+    in_start = found.params_gradient
+    return found._replace(
+        gradient=as_given(found.gradient, meta_params),
+        params=as_given(found.params, params),
+        params_gradient=None if in_start is None else as_given(in_start, params),
+    )
 
 
-def build_problem(
-    inner: Callable[[Any, Any, Any], Tensor],
-    outer: Callable[..., Tensor],
-    params: Nest,
-    meta_params: Nest,
-    batches: Sequence[Any],
-    optimizer: Optimizer,
-    optimizer_state: Any = None,
-    *,
-    outer_batches: Sequence[Any] | None = None,
-) -> Problem:
-    """Check the arguments of `hypergradient` and put them together: names flat, the optimizer repaired."""
-    batches = list(batches)
-    if not batches:
-        raise MetaKDError(NO_BATCHES)
-    theta, phi = detached(params, "params"), detached(meta_params, "meta_params")
-
-    def outer_on(*batch: Any) -> Outer:
-        return lambda p, m: outer(unflatten(p, params), unflatten(m, meta_params), *batch)
-
-    outers = [outer_on()] if outer_batches is None else [outer_on(batch) for batch in outer_batches]
-    if not outers:
-        raise MetaKDError("outer_batches is empty; give at least one batch, or None for an outer loss without batches")
-
-    def nested_inner(p: Any, m: Any, batch: Any) -> Tensor:
-        return inner(unflatten(p, params), unflatten(m, meta_params), batch)
-
-    def optimizer_at(m: Any) -> GradientTransformation:
-        found = optimizer(unflatten(m, meta_params)) if callable(optimizer) else optimizer
-        if not isinstance(found, GradientTransformation):
-            raise MetaKDError(
-                "optimizer must be a torchopt GradientTransformation such as torchopt.sgd(lr=0.1), or a function "
-                f"meta_params -> GradientTransformation, got {type(found).__name__}; torch.optim optimizers go to "
-                "BilevelLossBalancer(optimizer=..., inner='mirror')"
-            )
-        return on_flat(repaired(found), params)
-
-    start = optimizer_at(phi)
-    state = start.init(unflatten(theta, params)) if optimizer_state is None else optimizer_state
-    at = optimizer_at if callable(optimizer) else lambda _: start
-    return Problem(nested_inner, outers, theta, phi, batches, at, state)
+def _compare(problem: Problem, estimator: Estimator, found: Hypergradient) -> None:
+    """Compare an exact estimator's hypergradient with another's; random numbers come again."""
+    if not is_exact(estimator, len(problem.batches)):
+        return
+    other = Adjoint() if isinstance(estimator, Unroll) else Unroll()
+    expected = estimate(other, solved(estimator, problem))
+    reject_other_hypergradient(found.gradient, expected.gradient, (estimator, other))
+    if found.params_gradient is not None and expected.params_gradient is not None:
+        reject_other_hypergradient(found.params_gradient, expected.params_gradient, (estimator, other))

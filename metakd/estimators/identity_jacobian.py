@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from metakd.estimators.mixed import mixed_alone
-from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
 from metakd.estimators.walk import walk_back
 
 
@@ -15,7 +16,7 @@ class IdentityJacobian:
       \qquad \lambda_t = \left(\frac{\partial F}{\partial (\theta_t, s_t)}\right)^{\!\top} \lambda_{t+1},$$
 
     with `Adjoint`'s $F$ and $u_t$ and without its $\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t$: each step costs one
-    forward-mode pass in place of a rebuilt graph and a double backward. For K = 1 it is exact; for more steps its
+    mixed product in place of a rebuilt graph and a double backward. For K = 1 it is exact; for more steps its
     relative error is of the order of learning rate x curvature x K. Source: T1-T2 (Luketina et al., ICML 2016); SAMA
     (Choe et al., NeurIPS 2023) does so for adaptive optimizers. Ours differs in following the optimizer exactly:
     momentum, decay and Adam's state carry the adjoints back, the Hessian alone is dropped.
@@ -36,4 +37,8 @@ class IdentityJacobian:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        return walk_back(problem, len(problem.batches), first=mixed_alone(), later=mixed_alone())
+        return walk_back(problem, len(problem.batches), first=mixed_alone(), later=mixed_alone(), params_gradient=False)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return steps <= 1

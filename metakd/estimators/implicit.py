@@ -2,16 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, added, filled, graph_gradients, leaves, second_order_gradients
+from metakd.derivatives import Gradients, added, filled, graph_gradients, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Hypergradient, Problem, answer
+from metakd.estimators.answer import answer
+from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
 from metakd.inner import Params, conjugate_gradient, neumann_series
 
 
@@ -20,17 +23,19 @@ class Implicit:
     r"""The derivative of an optimum $\theta^*(\phi)$ of the inner loss, however it was reached.
 
     The K inner steps are taken first; they should end close to an optimum of $\mathrm{inner}$, the mean of the inner
-    loss over the batches (a batch given several times is evaluated once). There its gradient is zero for every
+    loss over the batches (a batch given several times is evaluated once: the same object, or an equal number, string or
+    tuple of such). There its gradient is zero for every
     $\phi$, so
 
     $$\frac{d\, \mathrm{outer}}{d \phi} = \nabla_\phi\, \mathrm{outer} - \nabla^2_{\phi\theta}\, \mathrm{inner}\; q,
       \qquad (\nabla^2_{\theta\theta}\, \mathrm{inner} + \delta I)\, q = \nabla_\theta\, \mathrm{outer}.$$
 
-    Time and memory do not depend on how many steps led there; each solver step is one product with the Hessian through
-    one kept graph. The error has three parts: the distance to the optimum, what the solver leaves over, and the damping
+    Time and memory do not depend on how many steps led there; each solver step is one product with the Hessian.
+    With one batch that goes through one kept graph; with several each product builds the graph of one batch after
+    the other. The error has three parts: the distance to the optimum, what the solver leaves over, and the damping
     $\delta$. After n steps the solver's part falls like $((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^n$ for conjugate
-    gradients and like $(1 - 1/\kappa)^n$ for the Neumann series, with $\kappa$ the Hessian's condition number. Decay
-    that the inner optimizer adds is not part of the loss: for L2 decay give it as damping.
+    gradients and like $(1 - 1/\kappa)^n$ for the Neumann series, with $\kappa$ the Hessian's condition number.
+    Decay that the inner optimizer adds is not part of the loss: for L2 decay give it as damping.
 
     Source: iMAML (Rajeswaran et al., NeurIPS 2019) for conjugate gradients, Lorraine et al. (AISTATS 2020) for the
     Neumann series. The solvers are TorchOpt's; ours differs in refusing Hessians that are not positive definite.
@@ -77,40 +82,81 @@ class Implicit:
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
-        params, state = problem.sweep()
+        moved: set[str] = set()
+        params, state = problem.sweep(lambda t, p, s, g: moved.update(n for n, v in g.items() if v is not None))
         outer_loss, v, total = problem.outer_gradients(params)
-        theta, meta = leaves(params), leaves(problem.meta_params)
-        found = graph_gradients(self._mean_inner_loss(problem, theta, meta), theta)
-        g = {name: value for name, value in found.items() if value is not None}
-        moved = {name: theta[name] for name in g}
-        sizes = [p.numel() for p in moved.values()]
-
-        def slope(q: Tensor) -> Tensor:
-            """The inner loss's slope along q, a function of theta and phi."""
-            parts = zip(g.values(), q.split(sizes), strict=True)
-            return torch.stack([(value.flatten() * part).sum() for value, part in parts]).sum()
-
-        def hessian_times(q: Tensor) -> Tensor:
-            product = second_order_gradients(slope(q), moved, retain_graph=True)
-            return _vector(problem.mean(product, moved, "a product with the Hessian"), moved)
-
+        curvature = _Curvature(problem, params, [name for name in params if name in moved])
         if any(v[name] is not None for name in moved):
-            q = self._solve(hessian_times, _vector(v, moved))
-            total = added(total, second_order_gradients(-slope(q), meta))
+            q = self._solve(curvature.hessian_times, curvature.vector(v))
+            total = added(total, curvature.mixed_times(-q))
         return answer(problem, outer_loss, total, params, state)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return False
 
     def _solve(self, matvec: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         if self.solver == "cg":
             return conjugate_gradient(matvec, b, steps=self.steps, damping=self.damping)
         return neumann_series(matvec, b, steps=self.steps, damping=self.damping, step_size=self.step_size)
 
-    @staticmethod
-    def _mean_inner_loss(problem: Problem, theta: Params, meta: Params) -> Tensor:
-        batches = list(problem.batches)
-        steps = {id(batch): t for t, batch in enumerate(batches)}
-        losses = [n * problem.inner_loss(theta, meta, steps[key]) for key, n in Counter(map(id, batches)).items()]
-        return torch.stack(losses).sum() / len(batches)
+
+class _Curvature:
+    """Products with the second derivatives of the mean inner loss, as vectors.
+
+    The graph of a single batch is kept; of several, one at a time is there, built anew for each product.
+    """
+
+    def __init__(self, problem: Problem, params: Params, names: list[str]) -> None:
+        self._problem, self._params, self._meta = problem, leaves(params), leaves(problem.meta_params)
+        self._names = names
+        keys = [_key(batch) for batch in (problem.batches if problem.data is None else problem.data)]
+        first = {key: t for t, key in reversed([*enumerate(keys)])}
+        self._shares = {first[key]: number / len(keys) for key, number in Counter(keys).items()}
+        self._kept: Gradients | None = None
+
+    def hessian_times(self, q: Tensor) -> Tensor:
+        """The product with the Hessian, the mean over all processes."""
+        product = self._product(q, self._moved)
+        return self.vector(self._problem.mean(product, self._moved, "a product with the Hessian"))
+
+    def mixed_times(self, q: Tensor) -> Gradients:
+        """The product with the mixed derivative, in the meta-parameters."""
+        return self._product(q, self._meta)
+
+    def vector(self, values: Gradients) -> Tensor:
+        """The values of the parameters that move, in one row."""
+        return torch.cat([value.flatten() for value in filled(values, self._moved).values()])
+
+    @property
+    def _moved(self) -> Params:
+        return {name: self._params[name] for name in self._names}
+
+    def _product(self, q: Tensor, into: Params) -> Gradients:
+        """The gradient in `into` of the mean inner loss's slope along q."""
+        sizes = [p.numel() for p in self._moved.values()]
+        along = {n: part.view_as(self._params[n]) for n, part in zip(self._names, q.split(sizes), strict=True)}
+        total: Gradients = dict.fromkeys(into)
+        for t, share in self._shares.items():
+            derivative = slope(self._gradient(t), along)
+            if derivative is not None:
+                kept = self._kept is not None
+                total = added(total, second_order_gradients(share * derivative, into, retain_graph=kept))
+        return total
+
+    def _gradient(self, t: int) -> Gradients:
+        """The inner gradient on the batch of step t, with its graph."""
+        if self._kept is not None:
+            return self._kept
+        loss = twice_differentiable(lambda: self._problem.inner_loss(self._params, self._meta, t))
+        found = graph_gradients(loss, self._moved)
+        if len(self._shares) == 1:
+            self._kept = found
+        return found
 
 
-def _vector(values: Gradients, like: Params) -> Tensor:
-    return torch.cat([value.flatten() for value in filled(values, like).values()])
+def _key(batch: Any) -> Hashable:
+    """What tells batches apart: a plain value by itself, anything else by its identity."""
+    if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
+        return (tuple, *map(_key, batch))
+    return (type(batch), batch) if isinstance(batch, str | bytes | int | float | None) else id(batch)

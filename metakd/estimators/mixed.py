@@ -1,21 +1,35 @@
 """The mixed second derivative of the inner loss, times a vector: the heart of every exact estimator."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-from metakd.derivatives import Gradients, gradients, graph_gradients, leaves, second_order_gradients, slope
+from metakd.derivatives import (
+    Gradients,
+    NoSecondDerivative,
+    first_line,
+    gradients,
+    graph_gradients,
+    leaves,
+    second_order_gradients,
+    slope,
+)
 from metakd.errors import MetaKDError
+from metakd.estimators.agreement import reject_other_products
+from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.dual import LevelTaken, dual_numbers, duals
+from metakd.estimators.influence import in_weights, influence
 from metakd.estimators.problem import Problem
+from metakd.estimators.verification import compare_influence
 from metakd.estimators.walk import Products
 from metakd.inner import Params
 
 Mode = Literal["auto", "forward", "reverse"]
+_T = TypeVar("_T")
 
 
 def mixed_alone(mode: Mode = "auto") -> Products:
@@ -32,55 +46,86 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
         meta: phi, leaves of autograd.
         batch: of the inner loss.
         u: the direction, for those parameters that it moves.
-        mode: `"forward"` is one pass with dual numbers, `"reverse"` a double backward, `"auto"` the first where the
-            model has it and else the second, saying so once.
+        mode: `"forward"` is one pass with dual numbers, `"reverse"` a double backward. `"auto"` is the first for a
+            problem that is `weighted` and whose model has it, saying so once where it does not, and else the second:
+            where meta-parameters meet more than a product, torch's tangents may be constants to reverse mode.
 
     Raises:
         MetaKDError: the model lacks what the mode needs.
     """
-    if mode == "reverse" or (mode == "auto" and problem.memory.get("forward_mode") is False):
-        return _reverse(problem, params, meta, batch, u)
+    at = problem, params, meta, batch, u
+    if mode == "reverse" or (mode == "auto" and (problem.weighted is None or problem.memory.forward_mode is False)):
+        return _reverse(*at)
     try:
-        return _forward(problem, params, meta, batch, u)
-    except Exception as error:
-        if not lacks_forward_mode(error):
-            raise
+        if problem.weighted is None:
+            found = _through_tangent(*at)
+        else:
+            tangent = _compared_influence(problem, params, batch, u)
+    except LevelTaken:
         if mode == "forward":
-            raise MetaKDError(
-                "OneStep(mode='forward') met an operation without a forward-mode derivative "
-                f"({first_line(error)}); use mode='auto' or 'reverse'"
-            ) from error
-        problem.memory["forward_mode"] = False
+            raise
+        return _reverse(*at)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        instead = in_its_place(error, lambda: _reverse(*at))
+        lacks = f"an operation of this model has no forward-mode derivative ({first_line(error)})"
+        what = str(error) if isinstance(error, _WrongTangents) else lacks
+        if mode == "forward":
+            raise MetaKDError(f"OneStep(mode='forward') fails: {what}; use mode='auto' or 'reverse'") from error
+        problem.memory.forward_mode = False
         warnings.warn(
-            f"an operation of this model has no forward-mode derivative ({first_line(error)}); reverse mode takes its "
-            "place from now on, as exact, with more time and memory (OneStep(mode='reverse') does so in silence)",
+            f"{what}; reverse mode takes its place from now on, as exact, with more time and memory "
+            "(OneStep(mode='reverse') does so in silence)",
             stacklevel=3,
         )
-        return _reverse(problem, params, meta, batch, u)
+        return instead
+    if problem.weighted is not None:
+        return in_weights(problem.weighted, meta, batch, tangent)
+    if problem.memory.compare:
+        reject_other_products(
+            *at, forward=({}, found), reverse=lambda: ({}, _reverse(*at)), what="OneStep(mode='forward')"
+        )
+    return found
 
 
-class _NoGradStopsTangents(TorchFunctionMode):
-    """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
-            torch._C._set_fwd_grad_enabled(*args)
-        return func(*args, **(kwargs or {}))
+class _WrongTangents(MetaKDError):
+    """Forward mode answers something else than reverse mode."""
 
 
-@contextmanager
-def dual_numbers() -> Iterator[None]:
-    """A block of forward-mode differentiation."""
-    with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True), _NoGradStopsTangents():
-        yield
+def in_its_place(error: Exception, reverse: Callable[[], _T]) -> _T:
+    """What reverse mode answers after forward mode failed: an error of the losses themselves comes up here again.
+
+    Raises:
+        MetaKDError: reverse mode has no derivative either.
+    """
+    try:
+        return reverse()
+    except NoSecondDerivative as second:
+        raise MetaKDError(
+            f"this model has neither a forward-mode derivative ({first_line(error)}) nor a second derivative "
+            f"({second.fact}); use estimators.FiniteDifference()"
+        ) from second
 
 
-def duals(params: Params, u: Params) -> Params:
-    """Dual numbers that move along u; parameters that it leaves out do not move."""
-    return {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
+def _compared_influence(problem: Problem, params: Params, batch: Any, u: Params) -> Tensor:
+    """The losses' directional derivatives along u, compared with reverse mode where that is asked for.
+
+    Raises:
+        _WrongTangents: the two differ.
+    """
+    assert problem.weighted is not None
+    tangent = influence(problem.weighted, params, batch, u)
+    if problem.memory.compare:
+        problem.memory.compare = False
+        found = compare_influence(problem, params, batch, u, tangent)
+        if found is not None:
+            raise _WrongTangents(f"forward mode is wrong on this model, {found}")
+    return tangent
 
 
-def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+def _through_tangent(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+    """Reverse mode through the whole inner loss's tangent; for those who say that theirs can be differentiated."""
     with dual_numbers():
         loss = problem.inner(duals(params, u), meta, batch)
         derivative = forward_ad.unpack_dual(loss).tangent
@@ -90,29 +135,7 @@ def _forward(problem: Problem, params: Params, meta: Params, batch: Any, u: Para
 
 def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
     moved = leaves({name: params[name] for name in u})
-    loss = problem.inner({**params, **moved}, meta, batch)
+    loss = twice_differentiable(lambda: problem.inner({**params, **moved}, meta, batch))
     g = graph_gradients(loss, moved)
     derivative = slope(g, u)
     return dict.fromkeys(meta) if derivative is None else second_order_gradients(derivative, meta)
-
-
-def lacks_forward_mode(error: BaseException) -> bool:
-    """Whether an error says that an operation has no forward-mode derivative."""
-    texts = [str(e).lower() for e in _chain(error) if isinstance(e, NotImplementedError | RuntimeError)]
-    return any(words in text for text in texts for words in _NO_FORWARD_MODE)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def first_line(error: BaseException) -> str:
-    """What the first error of a chain says, shortened."""
-    return str(list(_chain(error))[-1]).splitlines()[0][:160]
-
-
-# The last one: torch's tangents of log_softmax and logsumexp overwrite what their own backward pass needs, which shows
-# where logits depend on phi. An in-place operation of the user's own fails in reverse mode once more.
-_NO_FORWARD_MODE = ("forward ad", "forward mode", "jvp", "modified by an inplace operation")

@@ -1,8 +1,9 @@
-"""Nested dicts of tensors as flat ones, and back; names are joined by "/"."""
+"""Nested dicts of tensors as flat ones of real tensors, and back; names are joined by "/"."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metakd.errors import MetaKDError
@@ -46,20 +47,43 @@ def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = ""
     }
 
 
+def as_given(flat: Mapping[str, Tensor], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nest shaped like `like`, complex where that is.
+
+    Examples:
+        >>> as_given({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor(1j)})
+        {'w': tensor(1.+2.j)}
+    """
+    nest = unflatten(flat, like, prefix)
+    for name, value in like.items():
+        if isinstance(value, Mapping):
+            nest[name] = as_given(flat, value, f"{prefix}{name}/")
+        elif value.is_complex():
+            nest[name] = torch.complex(*nest[name].unbind(-1))
+    return nest
+
+
+def real(value: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, in a last dimension of 2; a real one as it is."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
 def detached(values: Any, what: str) -> dict[str, Tensor]:
-    """`flatten`, known to hold floating-point tensors and cut from autograd.
+    """`flatten`, known to hold dense floating-point tensors, cut from autograd; complex ones by their real parts.
 
     Raises:
         MetaKDError: a leaf is something else.
     """
     flat = flatten(values, what)
     for name, value in flat.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise MetaKDError(
                 f"{what}[{name!r}] is {kind}; gradients need floating-point tensors: convert it, or leave it out"
             )
-    return {name: value.detach() for name, value in flat.items()}
+        if value.layout != torch.strided:
+            raise MetaKDError(f"{what}[{name!r}] is sparse ({value.layout}); give its .to_dense(), or its values alone")
+    return {name: real(value.detach()) for name, value in flat.items()}
 
 
 def on_flat(transformation: GradientTransformation, like: Mapping[str, Any]) -> GradientTransformation:

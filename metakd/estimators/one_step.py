@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
 from metakd.estimators.mixed import Mode, mixed_alone
-from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
 from metakd.estimators.second_order import reverse_over_reverse
 from metakd.estimators.subset import moving_only
 from metakd.estimators.walk import walk_back
@@ -22,10 +23,13 @@ class OneStep:
       + \frac{\partial\, \mathrm{outer}}{\partial \phi}.$$
 
     In forward mode the directional derivative $D_\theta$ is one forward pass with dual numbers: it serves all
-    samples and all terms at once, and reverse mode then runs through the weight model only. In reverse mode it
-    is a double backward, for models that lack forward-mode formulas. `"auto"` tries the first and falls back
-    to the second, saying so once. Meta-Weight-Net (Shu et al., 2019) and BiKD (arXiv 2605.17839) compute the same
-    quantity by double backward through a copy of the student.
+    samples and all terms at once, and reverse mode then runs through the weight model only. In reverse mode the
+    whole is a double backward. `"auto"` is the first for a weighted mean of losses, as a balancer's is, and falls
+    back to the second where the model lacks forward-mode formulas or torch's are wrong, saying so once. For any
+    other inner loss it is the second: where $\phi$ acts upstream of an operation such as layer_norm, torch's
+    forward-mode result is a constant to reverse mode, and the answer would be wrong without a word. Meta-Weight-Net
+    (Shu et al., 2019) and BiKD (arXiv 2605.17839) compute the same quantity by double backward through a copy of
+    the student.
 
     With `parameters` the step ahead moves those alone, as in AMAL (Sivasubramanian et al., 2023), which looks ahead
     with the classifier and the last stage. The answer is exact for that step and an approximation for the whole one.
@@ -33,13 +37,14 @@ class OneStep:
     errors.
 
     Args:
-        mode: `"auto"`, `"forward"` or `"reverse"`.
+        mode: `"auto"`, `"forward"` or `"reverse"`. What `"forward"` answers for an inner loss that is no weighted mean
+            is compared with `"reverse"`, unless `hypergradient(verify=False)` says not to.
         parameters: what the step moves, as patterns over the parameters' names, such as `("classifier.*",
             "blocks.2.*")`; levels of nested dicts are joined by dots. None for all.
 
     Raises:
         MetaKDError: when called with K other than 1, with a pattern that fits no trainable parameter, or in forward
-            mode on a model without forward-mode formulas.
+            mode on a model without forward-mode formulas or with wrong ones.
 
     Examples:
         >>> import torch, torchopt
@@ -71,8 +76,16 @@ class OneStep:
                 f"OneStep is the hypergradient of exactly one inner step, got {len(problem.batches)} batches; use "
                 "estimators.Adjoint() for K steps"
             )
-        found = walk_back(self.solved(problem), 1, first=mixed_alone(self.mode), later=reverse_over_reverse)
+        # With the gradient in theta_0 the one product is `later`'s. Of a subset it would lack what the others feel.
+        both = self.mode != "forward" and self.parameters is None
+        found = walk_back(
+            self.solved(problem), 1, first=mixed_alone(self.mode), later=reverse_over_reverse, params_gradient=both
+        )
         return found._replace(params={**problem.params, **found.params})
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return True
 
     def solved(self, problem: Problem) -> Problem:
         """The problem whose hypergradient this is: its step moves no more than `parameters`."""

@@ -1,4 +1,4 @@
-"""The bilevel problem an estimator is given, and the answer it owes."""
+"""The bilevel problem an estimator is given."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metakd.batch import map_tensors
-from metakd.derivatives import Gradients, added, filled, gradients, in_both, leaves
+from metakd.derivatives import Gradients, added, dense, filled, gradients, in_both, leaves
 from metakd.errors import MetaKDError
+from metakd.estimators.memory import Memory
+from metakd.estimators.result import Hypergradient
 from metakd.inner import GradientTransformation, Params, apply
 
 Inner = Callable[[Params, Params, Any], Tensor]
@@ -25,28 +26,20 @@ def unchanged(values: Gradients, like: Params, what: str) -> Gradients:
     return values
 
 
-class Hypergradient(NamedTuple):
-    """What an estimator returns; all tensors are detached.
+class WeightedLosses(NamedTuple):
+    r"""Says that $\mathrm{inner}(\theta, \phi, b) = \frac{1}{B} \sum_{ik} w_{ik}(\phi, b)\, \ell_{ik}(\theta, b)$.
+
+    Meta-parameters then meet the losses and their tangents in a product alone, and forward mode is exact.
 
     Attributes:
-        outer_loss: the outer loss at the end of the inner steps, a scalar.
-        gradient: its gradient in the meta-parameters, a dict like them.
-        params: theta_K, the parameters after the inner steps.
-        optimizer_state: the inner optimizer's state after them.
-
-    Examples:
-        >>> import torchopt
-        >>> from metakd import hypergradient
-        >>> inner, outer = lambda p, m, batch: m["w"] * p["x"] ** 2, lambda p, m: p["x"] ** 2
-        >>> start = {"x": torch.tensor(1.0)}, {"w": torch.tensor(0.5)}
-        >>> hypergradient(inner, outer, *start, [None], optimizer=torchopt.sgd(lr=0.1)).gradient
-        {'w': tensor(-0.3600)}
+        losses: (params, batch) -> (B, M).
+        weights: (meta_params, batch) -> (B, M).
+        names: of the M terms.
     """
 
-    outer_loss: Tensor
-    gradient: Params
-    params: Params
-    optimizer_state: Any
+    losses: Callable[[Params, Any], Tensor]
+    weights: Callable[[Params, Any], Tensor]
+    names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class Problem:
         outers: (params, meta_params) -> scalar, one or several; the outer loss is their mean.
         params: theta_0, detached.
         meta_params: phi, detached.
-        batches: one a step; their number is K.
+        batches: one a step, for `inner`; their number is K.
         optimizer: meta_params -> the differentiable inner optimizer.
         optimizer_state: the state it starts from.
         first_gradient: gives grad inner(theta_0, phi, batches[0]) in the parameters of these names, where the
@@ -69,6 +62,9 @@ class Problem:
             its model has no forward-mode derivatives. It lives as long as its owner wants.
         mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
             the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
+        weighted: where the inner loss is a weighted mean of losses: its parts.
+        data: where `batches` only number the steps: the batches behind them.
+        wants_params_gradient: whether the gradient in theta_0 is asked for as well.
 
     Examples:
         >>> import torchopt
@@ -88,8 +84,11 @@ class Problem:
     optimizer_state: Any
     first_gradient: Callable[[Collection[str]], Gradients] | None = None
     first_inner: Callable[[Params], Tensor] | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     mean: Mean = unchanged
+    weighted: WeightedLosses | None = None
+    data: Sequence[Any] | None = None
+    wants_params_gradient: bool = False
 
     @property
     def whole(self) -> bool:
@@ -107,7 +106,7 @@ class Problem:
     def inner_gradient(self, params: Params, t: int) -> Gradients:
         """The gradient that step t takes from `params`, without a graph."""
         if t == 0 and self.first_gradient is not None:
-            found = self.first_gradient(params)
+            found = dense(self.first_gradient(params))
         else:
             theta = leaves(params)
             found = gradients(self.inner_loss(theta, self.meta_params, t), theta)
@@ -155,7 +154,10 @@ class Problem:
 
 
 class Estimator(Protocol):
-    """Anything that answers a `Problem` with a `Hypergradient`; a small frozen object by convention."""
+    """Anything that answers a `Problem` with a `Hypergradient`; a small frozen object by convention.
+
+    One that has a method `exact(steps) -> bool` says so whether its answer is exact for that many inner steps.
+    """
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi."""
@@ -165,42 +167,16 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
     """The loss itself, if it is one finite number.
 
     Raises:
-        MetaKDError: it is not a scalar tensor, or NaN or infinite.
+        MetaKDError: it is not a real scalar tensor, or NaN or infinite.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise MetaKDError(f"{what} must be a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
+    if loss.is_complex():
+        raise MetaKDError(f"{what} is complex ({loss.dtype}); take its .abs() or .real, a loss is a real number")
     if not bool(loss.detach().isfinite()):
         raise MetaKDError(f"{what} is {loss.item()}; lower the learning rate, or look for invalid inputs in its batch")
     return loss.reshape(())
-
-
-def answer(
-    problem: Problem, outer_loss: Tensor, gradient: Gradients, params: Params, optimizer_state: Any
-) -> Hypergradient:
-    """Detach the results, after making sure that the hypergradient says something.
-
-    Raises:
-        MetaKDError: the hypergradient is NaN or infinite, or all of it is missing or exactly zero.
-    """
-    # Of a part nothing is no error: others add to it.
-    if problem.whole and not any(g is not None and bool(g.any()) for g in gradient.values()):
-        missing = all(g is None for g in gradient.values())
-        raise MetaKDError(
-            f"the hypergradient is {'None' if missing else 'zero'} for all meta-parameters {list(gradient)[:5]}: "
-            "the outer loss does not feel them. Likely causes: an inner learning rate of 0 (a scheduler's warm-up: "
-            "pass meta_batch=None until it is over), a meta-parameter that was detached or overwritten in the inner "
-            "loss, weights that cannot vary (softmax over one term), or an outer loss that ignores the parameters"
-        )
-    for name, g in gradient.items():
-        if g is not None and not bool(g.isfinite().all()):
-            raise MetaKDError(
-                f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite entries of "
-                f"{g.numel()}; an inner step through a square root at zero does that (RMSprop, Adagrad: set their "
-                "eps inside the root), as does an inner loss without second derivatives"
-            )
-    found = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state
-    return Hypergradient(*map_tensors(Tensor.detach, found))
 
 
 NO_BATCHES = "batches is empty: its length is the number of inner steps, so give at least one batch"

@@ -1,7 +1,5 @@
-"""Products of a vector with the inner loss's second derivatives: the two exact ways, and the faster of them."""
+"""Products of a vector with the inner loss's second derivatives, in params and in meta: the two exact ways."""
 
-import time
-import warnings
 from typing import Any
 
 import torch
@@ -9,6 +7,8 @@ from torch.autograd import forward_ad
 
 from metakd.derivatives import (
     Gradients,
+    NoSecondDerivative,
+    first_line,
     graph_gradients,
     in_both,
     leaves,
@@ -17,11 +17,12 @@ from metakd.derivatives import (
     slope,
 )
 from metakd.errors import MetaKDError
-from metakd.estimators.mixed import dual_numbers, duals, first_line, lacks_forward_mode
+from metakd.estimators.agreement import reject_other_products
+from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.dual import LevelTaken, dual_numbers, duals
+from metakd.estimators.mixed import in_its_place
 from metakd.estimators.problem import Problem
 from metakd.inner import Params
-
-_TRIALS = 2  # of each way; the first use of forward mode compiles its decompositions
 
 
 def reverse_over_reverse(
@@ -33,7 +34,7 @@ def reverse_over_reverse(
         MetaKDError: the model has no second derivatives.
     """
     theta = leaves(params)
-    g = graph_gradients(problem.inner(theta, meta, batch), theta)
+    g = graph_gradients(twice_differentiable(lambda: problem.inner(theta, meta, batch)), theta)
     derivative = slope(g, u)
     assert derivative is not None  # u is the cotangent of what this gradient has
     return in_both(derivative, theta, meta, second_order_gradients)
@@ -45,61 +46,37 @@ def forward_over_reverse(
     """The tangents of a gradient that is taken with dual numbers.
 
     Raises:
-        MetaKDError: an operation or its backward has no forward-mode derivative, or is marked @once_differentiable.
+        MetaKDError: an operation or its backward has no forward-mode derivative or a wrong one, or is marked
+            @once_differentiable.
     """
+    at = problem, params, meta, batch, u
     try:
-        with dual_numbers():
-            theta = leaves(params)
-            dual = duals(theta, u)
-            loss = problem.inner(dual, meta, batch)
-            reject_once_differentiable(loss)
-            in_params, in_meta = in_both(loss, dual, meta)
-            return _tangents(in_params), _tangents(in_meta)
-    except (RuntimeError, MetaKDError) as error:
-        if not lacks_forward_mode(error):
-            raise
+        found = _tangents_of_gradients(*at)
+    except (LevelTaken, NoSecondDerivative, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        in_its_place(error, lambda: reverse_over_reverse(*at))
         raise MetaKDError(
             f"forward over reverse met an operation without a forward-mode derivative ({first_line(error)}); use "
             "estimators.Adjoint(mode='reverse')"
         ) from error
+    if problem.memory.compare:
+        reject_other_products(
+            *at, forward=found, reverse=lambda: reverse_over_reverse(*at), what="Adjoint(mode='forward')"
+        )
+    return found
 
 
-def faster_of_both(
+def _tangents_of_gradients(
     problem: Problem, params: Params, meta: Params, batch: Any, u: Params
 ) -> tuple[Gradients, Gradients]:
-    """Whichever of the two was faster on this problem; the first calls try both in turn, the memory keeps the times.
-
-    Where there is no forward mode, reverse mode takes its place with one warning.
-    """
-    seconds: dict[str, list[float]] = problem.memory.setdefault("second_order_seconds", {way: [] for way in WAYS})
-    chosen = min(seconds, key=lambda way: (len(seconds[way]) >= _TRIALS, min(seconds[way], default=0.0)))
-    started = _now(params)
-    try:
-        products = WAYS[chosen](problem, params, meta, batch, u)
-    except MetaKDError as error:
-        if chosen == "reverse" or not lacks_forward_mode(error):
-            raise
-        del seconds["forward"]
-        warnings.warn(
-            f"forward over reverse fails here ({first_line(error)}); reverse mode takes its place from now on, as "
-            "exact (Adjoint(mode='reverse') does so without a warning)",
-            stacklevel=3,
-        )
-        return reverse_over_reverse(problem, params, meta, batch, u)
-    if len(seconds[chosen]) < _TRIALS:
-        seconds[chosen].append(_now(params) - started)
-    return products
-
-
-WAYS = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
-
-
-def _now(params: Params) -> float:
-    """The time, after all work on the parameters' devices is done."""
-    for device in {p.device for p in params.values()}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return time.perf_counter()
+    with dual_numbers():
+        theta = leaves(params)
+        dual = duals(theta, u)
+        loss = problem.inner(dual, meta, batch)
+        reject_once_differentiable(loss)
+        in_params, in_meta = in_both(loss, dual, meta)
+        return _tangents(in_params), _tangents(in_meta)
 
 
 def _tangents(values: Gradients) -> Gradients:

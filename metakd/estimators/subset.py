@@ -60,9 +60,11 @@ def moving_only(problem: Problem, patterns: Sequence[str]) -> Problem:
 
     inner: Inner = with_fixed(problem.inner)
     outers: list[Outer] = [with_fixed(outer) for outer in problem.outers]
+    weighted = problem.weighted
     return replace(
         problem,
         inner=inner,
+        weighted=None if weighted is None else weighted._replace(losses=with_fixed(weighted.losses)),
         outers=outers,
         params={name: problem.params[name] for name in moving},
         optimizer=optimizer,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from metakd.errors import MetaKDError
 from metakd.estimators.mixed import mixed_alone
-from metakd.estimators.problem import Hypergradient, Problem
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
 from metakd.estimators.second_order import reverse_over_reverse
 from metakd.estimators.walk import walk_back
 
@@ -47,3 +48,7 @@ class Truncated:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         return walk_back(problem, self.horizon, first=mixed_alone(), later=reverse_over_reverse)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return steps <= self.horizon

@@ -1,11 +1,15 @@
 """`Unroll`: the exact hypergradient of K inner steps by autograd through all of them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from metakd.derivatives import added, graph_gradients, leaves, second_order_gradients, slope
+from metakd.derivatives import added, filled, graph_gradients, in_both, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import NO_BATCHES, Hypergradient, Problem, answer
+from metakd.estimators.answer import answer
+from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.problem import NO_BATCHES, Problem
+from metakd.estimators.result import Hypergradient
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,21 @@ class Unroll:
                 "Unroll records one graph of all steps, which cannot reach into other processes; with "
                 "DistributedDataParallel use estimators.Adjoint(), which is as exact"
             )
-        params, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
+        theta, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
+        params, start = theta, theta if problem.wants_params_gradient else {}
         seen: set[Any] = set()
         for t in range(len(problem.batches)):
-            g = graph_gradients(problem.inner_loss(params, meta, t), params, seen)
+            loss = twice_differentiable(partial(problem.inner_loss, params, meta, t), seen)
+            g = graph_gradients(loss, params)
             params, state = problem.step(g, state, params, meta)
         outer_loss, v, total = problem.outer_gradients(params)
-        through_params = slope(params, v)
+        through_params, in_start = slope(params, v), dict.fromkeys(start)
         if through_params is not None:
-            total = added(total, second_order_gradients(through_params, meta))
-        return answer(problem, outer_loss, total, params, state)
+            in_start, in_meta = in_both(through_params, start, meta, second_order_gradients)
+            total = added(total, in_meta)
+        params_gradient = filled(in_start, start) if problem.wants_params_gradient else None
+        return answer(problem, outer_loss, total, params, state, params_gradient)
+
+    def exact(self, steps: int) -> bool:
+        """Whether it is exact for that many inner steps."""
+        return True

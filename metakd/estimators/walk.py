@@ -8,7 +8,9 @@ from torch import Tensor
 
 from metakd.batch import map_tensors, tensors
 from metakd.derivatives import Gradients, added, filled, leaves
-from metakd.estimators.problem import Hypergradient, Problem, answer
+from metakd.estimators.answer import answer
+from metakd.estimators.problem import Problem
+from metakd.estimators.result import Hypergradient
 from metakd.inner import Params
 
 Products = Callable[[Problem, Params, Params, Any, Params], tuple[Gradients, Gradients]]
@@ -81,15 +83,18 @@ def walk_back(
     first: Products,
     later: Products,
     offload: torch.device | str | None = None,
+    params_gradient: bool = True,
 ) -> Hypergradient:
     """The hypergradient through the last `horizon` of the inner steps; through all of them it is exact.
 
     Args:
         problem: the bilevel problem.
         horizon: how many steps to walk back.
-        first: the products at the earliest of them, where the one in params is not asked for.
+        first: the products at the earliest of them, where the one in params is seldom asked for.
         later: the products at the others.
         offload: the device that keeps what the first sweep leaves behind; None for where it is.
+        params_gradient: whether `later` is exact in params, so that a walk through all steps has the gradient in
+            theta_0 where the problem wants that.
 
     Raises:
         MetaKDError: there is no batch.
@@ -100,11 +105,13 @@ def walk_back(
     params, state = problem.sweep(lambda t, *step: trail.push(_Kept(*step)) if t >= start else None)
     outer_loss, v, total = problem.outer_gradients(params)
     adjoints = _Adjoints(filled(v, params), [torch.zeros_like(t) for t in _floats(state)])
+    to_start = problem.wants_params_gradient and params_gradient and start == 0
     felt = any(value is not None for value in v.values())  # whether the outer loss feels the inner steps
     for t in reversed(range(start, count if felt else start)):
-        adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, first if t == start else of_all(later))
+        products = of_all(later) if t > start or to_start else first
+        adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, products)
         total = added(total, in_meta)
-    return answer(problem, outer_loss, total, params, state)
+    return answer(problem, outer_loss, total, params, state, adjoints.params if to_start else None)
 
 
 def of_all(products: Products) -> Products:

@@ -1,16 +1,19 @@
 """The differentiable inner optimizer: the only door to TorchOpt.
 
 An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
-student's torch optimizer, `inner_optimizer` chooses, `repaired` mends what TorchOpt gets wrong in its own, `apply`
-takes one differentiable step. `conjugate_gradient` and `neumann_series` solve linear systems.
+student's torch optimizers (`optimizers`, `param_groups`, `learning_rate` read them), `inner_optimizer` chooses,
+`repaired` mends what TorchOpt gets wrong in its own, `apply` takes one differentiable step. `conjugate_gradient` and
+`neumann_series` solve linear systems.
 """
 
 from torchopt.base import GradientTransformation
 
 from metakd.derivatives import Params
 from metakd.inner.choose import inner_optimizer
+from metakd.inner.groups import learning_rate, optimizers, param_groups
 from metakd.inner.linear_solvers import conjugate_gradient, neumann_series
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
+from metakd.inner.real import as_real
 from metakd.inner.repaired import own, repaired
 from metakd.inner.step import apply
 
@@ -19,11 +22,15 @@ __all__ = [
     "InnerOptimizer",
     "Params",
     "apply",
+    "as_real",
     "conjugate_gradient",
     "inner_optimizer",
+    "learning_rate",
     "mirror",
     "neumann_series",
+    "optimizers",
     "own",
+    "param_groups",
     "plain_sgd",
     "repaired",
 ]

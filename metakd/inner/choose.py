@@ -1,45 +1,45 @@
 """The inner optimizer a user asks for by name, or brings along."""
 
-import torch
 from torchopt.base import GradientTransformation
 
 from metakd.derivatives import Params
 from metakd.errors import MetaKDError
+from metakd.inner.groups import Optimizers, held_groups
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
+from metakd.inner.real import as_real
 from metakd.inner.repaired import repaired
 
 
-def inner_optimizer(
-    choice: str | GradientTransformation, optimizer: torch.optim.Optimizer, params: Params
-) -> InnerOptimizer:
+def inner_optimizer(choice: str | GradientTransformation, optimizer: Optimizers, params: Params) -> InnerOptimizer:
     """The differentiable optimizer of the virtual steps.
 
     Args:
         choice: `"sgd"` (`plain_sgd`), `"mirror"` (`mirror`) or a TorchOpt transformation, which starts from its
             initial state and is repaired.
-        optimizer: the student's own torch optimizer.
+        optimizer: the student's own torch optimizer, or several that hold its parameters together.
         params: the student's trainable parameters, the very tensors the optimizer holds.
 
     Returns:
         The optimizer and the state it starts from.
 
     Raises:
-        MetaKDError: another choice, or an optimizer that does not hold `params` or cannot be mirrored.
+        MetaKDError: another choice, an optimizer that does not hold `params`, two that hold the same, or one that
+            the choice cannot follow.
 
     Examples:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(1))
-        >>> inner_optimizer("mirror", torch.optim.RMSprop([w]), {"w": w})
+        >>> inner_optimizer("mirror", torch.optim.Rprop([w]), {"w": w})
         Traceback (most recent call last):
         ...
-        metakd.errors.MetaKDError: inner='mirror' cannot follow RMSprop; it supports ...
+        metakd.errors.MetaKDError: inner='mirror' cannot follow Rprop; it supports ...
     """
+    if isinstance(choice, GradientTransformation):
+        held_groups(optimizer, params)  # it is asked for nothing, but must be the student's
+        transformation = repaired(choice)
+        return InnerOptimizer(transformation, transformation.init({n: as_real(p.detach()) for n, p in params.items()}))
     if choice == "mirror":
         return mirror(optimizer, params)
-    plain = plain_sgd(optimizer, params)
     if choice == "sgd":
-        return plain
-    if isinstance(choice, GradientTransformation):
-        transformation = repaired(choice)
-        detached = {name: p.detach() for name, p in params.items()}
-        return InnerOptimizer(transformation, transformation.init(detached))
+        return plain_sgd(optimizer, params)
     raise MetaKDError(f"inner must be 'sgd', 'mirror' or a torchopt GradientTransformation, got {choice!r}")

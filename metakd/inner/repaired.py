@@ -1,34 +1,27 @@
 """TorchOpt's own transformations, with what TorchOpt 0.7.3 gets wrong in them mended."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torchopt import pytree
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 from torchopt.combine import chain_flat
 from torchopt.transform.add_decayed_weights import _masked
-from torchopt.transform.scale_by_adam import ScaleByAdamState
 from torchopt.transform.utils import tree_map_flat
 
-from metakd.inner.updates import adam_step, clip_norm, momentum_step
-
-
-class MomentumState(NamedTuple):
-    """TorchOpt's `TraceState` with what it lacks: whether each buffer has seen a gradient yet."""
-
-    trace: Any
-    started: Any
+from metakd.inner.mended import MENDED, leaves_of
 
 
 def repaired(transformation: GradientTransformation) -> GradientTransformation:
     """The same transformation with the flaws of TorchOpt 0.7.3 mended; states keep their layout.
 
     Mended are `trace` (whether a buffer has started lived in a closure, not in the state), `scale_by_adam` (bias
-    correction in float32, NaN derivatives at zero gradients, the approximate fused operator) and
-    `clip_grad_norm` (the clip factor was a constant to autograd), wherever they stand in a chain. In all other
-    transformations a gradient of None counts as zero for the state and gives no update.
+    correction in float32, NaN derivatives at zero gradients, the approximate fused operator), `scale_by_rms`,
+    `scale_by_stddev`, `scale_by_rss` and `scale_by_radam` (NaN derivatives at zero gradients) and `clip_grad_norm` (the
+    clip factor was a constant to autograd), wherever they stand in a chain: RMSprop, Adagrad and RAdam are made of
+    them. A gradient of None gives no update; in these it leaves the state as it is, and in all other transformations
+    it counts as zero for the state.
 
     Args:
         transformation: TorchOpt's, or a chain of such.
@@ -58,7 +51,7 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
     if where == "torchopt.transform.add_decayed_weights._masked":
         flat = settings["tree_map"] is tree_map_flat
         transformation = _masked(repaired(settings["inner"]), settings["mask"], already_flattened=flat)
-    return own(_REPLACEMENTS.get(where, _skipping_none)(transformation, settings))
+    return own(MENDED.get(where, _skipping_none)(transformation, settings))
 
 
 def own(transformation: GradientTransformation) -> GradientTransformation:
@@ -81,63 +74,14 @@ def own(transformation: GradientTransformation) -> GradientTransformation:
     return transformation
 
 
-def _momentum(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
-    rule = {name: settings[name] for name in ("momentum", "dampening", "nesterov")}
-
-    def init(params: Any) -> MomentumState:
-        trace = original.init(params).trace
-        return MomentumState(trace, pytree.tree_map(lambda _: False, trace))
-
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        if not isinstance(state, MomentumState):
-            # TorchOpt's own state cannot say whether it has started; a buffer that has is hardly all zero.
-            state = MomentumState(state.trace, pytree.tree_map(lambda b: bool(b.any()), state.trace))
-        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        new, trace, started = momentum_step(gradients, _leaves(state.trace), _leaves(state.started), **rule)
-        return tree.unflatten(new), MomentumState(tree.unflatten(trace), tree.unflatten(started))
-
-    return GradientTransformation(init, update)
-
-
-def _scale_by_adam(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
-    rule = {name: settings[name] for name in ("b1", "b2", "eps", "eps_root")}
-
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        new, *parts = adam_step(gradients, *map(_leaves, (state.mu, state.nu, state.count)), **rule)
-        return tree.unflatten(new), ScaleByAdamState(*map(tree.unflatten, parts))
-
-    return GradientTransformation(original.init, update)
-
-
-def _clip(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        return tree.unflatten(clip_norm(gradients, **settings)), state
-
-    return GradientTransformation(original.init, update)
-
-
 def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
         if all(g is not None for g in gradients):
             return original.update(updates, state, params=params, inplace=inplace)
-        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves(params), strict=True)]
+        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves_of(params), strict=True)]
         new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
-        kept = [None if g is None else n for g, n in zip(gradients, _leaves(new), strict=True)]
+        kept = [None if g is None else n for g, n in zip(gradients, leaves_of(new), strict=True)]
         return tree.unflatten(kept), state
 
     return GradientTransformation(original.init, update)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree, none_is_leaf=True)
-
-
-_REPLACEMENTS: dict[str, Callable[[GradientTransformation, dict[str, Any]], GradientTransformation]] = {
-    "torchopt.transform.trace._trace": _momentum,
-    "torchopt.transform.scale_by_adam._scale_by_adam": _scale_by_adam,
-    "torchopt.transform.scale_by_adam._scale_by_accelerated_adam": _scale_by_adam,
-    "torchopt.clip.clip_grad_norm": _clip,
-}

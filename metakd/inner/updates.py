@@ -1,8 +1,6 @@
-"""Update rules as differentiable functions of the gradient; formulas of torch.optim, without TorchOpt.
+"""Update rules of one tensor as differentiable functions of its gradient; formulas of torch.optim, without TorchOpt."""
 
-A gradient of None stands for a parameter the loss did not reach: its update is None and its state stays.
-"""
-
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,86 +8,104 @@ from torch import Tensor
 
 from metakd.errors import MetaKDError
 
-Gradients = Sequence[Tensor | None]
+
+def mean(average: Tensor, g: Tensor, decay: float) -> Tensor:
+    """The moving average decay * average + (1 - decay) * g.
+
+    Examples:
+        >>> mean(torch.tensor(2.0), torch.tensor(4.0), decay=0.5)
+        tensor(3.)
+    """
+    return torch.add(decay * average, g, alpha=1.0 - decay)
+
+
+def mean_square(average: Tensor, g: Tensor, decay: float) -> Tensor:
+    """The moving average decay * average + (1 - decay) * g^2.
+
+    Examples:
+        >>> mean_square(torch.tensor(2.0), torch.tensor(2.0), decay=0.5)
+        tensor(3.)
+    """
+    return torch.addcmul(decay * average, g, g, value=1.0 - decay)
+
+
+def over_root(direction: Tensor, v: Tensor, eps: float) -> Tensor:
+    """The quotient direction / (sqrt(v) + eps), with a finite derivative where v is zero.
+
+    Where v is exactly zero (a dead unit, an unused class) the square root gets the derivative zero. With v = c g^2 the
+    root is sqrt(c) |g|; at g = 0 its one-sided slopes cancel, and the direction that multiplies them is zero in most
+    rules. What is left is 1 / eps times the derivative of the direction.
+
+    Examples:
+        >>> g = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        >>> torch.autograd.grad(over_root(g, g * g, eps=0.5), g)
+        (tensor([2.], dtype=torch.float64),)
+    """
+    zero = v == 0
+    root = torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
+    return direction / (root + eps)
 
 
 def momentum_step(
-    gradients: Gradients,
-    buffers: Sequence[Tensor],
-    started: Sequence[bool],
-    *,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-) -> tuple[list[Tensor | None], list[Tensor], list[bool]]:
-    """SGD's momentum: b' = mu b + (1 - dampening) g, or b' = g where the buffer has not `started`.
+    g: Tensor, buffer: Tensor | None, *, momentum: float, dampening: float, nesterov: bool
+) -> tuple[Tensor, Tensor]:
+    """SGD's momentum: b' = mu b + (1 - dampening) g, or b' = g where there is no buffer yet; the update and b'.
 
-    The update is b', with Nesterov's momentum g + mu b'. Whether a buffer has started is part of the state.
+    The update is b', with Nesterov's momentum g + mu b'.
 
     Examples:
-        >>> g, b = [torch.tensor(1.0)], [torch.tensor(2.0)]
-        >>> momentum_step(g, b, [True], momentum=0.5, dampening=0.0, nesterov=False)[0]
-        [tensor(2.)]
+        >>> momentum_step(torch.tensor(1.0), torch.tensor(2.0), momentum=0.5, dampening=0.0, nesterov=False)
+        (tensor(2.), tensor(2.))
     """
-    updates: list[Tensor | None] = []
-    new_buffers: list[Tensor] = []
-    for g, b, warm in zip(gradients, buffers, started, strict=True):
-        if g is None:
-            updates.append(None)
-            new_buffers.append(b)
-            continue
-        buffer = momentum * b + (1.0 - dampening) * g if warm else g
-        updates.append(g + momentum * buffer if nesterov else buffer)
-        new_buffers.append(buffer)
-    now_started = [warm or g is not None for g, warm in zip(gradients, started, strict=True)]
-    return updates, new_buffers, now_started
+    after = g if buffer is None else torch.add(momentum * buffer, g, alpha=1.0 - dampening)
+    return (torch.add(g, after, alpha=momentum) if nesterov else after), after
 
 
-def adam_step(
-    gradients: Gradients,
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    eps_root: float = 0.0,
-) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[Tensor]]:
-    """Adam's direction m_hat / (sqrt(v_hat + eps_root) + eps), and the new m, v and step counts.
-
-    The bias corrections are computed in float64. Where v is exactly zero (a dead unit, an unused class) the
-    square root gets the derivative zero: the true derivative of the direction there is 1 / eps times that of
-    m_hat, and the factor that multiplies the root's infinite slope, m_hat, is zero.
+def adam_direction(
+    m: Tensor, v: Tensor, corrections: tuple[float | Tensor, float | Tensor], *, eps: float, eps_root: float = 0.0
+) -> Tensor:
+    """Adam's m_hat / (sqrt(v_hat + eps_root) + eps), with m_hat and v_hat over 1 - b1^t and 1 - b2^t, the corrections.
 
     Examples:
-        >>> zero = torch.zeros(1, dtype=torch.float64)
-        >>> g = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-        >>> (direction,), *_ = adam_step([g], [zero], [zero], [torch.tensor(0)], b1=0.9, b2=0.999, eps=1e-8)
-        >>> round(torch.autograd.grad(direction, g)[0].item() * 1e-8, 12)
-        1.0
+        >>> adam_direction(torch.tensor(0.5), torch.tensor(0.25), (0.5, 0.25), eps=1.0)
+        tensor(0.5000)
     """
-    updates: list[Tensor | None] = []
-    new_first, new_second, new_counts = list(first), list(second), list(counts)
-    for i, g in enumerate(gradients):
-        if g is None:
-            updates.append(None)
-            continue
-        count = counts[i] + 1
-        m = b1 * first[i] + (1.0 - b1) * g
-        v = b2 * second[i] + (1.0 - b2) * g * g
-        power = count.to(torch.float64)
-        # The cast back is for parameters without dimensions, which the power would promote to float64.
-        m_hat, v_hat = (m / (1.0 - b1**power)).to(m.dtype), (v / (1.0 - b2**power)).to(v.dtype)
-        updates.append(m_hat / (_sqrt(v_hat + eps_root) + eps))
-        new_first[i], new_second[i], new_counts[i] = m, v, count
-    return updates, new_first, new_second, new_counts
+    # The cast back is for tensors without dimensions, which corrections in float64 would promote.
+    m_hat, v_hat = (part / correction for part, correction in zip((m, v), corrections, strict=True))
+    return over_root(m_hat.to(m.dtype), v_hat.to(v.dtype) + eps_root, eps)
+
+
+def radam_direction(m: Tensor, v: Tensor, t: int, *, b1: float, b2: float, eps: float) -> Tensor:
+    """RAdam's direction at its t-th step: rectified where the variance is known well enough, else m_hat.
+
+    With rho = rho_inf - 2 t b2^t / (1 - b2^t), rho_inf = 2 / (1 - b2) - 1, it is for rho > 5
+
+        m_hat * sqrt((rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho)) * sqrt(1 - b2^t) / (sqrt(v) + eps)
+
+    Source: Liu et al., arXiv 1908.03265, as in torch.optim.RAdam.
+
+    Examples:
+        >>> radam_direction(torch.tensor(0.5), torch.tensor(0.25), 1, b1=0.5, b2=0.999, eps=1e-8)
+        tensor(1.)
+    """
+    m_hat = m / (1.0 - b1**t)
+    correction, longest = 1.0 - b2**t, 2.0 / (1.0 - b2) - 1.0
+    rho = longest - 2.0 * t * b2**t / correction
+    if rho <= 5.0:
+        return m_hat
+    rectified = (rho - 4.0) * (rho - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * rho)
+    return over_root(m_hat * math.sqrt(rectified * correction), v, eps)
 
 
 def clip_norm(
-    gradients: Gradients, *, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    gradients: Sequence[Tensor | None], *, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> list[Tensor | None]:
     """Clip the joint norm to `max_norm`; the clip factor min(1, max_norm / (norm + 1e-6)) is differentiated.
+
+    A gradient of None, of a parameter that the loss did not reach, stays None.
+
+    Raises:
+        MetaKDError: the norm is not finite, and that was to be an error.
 
     Examples:
         >>> clip_norm([torch.tensor([3.0, 4.0])], max_norm=1.0)[0].norm() < 1.0
@@ -107,8 +123,3 @@ def clip_norm(
         )
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [None if g is None else g * factor.to(g) for g in gradients]
-
-
-def _sqrt(v: Tensor) -> Tensor:
-    positive = v > 0
-    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)

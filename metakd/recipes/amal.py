@@ -10,12 +10,13 @@ from metakd.balancer import BilevelLossBalancer
 from metakd.errors import MetaKDError
 from metakd.estimators import OneStep
 from metakd.recipes.base import beside, configured, hard_and_soft, rate
+from metakd.teacher import Teacher
 from metakd.weighting import SampleTable
 
 
 def amal(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     *,
     optimizer: torch.optim.Optimizer,
     samples: int,
@@ -43,7 +44,8 @@ def amal(
 
     Args:
         student: any classifier.
-        teacher: any classifier with the same classes; None where batches hold its outputs (`Batch(teacher=...)`).
+        teacher: any classifier with the same classes, or a function that gives its logits; None where batches hold
+            its outputs (`Batch(teacher=...)`).
         optimizer: the student's.
         samples: the number of training samples. Batches need each one's position: `(inputs, targets, index)`.
         temperature: T.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
+from metakd.parts import weighting_dtype
 from metakd.terms import CrossEntropy, SoftTarget, Term
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +49,9 @@ class Sum:
 
 
 def beside(student: nn.Module, model: Model) -> Model:
-    """The weight model on the device and in the dtype of the student's first trainable parameter.
+    """The weight model on the device of the student's first trainable parameter, in real numbers as fine as its own.
+
+    Half precision is raised to float32, in which a step of the weight model is not lost in rounding.
 
     Examples:
         >>> beside(nn.Linear(2, 2).double(), nn.Linear(1, 1)).weight.dtype
@@ -57,7 +60,7 @@ def beside(student: nn.Module, model: Model) -> Model:
     # The balancer says what is wrong with a student that has none.
     parameters = student.parameters() if isinstance(student, nn.Module) else []
     like = next((p for p in parameters if p.requires_grad), None)
-    return model if like is None else model.to(like.device, like.dtype)
+    return model if like is None else model.to(like.device, weighting_dtype(like))
 
 
 def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Adam:

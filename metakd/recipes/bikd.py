@@ -9,13 +9,14 @@ from torch import nn
 from metakd.balancer import BilevelLossBalancer
 from metakd.features import student_and_teacher
 from metakd.recipes.base import adam, beside, configured, hard_and_soft
+from metakd.teacher import Teacher
 from metakd.weighting import LossMLP
 from metakd.weighting.base import positive_int
 
 
 def bikd(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     *,
     optimizer: torch.optim.Optimizer,
     classes: int | None = None,
@@ -43,7 +44,8 @@ def bikd(
 
     Args:
         student: any classifier.
-        teacher: any classifier with the same classes; None where batches hold its outputs (`Batch(teacher=...)`).
+        teacher: any classifier with the same classes, or a function that gives its logits; None where batches hold
+            its outputs (`Batch(teacher=...)`).
         optimizer: the student's.
         classes: their number, which decides the default of `hidden`.
         temperature: T.

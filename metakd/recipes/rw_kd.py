@@ -7,12 +7,13 @@ from torch import nn
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.recipes.base import Sum, configured, hard_and_soft
+from metakd.teacher import Teacher
 from metakd.weighting import Rectified
 
 
 def rw_kd(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     *,
     optimizer: torch.optim.Optimizer,
     temperature: float = 4.0,
@@ -37,8 +38,8 @@ def rw_kd(
 
     Args:
         student: any classifier.
-        teacher: any classifier with the same classes; None where batches hold its outputs (`Batch(teacher=...)`), those
-            of the meta set too.
+        teacher: any classifier with the same classes, or a function that gives its logits; None where batches hold
+            its outputs (`Batch(teacher=...)`), those of the meta set too.
         optimizer: the student's.
         temperature: T.
         options: other arguments of `BilevelLossBalancer`.

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from metakd.batch import Batch, tensors
+from metakd.batch import Batch, counted
 from metakd.errors import MetaKDError
+from metakd.terms.cross_entropy import CrossEntropy
 from metakd.terms.reading import describe, tensor_in
 
 Term: TypeAlias = Callable[[Any, Batch], Tensor]
@@ -92,19 +93,20 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
     """
     if not terms:
         raise MetaKDError("there are no terms to evaluate; pass at least one")
+    samples = counted(batch, "the batch", tensor_in(outputs))
     columns: list[Tensor] = []
     for name, term in terms.items():
         try:
             loss = term(outputs, batch)
         except MetaKDError as error:
-            raise MetaKDError(f"term {name!r}: {error}") from error
+            raise MetaKDError(f"term {name!r}: {error}{_other_meta_loss(name, term)}") from error
         except Exception as error:
             raise MetaKDError(
                 f"term {name!r} raised {type(error).__name__}: {error}; it was called as term(outputs, "
                 f"batch) with outputs {describe(outputs)} and must return one loss per sample (the full "
                 "traceback is above)"
             ) from error
-        columns.append(_checked(name, loss, *_batch_size(outputs, batch)))
+        columns.append(_checked(name, loss, *samples))
     devices = {name: loss.device for name, loss in zip(terms, columns, strict=True)}
     if len(set(devices.values())) > 1:
         listing = ", ".join(f"{name!r} on {device}" for name, device in devices.items())
@@ -142,24 +144,23 @@ def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
         raise MetaKDError(
             f"term {name!r} returned shape {tuple(loss.shape)}, expected ({size},): one loss for each of the "
             f"{size} samples in {source}; do not average over the batch (use reduction='none'), and reduce "
-            "every other dimension with .sum(dim) or .mean(dim)"
+            "every other dimension with .sum(dim) or .mean(dim); where the batch has another number of samples, say so "
+            "as Batch(size=...)"
+        )
+    if loss.is_complex():
+        raise MetaKDError(
+            f"term {name!r} returned {loss.dtype}, but a loss is a real floating number; return its .abs() or its .real"
         )
     if not loss.is_floating_point():
         raise MetaKDError(f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor")
     return loss
 
 
-def _batch_size(outputs: Any, batch: Batch) -> tuple[int, str]:
-    output = tensor_in(outputs)
-    for source, found in (
-        ("batch.targets", tensors(batch.targets)),
-        ("the outputs", [] if output is None else [output]),
-        ("batch.inputs", tensors(batch.inputs)),
-    ):
-        if found and found[0].ndim > 0:
-            return found[0].shape[0], source
-    raise MetaKDError(
-        "cannot tell how many samples the batch has: neither batch.targets, nor the outputs (or their "
-        ".logits), nor batch.inputs hold a tensor with a batch dimension; give the labels as "
-        "Batch(targets=...)"
+def _other_meta_loss(name: str, term: Term) -> str:
+    # The balancer evaluates its meta loss under this name; where that is the default, nobody chose cross-entropy.
+    if name != "meta_loss" or type(term) is not CrossEntropy:
+        return ""
+    return (
+        ". The meta loss is cross-entropy unless you pass another term, as you do for a student that is no classifier: "
+        "meta_loss=lambda outputs, batch: ..., with one loss for each sample"
     )

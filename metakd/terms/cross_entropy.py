@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms.reading import class_indices, logits
+from metakd.terms.reading import class_indices, class_logits
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ class CrossEntropy:
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        z = logits(outputs)
+        z = class_logits(outputs)
         return F.cross_entropy(z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing)

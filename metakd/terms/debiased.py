@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.terms.counts import PerClass, log_prior, positive_counts
-from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.reading import class_logits, teacher_logits
 from metakd.terms.softened import Softened, softened
 
 
@@ -62,7 +62,7 @@ class DebiasedSoftTarget(Softened):
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         teacher = teacher_logits(student, batch) - self._shift.like(student)
         return self._divergence(of=softened(teacher, self.temperature), given=softened(student, self.temperature))
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from metakd.batch import Batch
-from metakd.errors import MetaKDError
-from metakd.terms.reading import class_indices, logits, teacher_logits
+from metakd.terms.reading import class_indices, class_logits, teacher_logits
 from metakd.terms.softened import Softened, floored, log_masses, softened
 
 
@@ -94,15 +93,9 @@ class NonTargetClass(Softened):
 
 def _target_and_rest(outputs: Any, batch: Batch, temperature: float) -> list[tuple[Tensor, Tensor]]:
     """For student and teacher, the softened logits `(B, 1)` of the label and `(B, C - 1)` of the others."""
-    student = logits(outputs)
+    student = class_logits(outputs)
     teacher = teacher_logits(student, batch)
     labels = class_indices(student, batch)[:, None]
-    classes = student.shape[1]
-    if classes < 2:
-        raise MetaKDError(
-            f"the student has {classes} output, but beside the label there must be another class; for one logit of "
-            "a yes/no question give logits of both answers: torch.cat([torch.zeros_like(z), z], dim=1)"
-        )
-    others = torch.arange(classes - 1, device=labels.device)
+    others = torch.arange(student.shape[1] - 1, device=labels.device)
     others = others + (others >= labels)
     return [(z.gather(1, labels), z.gather(1, others)) for z in (floored(x / temperature) for x in (student, teacher))]

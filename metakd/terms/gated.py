@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metakd.batch import Batch
-from metakd.terms.reading import class_indices, logits, teacher_logits
+from metakd.terms.reading import class_indices, class_logits, teacher_logits
 from metakd.terms.softened import Softened, softened
 
 
@@ -52,7 +52,7 @@ class GatedSoftTarget(Softened):
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         teacher = teacher_logits(student, batch)
         labels = class_indices(student, batch)[:, None]
         hard, teachers_hard = (-softened(z.detach()).gather(1, labels).squeeze(1) for z in (student, teacher))

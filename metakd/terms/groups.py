@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.terms.counts import PerClass, positive_counts, thirds
-from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.reading import class_logits, teacher_logits
 from metakd.terms.softened import Softened, floored, log_masses, softened
 
 
@@ -30,7 +30,7 @@ class _Grouped(Softened):
 
     def _by_group(self, outputs: Any, batch: Batch) -> list[tuple[Tensor, ...]]:
         """For student and teacher, the softened logits `(B, C_g)` of head, medium and tail."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         order = self._order.like(student)
         sizes = [len(group) for group in self._groups]
         return [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.terms.counts import log_prior, positive_counts
-from metakd.terms.reading import class_indices, logits
+from metakd.terms.reading import class_indices, class_logits
 
 
 class LogitAdjusted:
@@ -50,7 +50,7 @@ class LogitAdjusted:
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        z = logits(outputs)
+        z = class_logits(outputs)
         return F.cross_entropy(z + self._shift.like(z), class_indices(z, batch), reduction="none")
 
     def __repr__(self) -> str:

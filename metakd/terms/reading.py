@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
+from metakd.sizes import is_integer
 
 
 def logits(outputs: Any) -> Tensor:
@@ -34,10 +35,21 @@ def logits(outputs: Any) -> Tensor:
     if found is None or found.ndim != 2 or not found.is_floating_point():
         raise MetaKDError(
             f"expected logits of shape (B, C), as a floating tensor or as an object's .logits, got "
-            f"{describe(outputs)}; make the model return them, or write a term of your own that picks them "
-            "out: lambda outputs, batch: CrossEntropy()(outputs[0], batch)"
+            f"{describe(outputs)}; make the model return them, or write a term of your own{_instead(found)}"
         )
     return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+
+
+def class_logits(outputs: Any) -> Tensor:
+    """Return the logits `(B, C)` of at least two classes, or raise."""
+    found = logits(outputs)
+    if found.shape[1] < 2:
+        raise MetaKDError(
+            f"the student has {found.shape[1]} output, and a single logit has no cross-entropy and no divergence: its "
+            f"softmax is 1 whatever it says. For a yes/no question write a term of your own, {_YES_OR_NO}, or make "
+            "logits of both answers, so that there is another class: torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
+    return found
 
 
 def class_indices(student: Tensor, batch: Batch) -> Tensor:
@@ -53,12 +65,12 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
             f"batch.targets must be a tensor of {size} class indices, got {type(targets).__name__}; convert "
             "it with torch.as_tensor"
         )
-    wrong_dtype = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-    if targets.shape != (size,) or wrong_dtype:
+    if targets.shape != (size,) or not is_integer(targets):
         raise MetaKDError(
             f"batch.targets must hold integer class indices of shape ({size},), one for each row of the "
             f"logits {tuple(student.shape)}, got {targets.dtype} of shape {tuple(targets.shape)}; for "
-            "one-hot or soft labels use targets.argmax(dim=1) or a term of your own"
+            "one-hot or soft labels use targets.argmax(dim=1) or a term of your own, for numbers or several labels a "
+            "sample one such as lambda outputs, batch: F.mse_loss(outputs, batch.targets, reduction='none').mean(dim=1)"
         )
     _check_device(targets, student, "batch.targets is")
     check_range(
@@ -73,12 +85,7 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
 
 def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
     """Return the teacher's detached `(B, C)` logits in the student's dtype, or raise."""
-    if batch.teacher is None:
-        raise MetaKDError(
-            "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
-            "BilevelLossBalancer(..., teacher=...) or its outputs for this batch as Batch(teacher=...)"
-        )
-    teacher = logits(batch.teacher).detach()
+    teacher = the_teachers_logits(batch)
     if teacher.shape != student.shape:
         raise MetaKDError(
             f"the teacher's outputs have shape {tuple(teacher.shape)}, the student's {tuple(student.shape)}; "
@@ -87,6 +94,23 @@ def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
         )
     _check_device(teacher, student, "the teacher's outputs are")
     return teacher.to(student.dtype)
+
+
+def the_teachers_logits(batch: Batch) -> Tensor:
+    """Return the detached logits of the one teacher, whatever its classes, or raise."""
+    if batch.teacher is None:
+        raise MetaKDError(
+            "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
+            "BilevelLossBalancer(..., teacher=...) or its outputs for this batch as Batch(teacher=...)"
+        )
+    if isinstance(batch.teacher, tuple | list):
+        raise MetaKDError(
+            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs, as an ensemble of "
+            "teachers has them, and here one teacher's logits are needed; pick or average them in a term of your own: "
+            "lambda outputs, batch: SoftTarget()(outputs, batch._replace(teacher=batch.teacher[0])), or "
+            "teacher=torch.stack(batch.teacher).mean(dim=0)"
+        )
+    return logits(batch.teacher).detach()
 
 
 def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
@@ -116,6 +140,26 @@ def describe(value: Any) -> str:
         return type(value).__name__
     kind = "a tensor" if found is value else f"{type(value).__name__} with .logits"
     return f"{kind} of shape {tuple(found.shape)} and {found.dtype}"
+
+
+_YES_OR_NO = (
+    "lambda outputs, batch: F.binary_cross_entropy_with_logits(outputs.flatten(), batch.targets.float(), "
+    "reduction='none')"
+)
+
+
+def _instead(found: Tensor | None) -> str:
+    """A term for outputs that are no logits of classes."""
+    if found is None:
+        return " that picks them out: lambda outputs, batch: CrossEntropy()(outputs[0], batch)"
+    if found.is_complex():
+        return " that takes their .abs() or .real: lambda outputs, batch: CrossEntropy()(outputs.abs(), batch)"
+    if found.ndim < 2:
+        return f"; where an output is the single logit of a yes/no question, {_YES_OR_NO}"
+    return (
+        "; where every pixel has its own class, lambda outputs, batch: F.cross_entropy(outputs, batch.targets, "
+        "reduction='none').flatten(1).mean(dim=1)"
+    )
 
 
 def _check_device(found: Tensor, student: Tensor, what: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms.counts import PerClass, positive_counts
-from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.reading import class_logits, teacher_logits
 from metakd.terms.softened import Softened, softened
 
 
@@ -65,7 +65,7 @@ class RebalancedSoftTarget(Softened):
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         log_weights = self._log_weights.like(student)
         teacher = softened(teacher_logits(student, batch) / self.temperature + log_weights)
         return self._divergence(of=teacher, given=softened(student, self.temperature))

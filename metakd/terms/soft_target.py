@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.reading import class_logits, teacher_logits
 from metakd.terms.softened import Softened, softened
 
 
@@ -62,7 +62,7 @@ class SoftTarget(Softened):
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         # A power of probabilities is a lower temperature: p^a, renormalised, is softmax(a z / T).
         teacher = softened(teacher_logits(student, batch), self.temperature / self.power)
         return self._divergence(of=teacher, given=softened(student, self.temperature))
@@ -102,6 +102,6 @@ class ReverseSoftTarget(Softened):
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
-        student = logits(outputs)
+        student = class_logits(outputs)
         teacher = softened(teacher_logits(student, batch), self.temperature)
         return self._divergence(of=softened(student, self.temperature), given=teacher)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import nn
 
 from metakd.estimators import Estimator
+from metakd.inner.groups import Optimizers
 from metakd.validation import layers, processes, setup
 from metakd.validation.finding import Finding, Subject
 
@@ -33,7 +33,7 @@ _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 
 
 def validate(
-    student: nn.Module, optimizer: torch.optim.Optimizer | None = None, estimator: Estimator | None = None
+    student: nn.Module, optimizer: Optimizers | None = None, estimator: Estimator | None = None
 ) -> list[Finding]:
     """What is known about a student before its first step, in plain English, with the cure.
 
@@ -41,13 +41,14 @@ def validate(
 
     Args:
         student: the student, wrappers included.
-        optimizer: the student's own optimizer; None to leave it out.
+        optimizer: the student's own optimizer, or several that hold its parameters together; None to leave it out.
         estimator: how its hypergradients are to be taken; None for any estimator that is exact.
 
     Returns:
         The findings, errors first; the same thing in several modules is one finding.
 
     Examples:
+        >>> import torch
         >>> student = nn.Sequential(nn.EmbeddingBag(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
         >>> for finding in validate(student, torch.optim.SGD(student.parameters(), lr=0.1)):
         ...     print(f"[{finding.level}] {finding}")

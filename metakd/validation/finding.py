@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from metakd.estimators import Estimator
+from metakd.inner.groups import Optimizers
 from metakd.student import unwrap
 
 Level = Literal["error", "warning", "note"]
@@ -49,13 +49,13 @@ class Subject(NamedTuple):
     """What is validated, the student looked through its wrappers."""
 
     student: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Optimizers | None
     estimator: Estimator | None
     modules: Named
     params: dict[str, nn.Parameter]
 
     @classmethod
-    def of(cls, student: nn.Module, optimizer: torch.optim.Optimizer | None, estimator: Estimator | None) -> "Subject":
+    def of(cls, student: nn.Module, optimizer: Optimizers | None, estimator: Estimator | None) -> "Subject":
         """The subject with its modules and parameters by name; shared ones once."""
         bare = unwrap(student)
         return cls(student, optimizer, estimator, list(bare.named_modules()), dict(bare.named_parameters()))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from metakd.errors import MetaKDError
-from metakd.inner.mirror import mirror
+from metakd.inner import learning_rate, mirror, param_groups
 from metakd.validation.finding import HANDLED, Finding, Subject, listed
 
 
@@ -35,9 +35,12 @@ def held_parameters(subject: Subject) -> Iterator[Finding]:
     """The optimizer's parameters against the student's."""
     if subject.optimizer is None:
         return
-    held = {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in subject.trainable().items() if id(p) not in held]
-    others = len(held - {id(p) for p in subject.params.values()})
+    owners: dict[int, list[str]] = {}
+    for optimizer, group in param_groups(subject.optimizer):
+        for p in group["params"]:
+            owners.setdefault(id(p), []).append(type(optimizer).__name__)
+    missing = [name for name, p in subject.trainable().items() if id(p) not in owners]
+    others = len(owners.keys() - {id(p) for p in subject.params.values()})
     if missing and len(missing) == len(subject.trainable()):
         yield Finding(
             "error",
@@ -54,19 +57,29 @@ def held_parameters(subject: Subject) -> Iterator[Finding]:
             f"{len(missing)} trainable parameter(s) of the student are not in the optimizer",
             "Add them to it, or freeze them with requires_grad_(False)",
         )
+    several = {name: own for name, p in subject.trainable().items() if len(own := owners.get(id(p), [])) > 1}
+    if several:
+        kinds = " and ".join(next(iter(several.values())))
+        yield Finding(
+            "error",
+            listed(list(several)),
+            f"{len(several)} parameter(s) are held more than once (by {kinds}), and each would move them",
+            "Leave each parameter in one group of one optimizer",
+        )
     if others:
         yield Finding(
             "warning",
             "the optimizer",
-            f"{others} of its {len(held)} parameters are not the student's, and virtual steps do not move them",
+            f"{others} of its {len(owners)} parameters are not the student's, and virtual steps do not move them",
             "If the losses depend on them, make them part of the student: a module that holds both",
         )
 
 
 def learning_rates(subject: Subject) -> Iterator[Finding]:
-    """Groups that do not move."""
-    groups = [] if subject.optimizer is None else subject.optimizer.param_groups
-    still = [i for i, group in enumerate(groups) if group.get("lr") == 0]
+    """Groups that do not move, or have no rate to move by."""
+    groups = [] if subject.optimizer is None else param_groups(subject.optimizer)
+    rates = [learning_rate(group) for _, group in groups]
+    still = [i for i, rate in enumerate(rates) if rate == 0.0]
     if still and len(still) == len(groups):
         yield Finding(
             "note",
@@ -78,17 +91,29 @@ def learning_rates(subject: Subject) -> Iterator[Finding]:
     elif still:
         where = f"group(s) {listed([str(i) for i in still])} of the optimizer"
         yield Finding("note", where, "the learning rate is 0: virtual steps do not move their parameters", HANDLED)
+    if without := [i for i, rate in enumerate(rates) if rate is None]:
+        kinds = dict.fromkeys(type(groups[i][0]).__name__ for i in without)
+        yield Finding(
+            "note",
+            f"group(s) {listed([str(i) for i in without])} of the optimizer ({', '.join(kinds)})",
+            "the learning rate is no number (lr=None, or no lr), and inner='sgd' and inner='mirror' need one",
+            "Set a number, or pass a torchopt GradientTransformation as inner=",
+        )
 
 
 def mirrored_rule(subject: Subject) -> Iterator[Finding]:
     """Optimizers that inner='mirror' cannot follow."""
-    if subject.optimizer is None:
-        return
     mine = {id(p) for p in subject.trainable().values() if not is_lazy(p)}
-    groups = [[p for p in group["params"] if id(p) in mine] for group in subject.optimizer.param_groups]
-    try:  # one parameter of each group tells as much as all, and costs less
-        mirror(subject.optimizer, {str(i): min(group, key=Tensor.numel) for i, group in enumerate(groups) if group})
-    except MetaKDError as error:
-        where = f"the optimizer ({type(subject.optimizer).__name__})"
-        problem = str(error).split(";")[0]
-        yield Finding("note", where, problem, "Use inner='sgd', or a torchopt GradientTransformation")
+    seen: set[str] = set()
+    for optimizer, group in [] if subject.optimizer is None else param_groups(subject.optimizer):
+        params = [p for p in group["params"] if id(p) in mine]
+        if not params or learning_rate(group) is None:
+            continue
+        try:  # one parameter of each group tells as much as all, and costs less
+            mirror(optimizer, {"": min(params, key=Tensor.numel)})
+        except MetaKDError as error:
+            problem = str(error).split(";")[0]
+            if problem not in seen:
+                seen.add(problem)
+                where = f"the optimizer ({type(optimizer).__name__})"
+                yield Finding("note", where, problem, "Use inner='sgd', or a torchopt GradientTransformation")

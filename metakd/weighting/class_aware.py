@@ -11,17 +11,18 @@ from torch import Tensor
 from metakd.batch import Batch
 from metakd.terms import CrossEntropy
 from metakd.terms.counts import PerClass, positive_counts
-from metakd.terms.reading import logits
-from metakd.weighting.entropy_gate import entropies
+from metakd.terms.reading import class_logits, teacher_logits
+from metakd.weighting.entropy_gate import entropy
 
 
 class ClassAware:
     """Features for long-tailed data: losses and entropies of student and teacher, and how rare the label's class is.
 
     `x_i = (CE_i(q), CE_i(p), H(q_i), H(p_i), log(n_max / n_{y_i}))` with student `q`, teacher `p`, entropies `H` in
-    nats, `n_c` training samples of class c, and `n_max` of the most frequent one.
+    nats, `n_c` training samples of class c, and `n_max` of the most frequent one. Where the batch has no teacher's
+    outputs, `x_i = (CE_i(q), H(q_i), log(n_max / n_{y_i}))`.
 
-    Shapes: outputs and `batch.teacher` `(B, C)`, `batch.targets` `(B,)`, result `(B, 5)`.
+    Shapes: outputs and `batch.teacher` `(B, C)`, `batch.targets` `(B,)`, result `(B, 5)`, without a teacher `(B, 3)`.
 
     Source: BiKD (PAKDD 2026, arXiv 2605.17839) for the two losses, its weight model's whole input. Ours adds the rest:
     from the losses alone a rare class looks like a hard sample.
@@ -31,7 +32,7 @@ class ClassAware:
 
     Raises:
         MetaKDError: counts that are not positive finite numbers; when called, outputs that are no logits or have other
-            than one column a count, the teacher's missing or of another shape, or targets that are no labels of them.
+            than one column a count, the teacher's of another shape, or targets that are no labels of them.
 
     Examples:
         >>> import torch
@@ -49,9 +50,9 @@ class ClassAware:
         self._cross_entropy = CrossEntropy()
 
     def __call__(self, losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
-        """Return the features, shape `(B, 5)`."""
-        student = logits(outputs)
+        """Return the features, shape `(B, 5)`, or `(B, 3)` without a teacher."""
+        student = class_logits(outputs)
         rarity = self._rarity.like(student)
-        certainty = entropies(losses, student, batch)  # it says what is wrong with the teacher's outputs
-        both = [self._cross_entropy(of, batch) for of in (student, batch.teacher)]
-        return torch.cat([torch.stack(both, dim=1), certainty, rarity[batch.targets].unsqueeze(1)], dim=1)
+        both = [student] if batch.teacher is None else [student, teacher_logits(student, batch)]
+        hard = [self._cross_entropy(z, batch) for z in both]
+        return torch.stack([*hard, *map(entropy, both), rarity[batch.targets]], dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms.reading import logits, teacher_logits
+from metakd.terms.reading import class_logits, teacher_logits
 
 
 def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
@@ -36,9 +36,19 @@ def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
         >>> entropies(torch.zeros(1, 3), torch.zeros(1, 2), batch)
         tensor([[0.6931, 0.0012]])
     """
-    student = logits(outputs)
-    both = torch.stack([student, teacher_logits(student, batch)], dim=1)
-    found: Tensor = torch.special.entr(both.softmax(dim=2)).sum(dim=2)
+    student = class_logits(outputs)
+    return torch.stack([entropy(z) for z in (student, teacher_logits(student, batch))], dim=1)
+
+
+def entropy(z: Tensor) -> Tensor:
+    """Entropy of the class probabilities of logits `(B, C)`, in nats, shape `(B,)`.
+
+    Examples:
+        >>> import torch
+        >>> entropy(torch.zeros(1, 2))
+        tensor([0.6931])
+    """
+    found: Tensor = torch.special.entr(z.softmax(dim=1)).sum(dim=1)
     return found
 
 

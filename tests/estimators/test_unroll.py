@@ -106,6 +106,6 @@ def test_a_nan_names_its_step():
 
 def test_no_batches_are_an_error():
     problem = build_problem(*Bilevel().arguments(), torchopt.sgd(lr=0.1))
-    problem.batches.clear()
+    problem = dataclasses.replace(problem, batches=[])
     with pytest.raises(MetaKDError, match="at least one batch"):
         Unroll()(problem)

@@ -40,14 +40,49 @@ ADAM_GROUP = st.fixed_dictionaries(
         "maximize": st.booleans(),
     }
 )
+
+
+def with_flags(group, **flags):
+    """The settings of a group with some more, drawn."""
+    return st.builds(lambda group, more: {**group, **more}, group, st.fixed_dictionaries(flags))
+
+
 HAS_DECOUPLED = "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults
-DECOUPLED_GROUP = st.builds(lambda group, flag: {**group, "decoupled_weight_decay": flag}, ADAM_GROUP, st.booleans())
+FLAG = st.booleans()
+AMSGRAD_GROUP = with_flags(ADAM_GROUP, amsgrad=FLAG)
+# Rectified steps need b2 > 2 / 3, and at least five steps before them.
+RADAM_BETAS = st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.5, 0.7)])
+RMSPROP_GROUP = st.fixed_dictionaries(
+    {
+        "lr": LR,
+        "alpha": st.sampled_from([0.99, 0.5]),
+        "eps": st.sampled_from([1e-8, 1e-2]),
+        "weight_decay": DECAY,
+        "momentum": st.sampled_from([0.0, 0.9]),
+        "centered": FLAG,
+        "maximize": FLAG,
+    }
+)
+ADAGRAD_GROUP = st.fixed_dictionaries(
+    {
+        "lr": LR,
+        "lr_decay": st.sampled_from([0.0, 0.3]),
+        "eps": st.sampled_from([1e-10, 1e-2]),
+        "weight_decay": DECAY,
+        "maximize": FLAG,
+    }
+)
 GROUPS = {
     torch.optim.SGD: SGD_GROUP,
-    torch.optim.Adam: DECOUPLED_GROUP if HAS_DECOUPLED else ADAM_GROUP,
-    torch.optim.AdamW: ADAM_GROUP,
+    torch.optim.Adam: with_flags(AMSGRAD_GROUP, decoupled_weight_decay=FLAG) if HAS_DECOUPLED else AMSGRAD_GROUP,
+    torch.optim.AdamW: AMSGRAD_GROUP,
+    torch.optim.RMSprop: RMSPROP_GROUP,
+    torch.optim.Adagrad: ADAGRAD_GROUP,
+    torch.optim.NAdam: with_flags(ADAM_GROUP, momentum_decay=st.sampled_from([4e-3, 0.5]), decoupled_weight_decay=FLAG),
+    torch.optim.RAdam: with_flags(ADAM_GROUP, betas=RADAM_BETAS, decoupled_weight_decay=FLAG),
 }
-KERNELS = st.sampled_from([{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+KERNELS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}]
 
 
 @dataclass(frozen=True)
@@ -106,7 +141,7 @@ def cases(kind, dtype=torch.float64):
         Case,
         st.just(kind),
         st.lists(GROUPS[kind], min_size=1, max_size=3),
-        KERNELS,
+        st.sampled_from([kernel for kernel in KERNELS if kind in FUSED or "fused" not in kernel]),
         st.integers(0, 2**31 - 1),
         st.just(dtype),
     )
@@ -187,7 +222,7 @@ def test_a_state_dict_that_was_saved_and_loaded(kind):
     gradients = case.gradients()
     inner = mirror(loaded, case.params)
     virtual, _ = apply(inner.transformation, gradients, inner.state, case.params)
-    case.real_step(optimizer, gradients)
+    case.real_step(loaded, gradients)  # loading gives NAdam's product the parameter's dtype
     for name, p in case.params.items():
         torch.testing.assert_close(virtual[name], p, **ROUNDING[torch.float64])
 
@@ -265,14 +300,24 @@ def test_adamw_whose_groups_do_not_say_that_their_decay_is_decoupled():
     torch.testing.assert_close(virtual["p"], expected, **ROUNDING[torch.float64])
 
 
+SMOOTH = {
+    torch.optim.RMSprop: {"centered": True, "momentum": 0.9},
+    torch.optim.Adagrad: {"lr_decay": 0.1, "initial_accumulator_value": 0.01},
+    torch.optim.NAdam: {"decoupled_weight_decay": True},
+    torch.optim.RAdam: {"betas": (0.9, 0.99)},
+    torch.optim.AdamW: {"amsgrad": True},
+}
+
+
 @pytest.mark.parametrize("kind", GROUPS)
-@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("warm", [0, 5])
 def test_hypergradients_through_the_mirror_are_central_differences_of_torch(kind, warm):
     """Three groups of their own hyper-parameters, one parameter unused, K = 3 steps."""
-    problem = Bilevel(steps=3, unused=True, losses=3, seed=3)
+    problem = Bilevel(steps=5, unused=True, losses=3, seed=3)
     common = {
         "weight_decay": 0.1,
         **({"momentum": 0.9, "dampening": 0.2} if kind is torch.optim.SGD else {"eps": 0.05}),
+        **SMOOTH.get(kind, {}),
     }
     rates = {"w10.weight": 0.3, "w10.bias": 0.1, "w2": 0.05, "scale": 0.2, "unused": 0.5}
 
@@ -320,32 +365,84 @@ class OwnAdam(torch.optim.Adam):
     """A subclass may do anything in its step."""
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad, OwnSGD, OwnAdam])
+@pytest.mark.parametrize("optimizer", [torch.optim.Rprop, torch.optim.Adadelta, torch.optim.Adamax, OwnSGD, OwnAdam])
 def test_other_optimizers_are_an_error_that_lists_the_supported_ones(optimizer):
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(MetaKDError) as error:
         mirror(optimizer([p], lr=0.1), {"p": p})
     message = str(error.value)
     assert f"cannot follow {optimizer.__name__}" in message
-    for supported in (
-        "torch.optim.SGD",
-        "torch.optim.Adam ",
-        "torch.optim.AdamW",
-        "nesterov",
-        "betas",
-        "maximize",
-    ):
-        assert supported in message
+    for kind in GROUPS:
+        assert f"torch.optim.{kind.__name__} (" in message
+    for flag in ("nesterov", "betas", "maximize", "centered", "lr_decay", "momentum_decay", "amsgrad"):
+        assert flag in message
     plain_sgd(optimizer([p], lr=0.1), {"p": p})
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_amsgrad_in_any_group_is_an_error(kind):
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_flag_of_a_later_torch_is_an_error_where_it_is_on(kind):
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    optimizer = kind([{"params": [p]}, {"params": [q], "amsgrad": True}], lr=0.1)
-    with pytest.raises(MetaKDError, match=r"amsgrad=True; it supports torch\.optim\.SGD.*AdamW"):
+    optimizer = kind([{"params": [p]}, {"params": [q]}], lr=0.1)
+    optimizer.defaults["cautious"] = optimizer.param_groups[0]["cautious"] = False
+    optimizer.param_groups[1]["cautious"] = True
+    optimizer.param_groups[0]["name"] = "a key of the user's, or of a scheduler"
+    with pytest.raises(MetaKDError, match=rf"does not know cautious=True of {kind.__name__};.*inner='sgd'"):
         mirror(optimizer, {"p": p, "q": q})
     mirror(optimizer, {"p": p})
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_radam_before_and_after_its_first_rectified_step(rectified):
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    assert_mirrored(Case(torch.optim.RAdam, [group], {}, seed=7), warm=6 if rectified else 0, steps=7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["fused", "capturable", "foreach"])
+@pytest.mark.parametrize("kind", [kind for kind in GROUPS if kind is not torch.optim.SGD])
+def test_counts_that_are_kept_on_the_device(kind, kernel):
+    """They come off it by one transfer, and steps stay there."""
+    p, q = (torch.nn.Parameter(torch.randn(3, dtype=torch.float64, device="cuda")) for _ in range(2))
+    if kernel not in kind([p]).defaults:
+        pytest.skip("this optimizer has no such flag")
+    optimizer = kind([p, q], lr=0.1, **{kernel: True})
+    for _ in range(2):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        transfers, cpu = [], torch.Tensor.cpu
+        patch.setattr(torch.Tensor, "cpu", lambda t: (transfers.append(t), cpu(t))[1])
+        inner = mirror(optimizer, {"p": p, "q": q})
+    assert len(transfers) <= 2
+    moved, _ = apply(inner.transformation, {"p": p.grad, "q": None}, inner.state, {"p": p.detach().clone(), "q": q})
+    q.grad = None
+    optimizer.step()
+    torch.testing.assert_close(moved["p"], p.detach(), rtol=1e-6, atol=1e-6)  # capturable counts are in float32
+
+
+def test_an_initial_accumulator():
+    groups = [{"lr": 0.1}, {"lr": 0.1}]
+    case = Case(torch.optim.Adagrad, groups, {"initial_accumulator_value": 0.5}, seed=3)
+    assert_mirrored(case, warm=0, steps=3)
+    inner = mirror(case.build(), case.params)  # cold, in whatever comes without a state
+    state = inner.transformation.init({name: p.detach() for name, p in case.params.items()})
+    torch.testing.assert_close({n: s["sum"] for n, s in state.items()}, {n: s["sum"] for n, s in inner.state.items()})
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_parameter_whose_state_is_in_a_finer_dtype(kind):
+    """The virtual steps run in the parameter's own."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = kind([p], lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, value in optimizer.state[p].items():
+        if value.shape == p.shape:
+            optimizer.state[p][name] = value.float()
+    inner = mirror(optimizer, {"p": p})
+    moved, state = apply(inner.transformation, {"p": torch.ones_like(p)}, inner.state, {"p": p.detach()})
+    assert moved["p"].dtype == torch.bfloat16
+    assert {t.dtype for t in tensors(state) if t.shape == p.shape} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("build", [mirror, plain_sgd])

@@ -9,6 +9,9 @@ from torch import nn
 
 import metakd
 from metakd import MetaKDError, check_hypergradient, estimators, recipes
+from metakd.parts import default_weighting
+from metakd.recipes.base import beside
+from metakd.student import FunctionalStudent
 from metakd.terms import CrossEntropy
 from tests.recipes.by_hand import SAMPLES, meta_batch, student, teacher, train_batch
 
@@ -138,3 +141,52 @@ def test_the_teacher_stays_as_it_is(name):
     balancer(train_batch(0), meta_batch(0)).backward()
     assert guide.training and all(torch.equal(value, before[key]) for key, value in guide.state_dict().items())
     assert all(p.grad is None for p in guide.parameters())
+
+
+DTYPES = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_models_are_real_and_never_half_precise(dtype):
+    model = nn.Linear(2, 2, dtype=dtype)
+    for weighting in (beside(model, nn.Linear(3, 1)), default_weighting(FunctionalStudent(model), 2, 3)):
+        assert {p.dtype for p in weighting.parameters()} == {DTYPES[dtype]}
+
+
+class Spectral(nn.Module):
+    """Complex parameters, real logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=torch.complex128)
+
+    def forward(self, x):
+        return self.layer(x.to(torch.complex128)).abs()
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_student_with_complex_parameters_has_real_weights(name):
+    model = Spectral()
+    balancer = RECIPES[name](model, teacher(), torch.optim.SGD(model.parameters(), lr=0.1))
+    balancer.loss(train_batch(0)).backward()
+    assert balancer.report.weights.dtype == torch.float64 and model.layer.weight.grad.is_complex()
+    assert not any(p.is_complex() for p in balancer.weighting.parameters())
+
+
+@pytest.mark.parametrize("name", ["amal", "bikd", "rw_kd"])
+def test_a_teacher_may_be_a_function(name):
+    model, guide = student(), teacher()
+    weights = []
+    for judge in (guide, lambda x: guide.eval()(x)):
+        torch.manual_seed(0)
+        weights.append(RECIPES[name](model, judge, sgd(model)).loss(train_batch(0)))
+    torch.testing.assert_close(*weights)
+    with pytest.raises(MetaKDError, match=r"a list of 2 outputs.*torch\.stack\(batch\.teacher\)"):
+        RECIPES[name](model, [guide, guide], sgd(model)).loss(train_batch(0))

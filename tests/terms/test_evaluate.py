@@ -128,7 +128,12 @@ def test_what_is_no_tensor(loss):
     assert "term 'x'" in found and type(loss).__name__ in found and "shape (3,)" in found
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_complex_loss():
+    found = message(evaluate, {"x": lambda z, batch: torch.zeros(3, dtype=torch.complex64)}, Z, BATCH)
+    assert "term 'x' returned torch.complex64" in found and ".abs()" in found and ".real" in found
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_a_dtype_without_gradient(dtype):
     found = message(evaluate, {"x": lambda z, batch: torch.zeros(3, dtype=dtype)}, Z, BATCH)
     assert "term 'x'" in found and str(dtype) in found and "floating" in found
@@ -173,6 +178,9 @@ def test_an_interrupt_passes_untouched(kind):
     ("outputs", "batch", "source"),
     [
         (Z, Batch(None, {"y": torch.zeros(3)}), "batch.targets"),
+        (Z, Batch(None, [{"boxes": torch.zeros(2, 4)}] * 3), "batch.targets"),
+        (torch.zeros(5, 3, 4), Batch(torch.zeros(3, 5), (torch.zeros(9), torch.ones(3))), "batch.targets"),
+        (torch.zeros(5, 3, 4), Batch(torch.zeros(7, 3), torch.zeros(7), size=3), "the batch, by its size"),
         (Z, Batch(None), "the outputs"),
         (SimpleNamespace(logits=Z), Batch(None), "the outputs"),
         ((Z, Z), Batch({"x": torch.zeros(3, 2)}), "batch.inputs"),
@@ -180,9 +188,30 @@ def test_an_interrupt_passes_untouched(kind):
 )
 def test_where_the_batch_size_comes_from(outputs, batch, source):
     assert evaluate({"x": lambda z, batch: torch.zeros(3)}, outputs, batch).shape == (3, 1)
-    assert f"3 samples in {source};" in message(evaluate, {"x": lambda z, batch: torch.zeros(2)}, outputs, batch)
+    found = message(evaluate, {"x": lambda z, batch: torch.zeros(2)}, outputs, batch)
+    assert f"3 samples in {source};" in found and "Batch(size=...)" in found
 
 
 def test_a_batch_of_unknown_size():
     found = message(evaluate, {"x": lambda z, batch: torch.zeros(3)}, (Z, Z), Batch(None))
     assert "cannot tell how many samples" in found and "Batch(targets=...)" in found
+
+
+OUTPUTS_OF_NO_CLASSIFIER = {
+    "regression": (torch.zeros(3, 2), torch.zeros(3, 2)),
+    "several labels": (torch.zeros(3, 4), torch.ones(3, 4)),
+    "several labels, integers": (torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.int64)),
+    "dense": (torch.zeros(3, 4, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)),
+    "one number": (torch.zeros(3), torch.zeros(3)),
+    "one logit": (torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)),
+    "no tensor": ((Z, Z), torch.zeros(3, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS_OF_NO_CLASSIFIER)
+def test_the_default_meta_loss_says_that_there_are_others(case):
+    outputs, targets = OUTPUTS_OF_NO_CLASSIFIER[case]
+    found = message(evaluate, {"meta_loss": CrossEntropy()}, outputs, Batch(None, targets))
+    assert "term 'meta_loss': " in found and "meta_loss=lambda outputs, batch: ..." in found
+    assert "meta_loss=" not in message(evaluate, {"hard": CrossEntropy()}, outputs, Batch(None, targets))
+    assert "meta_loss=" not in message(evaluate, {"meta_loss": focal}, outputs, Batch(None, targets))

@@ -1,5 +1,6 @@
 """What a term refuses, and that the message says what was wrong and what to do."""
 
+import re
 from functools import partial
 
 import pytest
@@ -172,7 +173,53 @@ def test_too_few_classes_for_three_groups(family, counts):
     assert "at least three classes" in found and f"there are {len(counts)} counts" in found
 
 
-@pytest.mark.parametrize("term", [TargetClass(), NonTargetClass()])
-def test_a_single_class_has_no_rest(term):
-    found = message(term, torch.zeros(3, 1), Batch(None, Y, torch.zeros(3, 1)))
-    assert "the student has 1 output" in found and "another class" in found
+SINGLE = [*LABELED[:1], *(family([1]) for family in COUNTED[:3]), *BOTH, SoftTarget(), ReverseSoftTarget()]
+
+
+@pytest.mark.parametrize("term", SINGLE)
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_single_logit_is_no_classifier(term, label):
+    found = message(term, torch.zeros(3, 1), Batch(None, Y + label, torch.zeros(3, 1)))
+    assert "the student has 1 output, and a single logit has no cross-entropy" in found and "another class" in found
+    assert "F.binary_cross_entropy_with_logits(" in found
+
+
+def test_the_terms_that_messages_name_are_terms():
+    """What stands behind `lambda outputs, batch:` in the messages, on the outputs that they are about."""
+    one, dense = torch.randn(3, 1), torch.randn(3, 4, 2, 2)
+    cases = [
+        (one, Batch(None, Y)),
+        (one[:, 0], Batch(None, Y)),
+        (dense, Batch(None, torch.zeros(3, 2, 2, dtype=torch.int64))),
+        (Z, Batch(None, torch.randn(3, 4))),
+    ]
+    for outputs, batch in cases:
+        text = re.search(r"lambda outputs, batch: F\.\w+\(.*?reduction='none'\)(\.flatten\(1\))?(\.mean\(dim=1\))?",
+                         message(CrossEntropy(), outputs, batch))[0]  # fmt: skip
+        losses = eval(text, {"F": torch.nn.functional})(outputs, batch)
+        assert losses.shape == (3,) and losses.isfinite().all()
+
+
+ENSEMBLE = [torch.randn(3, 4), torch.randn(3, 4)]
+
+
+@pytest.mark.parametrize("term", TAUGHT)
+@pytest.mark.parametrize("outputs", [ENSEMBLE, tuple(ENSEMBLE)])
+def test_the_outputs_of_several_teachers(term, outputs):
+    found = message(term, Z, Batch(None, Y, outputs))
+    assert f"a {type(outputs).__name__} of 2 outputs" in found and "pick or average" in found
+    assert "torch.stack(batch.teacher).mean(dim=0)" in found
+
+
+def test_the_terms_that_the_message_names_take_several_teachers():
+    batch = Batch(None, Y, ENSEMBLE)
+    found = message(SoftTarget(), Z, batch)
+    first = eval(re.search(r"lambda outputs, batch: .*?\)\)(?=,)", found)[0], {"SoftTarget": SoftTarget})
+    torch.testing.assert_close(first(Z, batch), SoftTarget()(Z, batch._replace(teacher=ENSEMBLE[0])))
+    mean = eval(re.search(r"teacher=(torch.*)$", found)[1], {"torch": torch, "batch": batch})
+    torch.testing.assert_close(mean, (ENSEMBLE[0] + ENSEMBLE[1]) / 2)
+
+
+def test_complex_outputs():
+    found = message(logits, torch.zeros(3, 4, dtype=torch.complex64))
+    assert "torch.complex64" in found and ".abs()" in found and ".real" in found

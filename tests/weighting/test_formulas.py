@@ -359,6 +359,17 @@ def test_class_aware_features_are_losses_entropies_and_rarity(rows, classes, see
         losses = [-q[label].log(), -p[label].log(), -(q * q.log()).sum(), -(p * p.log()).sum()]
         expected.append([*map(float, losses), math.log(max(counts) / counts[label])])
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    alone = ClassAware(counts)(torch.zeros(rows, 2), student, batch._replace(teacher=None))
+    torch.testing.assert_close(alone, found[:, [0, 2, 4]], rtol=0, atol=0)
+
+
+def test_a_recipe_without_a_teacher_with_class_aware_features():
+    student = nn.Linear(4, 3)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = recipes.meta_weight_net(student, optimizer=sgd, features=ClassAware([40, 9, 2]))
+    batch, meta = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]
+    balancer(batch, meta).backward()
+    assert next(balancer.weighting.parameters()).shape == (100, 3)
 
 
 def test_a_recipe_with_class_aware_features():

@@ -6,6 +6,7 @@ from torch import nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
+from metakd.features import evaluate_features, student_and_teacher
 from metakd.weighting import (
     ClassAware,
     ClassTable,
@@ -162,6 +163,12 @@ def test_features_that_are_no_entropies(shape):
     assert f"shape {shape}, expected (B, 2)" in found and "features=weighting.entropies" in found
 
 
+@pytest.mark.parametrize("features", [entropies, ClassAware([9])])
+def test_features_of_a_single_logit(features):
+    batch = Batch(None, torch.zeros(3, dtype=torch.int64), teacher=torch.zeros(3, 1))
+    assert "the student has 1 output" in message(features, X, torch.zeros(3, 1), batch)
+
+
 def test_entropies_without_a_teacher():
     assert "batch.teacher is None" in message(entropies, X, torch.zeros(3, 2), Batch(None))
 
@@ -174,7 +181,34 @@ def test_class_aware_features_of_counts_that_are_none(counts):
 def test_class_aware_features_of_other_outputs():
     features, batch = ClassAware([9, 3]), Batch(None, torch.tensor([0, 1, 1]), teacher=torch.zeros(3, 2))
     assert "there are 2 class counts but the student has 3 outputs" in message(features, X, torch.zeros(3, 3), batch)
-    assert "batch.teacher is None" in message(features, X, torch.zeros(3, 2), Batch(None, batch.targets))
+    assert "teacher's outputs have shape (3, 3)" in message(
+        features, X, torch.zeros(3, 2), batch._replace(teacher=torch.zeros(3, 3))
+    )
+    assert "a list of 2 outputs" in message(features, X, torch.zeros(3, 2), batch._replace(teacher=[batch.teacher] * 2))
     labels = Batch(None, torch.tensor([0, 1, 2]), teacher=batch.teacher)
     assert "2" in message(features, X, torch.zeros(3, 2), labels)
     assert "targets" in message(features, X, torch.zeros(3, 2), Batch(None, teacher=batch.teacher))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_features(dtype):
+    def spectrum(losses, outputs, batch):
+        return outputs
+
+    found = message(evaluate_features, spectrum, torch.zeros(3, 2), torch.zeros(3, 2, dtype=dtype), Batch(None))
+    assert "'spectrum' must return real floating-point (B, F) with B = 3" in found
+    assert str(dtype) in found and ".abs()" in found and ".real" in found
+
+
+def test_default_features_where_they_cannot_be_computed():
+    labels = torch.zeros(3, dtype=torch.int64)
+    for outputs, batch, why in (
+        (torch.zeros(3), Batch(None, torch.zeros(3), torch.zeros(3)), "shape (3,)"),
+        (torch.zeros(3, 2), Batch(None, torch.zeros(3, 2), torch.zeros(3, 2)), "torch.float32 of shape (3, 2)"),
+        (torch.zeros(3, 1), Batch(None, labels, torch.zeros(3, 1)), "a single logit has no cross-entropy"),
+        (torch.zeros(3, 2), Batch(None, labels, [torch.zeros(3, 2)] * 2), "a list of 2 outputs"),
+        (torch.zeros(3, 2), Batch(None, labels), "batch.teacher is None"),
+    ):
+        found = message(student_and_teacher, torch.zeros(3, 2), outputs, batch)
+        assert why in found and "Pass features=lambda losses, outputs, batch: losses" in found
+        assert "meta_loss=" in found

@@ -1,0 +1,113 @@
+"""What `hypergradient(verify=...)` compares: products, repeated evaluations, and whole hypergradients."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd.derivatives import Gradients, NoSecondDerivative, filled, gradients, leaves
+from metakd.errors import MetaKDError
+from metakd.estimators.problem import Problem, checked_scalar
+from metakd.estimators.tolerance import CANCELLED, tolerance, tolerance_of
+from metakd.inner import Params
+
+
+def reject_other_products(
+    problem: Problem,
+    params: Params,
+    meta: Params,
+    batch: Any,
+    u: Params,
+    *,
+    forward: tuple[Gradients, Gradients],
+    reverse: Callable[[], tuple[Gradients, Gradients]],
+    what: str,
+) -> None:
+    """Compare forward-mode products of u, in params and in meta, with those of reverse mode.
+
+    Raises:
+        MetaKDError: they differ, or the model has no reverse mode to compare with; `what` names the forward way.
+    """
+    try:
+        expected = reverse()
+    except NoSecondDerivative as error:
+        raise MetaKDError(
+            f"{what} cannot be compared with reverse mode, which this model lacks ({error.fact}); alone it may be "
+            "wrong without a word. verify=False takes it as it is; estimators.FiniteDifference() needs neither"
+        ) from error
+    theta = leaves({name: params[name] for name in u})
+    loss = problem.inner({**params, **theta}, {name: m.detach() for name, m in meta.items()}, batch)
+    limit = problem.memory.tolerance or tolerance_of(loss)
+    lengths = _norm(gradients(loss, theta)) * _norm(u)
+    for found, right, like in zip(forward, expected, (params, meta), strict=True):
+        if found:
+            _reject_difference(found, filled(right, like), limit, lengths, what)
+
+
+def reject_impure(problem: Problem) -> None:
+    """Evaluate the inner loss of the first step and the outer loss twice, from the same generators.
+
+    Raises:
+        MetaKDError: one of them gives another value the second time.
+    """
+    theta, meta = leaves(problem.params), leaves(problem.meta_params)
+    _reject_another_value("the inner loss", lambda: problem.inner_loss(theta, meta, 0))
+    for i, outer in enumerate(problem.outers):
+        name = "the outer loss" if len(problem.outers) == 1 else f"the outer loss of batch {i}"
+        _reject_another_value(name, partial(outer, theta, meta))
+
+
+def _reject_another_value(name: str, loss: Callable[[], Tensor]) -> None:
+    first, second = (checked_scalar(loss(), name).detach() for _ in range(2))
+    if not abs(first - second) <= 100 * torch.finfo(first.dtype).eps * max(abs(first), abs(second)):
+        raise MetaKDError(
+            f"{name} is not a pure function: the same arguments and generators gave {first.item():.9g} and then "
+            f"{second.item():.9g}. It keeps a state (a counter, a buffer, a cache), changes its inputs in place, or "
+            "draws from a generator of its own (torch.Generator, numpy.random.Generator); pass such a state in"
+        )
+
+
+def reject_other_hypergradient(found: Params, expected: Params, by: tuple[Any, Any]) -> None:
+    """Compare two exact estimators' hypergradients.
+
+    Raises:
+        MetaKDError: they differ; the message has the numbers.
+    """
+    one, other = by
+    limit = max(tolerance(g.dtype, g.device.type) for g in expected.values())
+    _reject_difference(found, expected, limit, 0.0, f"the hypergradient by {one}", f"that by {other}")
+
+
+def _reject_difference(
+    found: Mapping[str, Tensor | None],
+    expected: Params,
+    limit: float,
+    lengths: float,
+    what: str,
+    than: str = "reverse mode",
+) -> None:
+    rounding = CANCELLED * limit * max(_norm(expected), lengths)
+    for name, right in expected.items():
+        value = found.get(name)
+        difference = _norm({name: right if value is None else value - right})
+        if not difference <= limit * _norm({name: right}) + rounding and bool(right.isfinite().all()):
+            raise MetaKDError(
+                f"{what} differs from {than} by {difference:.3g} in {name!r}: {_numbers(value)} against "
+                f"{_numbers(right)}. An operation has a wrong derivative in one of the two ways, or a loss is not a "
+                "pure function; use estimators.Adjoint(), and check_hypergradient to see which is right"
+            )
+
+
+def _norm(values: Mapping[str, Tensor | None]) -> float:
+    return math.sqrt(sum(float(v.detach().double().square().sum()) for v in values.values() if v is not None))
+
+
+def _numbers(value: Tensor | None) -> str:
+    """The first few of a tensor's numbers."""
+    if value is None:
+        return "nothing"
+    few = ", ".join(f"{v:.4g}" for v in value.detach().flatten()[:4].tolist())
+    return f"[{few}{', ...' if value.numel() > 4 else ''}]"

@@ -1,0 +1,64 @@
+"""Forward-mode differentiation: dual numbers, one block of them at a time in the whole process."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from metakd.errors import MetaKDError
+from metakd.inner import Params
+
+_LOCK = RLock()  # torch has one level of dual numbers for all threads
+
+
+class LevelTaken(MetaKDError):
+    """Someone else differentiates in forward mode at this moment: outside of this library, or around this call.
+
+    Examples:
+        >>> with forward_ad.dual_level(), dual_numbers():
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        metakd.estimators.dual.LevelTaken: torch has one level of dual numbers for the whole process, and a block of ...
+    """
+
+
+class _NoGradStopsTangents(TorchFunctionMode):
+    """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
+            torch._C._set_fwd_grad_enabled(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def dual_numbers() -> Iterator[None]:
+    """A block of forward-mode differentiation; other threads wait for its end.
+
+    Raises:
+        LevelTaken: the level of dual numbers is someone else's.
+    """
+    with _LOCK, ExitStack() as stack:
+        try:
+            stack.enter_context(forward_ad.dual_level())
+        except RuntimeError as error:
+            raise LevelTaken(_TAKEN) from error
+        stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+        stack.enter_context(_NoGradStopsTangents())
+        yield
+
+
+def duals(params: Params, u: Params) -> Params:
+    """Dual numbers that move along u; parameters that it leaves out do not move."""
+    return {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
+
+
+_TAKEN = (
+    "torch has one level of dual numbers for the whole process, and a block of torch.autograd.forward_ad is open "
+    "outside of this call or in another thread; end it first, or use reverse mode"
+)

@@ -1,0 +1,49 @@
+"""The state that a torch optimizer keeps of its parameters, as an update rule takes it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd.inner.real import as_real
+from metakd.inner.rules import Group, Rule, State
+
+
+def started(p: Tensor, found: Mapping[str, Any], rule: Rule, group: Group) -> State:
+    """The state of a real tensor: what the torch optimizer has, and the rule's start where that has nothing."""
+    state = {}
+    for name, start in rule.start(group).items():
+        value = found.get(name)
+        if value is None:
+            value = start(p)
+        elif name not in _NUMBERS:
+            value = as_real(value.detach()).to(p.device, p.dtype)
+        state[name] = value
+    return state
+
+
+def numbers_off_device(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same states with counts as integers, and no number on a device, where fused kernels keep them.
+
+    One transfer brings all of them, as each would wait for all that the device still has to do.
+    """
+    numbers = {
+        (at, name): torch.as_tensor(state[name]).detach()
+        for at, state in states.items()
+        for name in _NUMBERS
+        if state.get(name) is not None
+    }
+    kinds: dict[Any, list[tuple[str, str]]] = {}
+    for key, value in numbers.items():
+        kinds.setdefault((value.device, value.dtype), []).append(key)
+    for keys in kinds.values():
+        values = torch.stack([numbers[key].reshape(()) for key in keys]).cpu().unbind()
+        numbers.update(zip(keys, values, strict=True))
+    result = {at: dict(state) for at, state in states.items()}
+    for (at, name), value in numbers.items():
+        result[at][name] = _NUMBERS[name](value)
+    return result
+
+
+_NUMBERS: dict[str, Any] = {"step": int, "mu_product": Tensor.clone}

@@ -1,0 +1,189 @@
+"""Nests of tensors: what loaders, students and optimizers hand around, looked through and rebuilt in its own types."""
+
+import copy
+import sys
+import weakref
+from argparse import Namespace
+from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from types import MappingProxyType, MemberDescriptorType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metakd.errors import MetaKDError
+
+# What is passed on whole: it may lead to tensors, but they are no data of a batch.
+_WHOLE = (nn.Module, type, torch.optim.Optimizer, torch.Generator, Dataset, DataLoader, Sampler, Iterator)
+_CONSTANT, _FILLED = (tuple, MappingProxyType), (list, dict)
+_BAGS = (SimpleNamespace, Namespace, UserDict, UserList, ChainMap)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in a nest of containers and objects with attributes, in the order in which `map_tensors` meets them.
+
+    Examples:
+        >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(2), "text"], "c": SimpleNamespace(z=torch.ones(3))}))
+        3
+    """
+    found: list[Tensor] = []
+    _gather(value, found, set())
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same nest with `function` applied to every tensor; types are kept, and other leaves are the very objects.
+
+    Looked through are tuples, lists and mappings, their subclasses, and objects with attributes: those that hold
+    tensors are copied without running their own code, those that hold none stay themselves. Modules, classes,
+    functions, optimizers, generators, iterators, datasets and loaders are passed on whole, as are objects of Python's
+    own classes.
+
+    Raises:
+        MetaKDError: an object that holds tensors cannot be copied.
+
+    Examples:
+        >>> map_tensors(lambda t: t.double(), OrderedDict(x=torch.zeros(1)))
+        OrderedDict([('x', tensor([0.], dtype=torch.float64))])
+    """
+    return _mapped(value, function, {})
+
+
+def _gather(value: Any, found: list[Tensor], met: set[int]) -> None:
+    """The value's tensors; `met` has the objects met already, by id, and the lists and mappings around this one."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif _has_parts(_kind(value)) and id(value) not in met:
+        if not isinstance(value, _CONSTANT):
+            met.add(id(value))
+        items = _items(value)
+        known = {id(item) for item in items}
+        for part in [*items, *(part for _, part in _attributes(value) if id(part) not in known)]:
+            _gather(part, found, met)
+        if isinstance(value, _FILLED):  # counts at each of its places, any other object once
+            met.discard(id(value))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Any], copies: dict[int, Any]) -> Any:
+    """The value mapped; `copies` has those of what is in `met` above, by id."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is weakref.ref:  # what refers back to an original is to see its copy
+        seen = copies.get(id(value()))
+        return value if seen is None else weakref.ref(seen)
+    if not _has_parts(_kind(value)):
+        return value
+    if id(value) in copies:
+        return copies[id(value)]
+    if not isinstance(value, _FILLED + _CONSTANT) and not tensors(value):
+        return value
+    if not isinstance(value, _CONSTANT):
+        copies[id(value)] = _blank(value)
+    items = _items(value)
+    parts = [_mapped(part, function, copies) for part in items]
+    if isinstance(value, _CONSTANT):
+        if all(new is old for new, old in zip(parts, items, strict=True)) and not _attributes(value):
+            return value
+        new = _constant(value, parts)
+    else:
+        new = copies[id(value)]
+        _fill(new, value, parts)
+    # An attribute that mirrors an item, as in the outputs of Hugging Face's models, goes on mirroring it.
+    mirrored = {id(item): part for item, part in zip(items, parts, strict=True)}
+    for place, part in _attributes(value):
+        changed = mirrored[id(part)] if id(part) in mirrored else _mapped(part, function, copies)
+        if isinstance(place, str):
+            new.__dict__[place] = changed
+        else:
+            place.__set__(new, changed)
+    if isinstance(value, _FILLED):
+        del copies[id(value)]
+    return new
+
+
+def _kind(value: Any) -> Any:
+    return type(value)
+
+
+@lru_cache(maxsize=1024)
+def _has_parts(kind: type) -> bool:
+    """Whether objects of a type are looked through."""
+    if issubclass(kind, _CONSTANT + _FILLED + _BAGS):
+        return not issubclass(kind, _WHOLE)
+    # Python's own objects hold no data of a batch, but loggers, threads and the like lead anywhere.
+    return not issubclass(kind, _WHOLE) and not all(map(_is_pythons_own, kind.__mro__))
+
+
+def _is_pythons_own(kind: type) -> bool:
+    # By the name in the module, as a class that is made at run time may claim to be of Python's `abc` or `types`.
+    listed = str(kind.__module__).partition(".")[0] in sys.stdlib_module_names
+    made = bool(kind.__flags__ & 1 << 9)  # Py_TPFLAGS_HEAPTYPE
+    return listed and (not made or getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind)
+
+
+def _items(value: Any) -> list[Any]:
+    """What a container holds, whatever its own class makes of iterating; nothing for other objects."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    if isinstance(value, MappingProxyType):
+        return list(value.values())
+    base = next((base for base in (tuple, list) if isinstance(value, base)), None)
+    return [] if base is None else list(base.__iter__(value))
+
+
+def _attributes(value: Any) -> list[tuple[Any, Any]]:
+    """Where an object keeps its attributes (names, or descriptors of slots), and what is there."""
+    if type(value) in (tuple, list, dict):
+        return []
+    found: list[tuple[Any, Any]] = [*getattr(value, "__dict__", {}).items()]
+    for slot in _slots(_kind(value)):
+        with suppress(AttributeError):  # an empty one
+            found.append((slot, slot.__get__(value)))
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
+    having = [vars(cls) for cls in kind.__mro__ if "__slots__" in vars(cls) or cls is defaultdict]
+    return tuple(slot for own in having for slot in own.values() if isinstance(slot, MemberDescriptorType))
+
+
+def _constant(value: Any, parts: list[Any]) -> Any:
+    """Another container of the same type, made of other parts."""
+    if isinstance(value, MappingProxyType):
+        return MappingProxyType(dict(zip(value, parts, strict=True)))
+    try:
+        return tuple.__new__(type(value), parts)
+    except TypeError:  # torch's own return types
+        return type(value)(parts)
+
+
+def _fill(new: Any, value: Any, parts: list[Any]) -> None:
+    if isinstance(value, list):
+        list.extend(new, parts)
+    elif isinstance(value, dict):
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        for key, part in zip(dict.keys(value), parts, strict=True):
+            base.__setitem__(new, key, part)
+
+
+def _blank(value: Any) -> Any:
+    """A new object of the same type, to be filled."""
+    kind, why = _kind(value), "its copy is no object of its own"
+    base: Any = next(base for base in (OrderedDict, defaultdict, dict, list, object) if isinstance(value, base))
+    with suppress(TypeError):  # a type of a library in C
+        return base.__new__(kind)
+    try:
+        new = copy.copy(value)
+        if type(new) is kind and new is not value:
+            return new
+    except Exception as error:
+        why = f"copy.copy raised {type(error).__name__}: {error}"
+    raise MetaKDError(
+        f"an object of type {kind.__name__} holds tensors that are to be cast or detached, but cannot be copied: "
+        f"{why}; put the tensors in a mapping or a tuple"
+    )

@@ -1,0 +1,127 @@
+"""The proof on the user's own model: do a student's virtual passes compute what its real forward pass does?"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakd.derivatives import Gradients, gradients, leaves
+from metakd.errors import MetaKDError
+from metakd.estimators import Estimator
+from metakd.estimators.tolerance import CANCELLED, tolerance_of
+from metakd.nest import tensors
+from metakd.objective import Objective, weighted_mean
+from metakd.student import FunctionalStudent
+from metakd.terms import Term
+from metakd.train_pass import TrainPass
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def compare_with_real_pass(objective: Objective, train: TrainPass, weights: Tensor, names: Sequence[str]) -> None:
+    """Run the first inner step's pass virtually, and compare losses and gradient with those of the real pass.
+
+    Args:
+        objective: whose first batch the real pass was over, too.
+        train: the real pass.
+        weights: (B, M) of the loss whose gradient is compared, detached.
+        names: of the terms.
+
+    Raises:
+        OtherLossesError: the losses differ.
+        MetaKDError: the gradients differ; the message names the parameters.
+    """
+    theta = leaves(objective.student.detached())
+    virtual = objective.losses(theta, 0)
+    _compare_losses(train.losses.detach(), virtual.detach(), names, tolerance_of(virtual))
+    take = train.gradient_of(weighted_mean(weights, train.losses), keep_graph=True)
+    if take is not None:
+        _compare_gradients(take(theta), gradients(weighted_mean(weights, virtual), theta), tolerance_of(virtual))
+
+
+class OtherLossesError(MetaKDError):
+    """A virtual pass gives other losses than the real one over the same batch.
+
+    Examples:
+        >>> issubclass(OtherLossesError, MetaKDError)
+        True
+    """
+
+
+def what_it_stands_on(
+    student: FunctionalStudent, outputs: Any, terms: Mapping[str, Term], estimator: Estimator
+) -> Hashable:
+    """What a proof holds for: modules, their modes and hooks, outputs but for their first dimension, terms, estimator.
+
+    Examples:
+        >>> layer = nn.Dropout()
+        >>> net = FunctionalStudent(nn.Sequential(nn.Linear(1, 1), layer))
+        >>> before = what_it_stands_on(net, torch.ones(2, 3), {}, None)
+        >>> before == what_it_stands_on(net, torch.ones(5, 3), {}, None)
+        True
+        >>> _ = layer.eval()
+        >>> before == what_it_stands_on(net, torch.ones(5, 3), {}, None)
+        False
+    """
+    modules = tuple((id(m), m.training, *_hooks(m)) for m in student.module.modules())
+    trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.module.parameters())
+    shapes = tuple((t.dtype, *t.shape[1:]) for t in tensors(outputs))
+    return modules, trained, shapes, tuple((name, _code(term)) for name, term in terms.items()), id(estimator)
+
+
+def _hooks(module: nn.Module) -> Iterator[Hashable]:
+    for kind in _HOOKS:
+        if hooks := module.__dict__.get(kind):
+            yield kind, *(_code(hook) for hook in hooks.values())
+
+
+def _code(function: Any) -> Hashable:
+    """What tells one function from another, though it is made anew in every iteration."""
+    while (inner := getattr(function, "hook", None) or getattr(function, "__func__", None)) is not None:
+        function = inner
+    if isinstance(function, functools.partial):
+        return _code(function.func)
+    return id(function.__code__) if isinstance(function, types.FunctionType) else id(type(function))
+
+
+def _compare_losses(real: Tensor, virtual: Tensor, names: Sequence[str], limit: float) -> None:
+    for k, name in enumerate(names):
+        one, other = real[:, k].double(), virtual[:, k].double()
+        difference = one - other
+        floor = CANCELLED * len(one) ** 0.5  # of losses near zero rounding is all there is
+        if bool(difference.norm() <= limit * (torch.maximum(one.norm(), other.norm()) + floor)):
+            continue
+        i = int(difference.abs().argmax())
+        raise OtherLossesError(
+            f"a virtual pass over the training batch gives other losses than the real one: term {name!r}, sample {i}: "
+            f"{other[i]:.6g} in place of {one[i]:.6g}. The student or the term draws from a random generator, keeps a "
+            "counter or a cache, or changes a tensor, where virtual passes cannot follow. Keep such things as "
+            "attributes or buffers of the module, draw from torch's default generator, and write to clones; or pass "
+            "verify=False if no hypergradient needs to be exact"
+        )
+
+
+def _compare_gradients(real: Gradients, virtual: Gradients, limit: float) -> None:
+    total = sum(float(g.double().square().sum()) for g in real.values() if g is not None) ** 0.5
+    wrong = []
+    for name, one in real.items():
+        other = virtual[name]
+        if one is None and other is None:
+            continue
+        sizes = [0.0 if g is None else float(g.double().norm()) for g in (one, other)]
+        difference = max(sizes) if one is None or other is None else float((one.double() - other.double()).norm())
+        if not difference <= limit * max(sizes) + CANCELLED * limit * total:
+            wrong.append(f"{name!r} ({sizes[1]:.4g} in place of {sizes[0]:.4g}, {difference / max(sizes):.0%} off)")
+    if wrong:
+        raise MetaKDError(
+            "the gradient of a virtual pass differs from that of the real one although the losses are the same. Norms "
+            f"by parameter: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}. The student or a term reads "
+            "these parameters from a place where virtual passes cannot swap them: a tuple, an object of another "
+            "package, a cache of what was computed from them. Read them as attributes of the module; or pass "
+            "verify=False if no hypergradient needs to be exact"
+        )

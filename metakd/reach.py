@@ -1,0 +1,324 @@
+"""The walk over all Python objects that a student's own code can read and write."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LONGEST = 10_000  # entries of a container that is looked into; data sets are longer
+_MOST = 50_000  # objects of a walk
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_MODULES = {*vars(nn.Module()), *_HOOKS, "_parameters", "_buffers", "_modules"} - {"training"}
+_PLAIN = {
+    int,
+    float,
+    bool,
+    str,
+    bytes,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    Tensor,
+    nn.Parameter,
+}
+_NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
+    "__main__"
+}
+
+
+class Places:
+    """Where code can leave something behind.
+
+    Attributes:
+        mappings: dicts, attributes of objects, and the variables of functions.
+        lists: lists and deques.
+        sets: sets.
+        generators: of random numbers, beside those that every program has.
+        arrays: NumPy arrays.
+        modules: all modules, the student's and others that terms and hooks hold.
+    """
+
+    def __init__(self) -> None:
+        self.mappings: list[MutableMapping[Any, Any]] = []
+        self.lists: list[Any] = []
+        self.sets: list[set[Any]] = []
+        self.generators: list[Any] = []
+        self.arrays: list[Any] = []
+        self.modules: list[nn.Module] = []
+
+
+def reach(roots: Iterable[Any], apart: Iterable[Any] = ()) -> Places:
+    """Walk from modules, terms and hooks over all that they hold: attributes, containers, closures, global variables.
+
+    Modules, containers and generators are always looked into, other objects where their class belongs to a package of
+    the roots. Global and class variables count where the code is the user's own and not an installed package's.
+
+    Args:
+        roots: the student, terms, feature functions.
+        apart: objects to leave out, with all that only they hold.
+
+    Examples:
+        >>> model, seen = nn.Linear(2, 2), []
+        >>> _ = model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        >>> any(found is seen for found in reach([model]).lists)
+        True
+    """
+    roots = list(roots)
+    places, known, kept = Places(), {id(value) for value in apart}, []
+    packages = {_package(of) for root in roots for of in _owners(root)} - _NOT_THE_USERS
+    waiting = deque(roots)
+    while waiting and len(known) < _MOST:
+        value = waiting.popleft()
+        if id(value) not in known:
+            known.add(id(value))
+            kept.append(value)  # an object that goes away would leave its id to another
+            waiting.extend(v for v in _parts(value, places, packages) if type(v) not in _PLAIN)
+    return places
+
+
+def _owners(root: Any) -> Iterator[Any]:
+    """What the packages of the user's own code are read off."""
+    if isinstance(root, nn.Module):
+        for module in root.modules():
+            yield type(module)
+            for kind in _HOOKS:
+                yield from map(_bare, vars(module).get(kind, {}).values())
+    else:
+        yield _bare(root)
+
+
+def _bare(function: Any) -> Any:
+    """The function inside a hook's wrapper, a partial or a bound method; of other objects the class."""
+    while not isinstance(function, types.FunctionType | type):
+        inner = next((v for k in ("hook", "func", "__func__") if (v := _attribute(function, k)) is not None), None)
+        if inner is None:
+            return type(function)
+        function = inner
+    return function
+
+
+def _attribute(value: Any, name: str) -> Any:
+    own = isinstance(value, functools.partial | types.MethodType)
+    return getattr(value, name, None) if own else vars_of(value).get(name)
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """An object's attributes; none for one that has no dict of them."""
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _package(of: Any) -> str:
+    return _package_of(getattr(of, "__module__", None) or "builtins")
+
+
+def _package_of(module: str) -> str:
+    return str(module).partition(".")[0]
+
+
+def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
+    """Note where the object can be written to, and give what it holds."""
+    if isinstance(value, nn.Module):
+        return _of_module(value, places)
+    if isinstance(value, Tensor):
+        return ()
+    if isinstance(value, types.FunctionType):
+        return _of_function(value, places)
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, type):
+        return _of_class(value, places)
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        return ()
+    if _is_generator(value):
+        places.generators.append(value)
+        return ()
+    if isinstance(value, tuple | frozenset):
+        return value if len(value) <= _LONGEST else ()
+    if isinstance(value, dict | list | deque | set):
+        return _of_container(value, places)
+    if _is_array(value):
+        places.arrays.append(value)
+        return ()
+    if type(value).__name__ == "_WrappedHook":
+        return (value.hook,)
+    attributes = vars_of(value)
+    if attributes and (_package(type(value)) in packages or isinstance(value, types.SimpleNamespace)):
+        places.mappings.append(attributes)
+        return (*attributes.values(), type(value))
+    return ()
+
+
+def _of_container(value: Any, places: Places) -> Iterable[Any]:
+    if len(value) > _LONGEST:
+        return ()
+    if isinstance(value, dict):
+        places.mappings.append(value)
+        return list(value.values())
+    (places.sets if isinstance(value, set) else places.lists).append(value)
+    return list(value)
+
+
+def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
+    places.modules.append(module)
+    if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
+        places.mappings += [_Scripted(module._parameters), _Scripted(module._buffers)]
+        return list(module._modules.values())
+    attributes = vars(module)
+    places.mappings += [attributes, module._parameters, module._buffers, module._modules]
+    held = [v for name, v in attributes.items() if type(v) not in _PLAIN and name not in _OF_MODULES]
+    hooks = [hook for kind in _HOOKS if (found := attributes.get(kind)) for hook in found.values()]
+    return (*held, *hooks, *module._modules.values(), type(module))
+
+
+def _of_class(owner: type, places: Places) -> Iterable[Any]:
+    """The methods and the variables of a user's class, and the classes that it comes from."""
+    if not _local(owner.__module__):
+        return owner.__bases__ if owner.__module__.partition(".")[0] not in _NOT_THE_USERS else ()
+    places.mappings.append(_ClassVariables(owner))
+    return [*(getattr(v, "__func__", v) for v in vars(owner).values()), *owner.__bases__]
+
+
+def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
+    held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    places.mappings += [_Cell(cell) for cell in function.__closure__ or ()]
+    held += [value for cell in function.__closure__ or () for value in _Cell(cell).values()]
+    if function.__dict__:
+        places.mappings.append(function.__dict__)
+        held += function.__dict__.values()
+    if _local(function.__module__):
+        variables = _Variables(function.__globals__, _names(function.__code__))
+        places.mappings.append(variables)
+        held += variables.values()
+    return held
+
+
+@functools.lru_cache(maxsize=4096)
+def _local(module: str | None) -> bool:
+    """Whether a module is the user's own, and not of an installed package or of Python itself."""
+    if module is None or _package_of(module) in _NOT_THE_USERS:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")]
+    return file is None or not any(file.startswith(folder) for folder in installed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that a function's code mentions, those of functions inside it as well."""
+    inside = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
+    return tuple(dict.fromkeys([*code.co_names, *inside]))
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, torch.Generator | random.Random):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+class _Variables(MutableMapping[Any, Any]):
+    """Some variables of a module, as a mapping of their own."""
+
+    def __init__(self, variables: Any, names: Sequence[str]) -> None:
+        self._variables, self._names = variables, names
+
+    def __getitem__(self, name: str) -> Any:
+        return self._variables[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._variables[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if name in self._variables)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Cell(MutableMapping[Any, Any]):
+    """A variable that a function shares with the one around it."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._cell.cell_contents
+        except ValueError:  # it has no value yet
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._cell.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._cell.cell_contents
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            _ = self._cell.cell_contents
+        except ValueError:
+            return
+        yield "value"
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _ClassVariables(_Variables):
+    """What a class holds beside its methods."""
+
+    def __init__(self, owner: type) -> None:
+        self._owner = owner
+        names = [n for n, v in vars(owner).items() if not n.startswith("__") and not hasattr(v, "__get__")]
+        super().__init__(vars(owner), names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._owner, name)
+
+
+class _Scripted(MutableMapping[Any, Any]):
+    """The parameters or the buffers of a scripted module."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __getitem__(self, name: str) -> Any:
+        return self._wrapped[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._wrapped[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)  # a scripted module keeps what it was built with
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wrapped.keys())
+
+    def __len__(self) -> int:
+        return len(self._wrapped.keys())

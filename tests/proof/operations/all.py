@@ -1,0 +1,18 @@
+"""Every operation, by name."""
+
+from tests.proof.operations import (  # noqa: F401
+    custom,
+    derivatives,
+    detached,
+    indexing,
+    linear_algebra,
+    networks,
+    norms,
+    pointwise,
+    random,
+    spatial,
+    spectral,
+)
+from tests.proof.registry import OPERATIONS
+
+__all__ = ["OPERATIONS"]
