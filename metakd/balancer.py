@@ -15,11 +15,11 @@ from metakd.checked import checked_losses, evaluate_weights, not_finite
 from metakd.checkpoint import check_balancer_state, loading
 from metakd.distributed import Ranks, checksum
 from metakd.errors import MetaKDError, explained
-from metakd.estimators import Estimator, OneStep, Problem
+from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import WeightedLosses, unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
-from metakd.inner import GradientTransformation, Params, inner_optimizer, param_groups
+from metakd.inner import GradientTransformation, Params, inner_optimizer, learning_rate, param_groups
 from metakd.inner.groups import Optimizers
 from metakd.kernels import compiled_parts
 from metakd.objective import Objective, weighted_mean
@@ -355,13 +355,7 @@ class BilevelLossBalancer:
         batch, losses = train.batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
-        answer: Any = self.weighting if from_influence is None else self.weighting.lookahead_weights
-        weights = evaluate_weights(answer, features, batch, losses)
-        loss = weighted_mean(weights.detach(), losses)
-        if self._due(train.outputs) and not train.float16:
-            self._prove(objective, train, weights.detach())
-        problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
-        result = estimate(self.estimator, problem)
+        weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
             of_all, own = self._ranks.joined(influence, "the influence")
@@ -369,11 +363,25 @@ class BilevelLossBalancer:
             weights = evaluate_weights(lambda *_: from_influence(of_all)[own], features, batch, losses)
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
-            norm = self._step.take(gradient, snapshot.keep_optimizer)
+            felt = self._ranks.several or bool(influence.any())
+            norm = self._step.take(gradient, snapshot.keep_optimizer, felt=felt)
             if moves:
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
+
+    def _look_ahead(
+        self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
+    ) -> tuple[Tensor, Tensor, Hypergradient]:
+        """The weights of the training batch, its weighted loss, and the hypergradient in these weights."""
+        rectified = getattr(self.weighting, "from_influence", None) is not None
+        answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
+        weights = evaluate_weights(answer, features, train.batch, train.losses)
+        loss = weighted_mean(weights.detach(), train.losses)
+        if self._due(train.outputs) and not train.float16:
+            self._prove(objective, train, weights.detach())
+        problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
+        return weights, loss, estimate(self.estimator, problem)
 
     def _due(self, outputs: Any) -> bool:
         """Whether this hypergradient comes with a proof; counts it."""
@@ -412,7 +420,7 @@ class BilevelLossBalancer:
         """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""
         if not isinstance(self.inner, str):
             return False
-        moving = {id(p) for _, g in param_groups(self.optimizer) if float(g["lr"]) != 0.0 for p in g["params"]}
+        moving = {id(p) for _, g in param_groups(self.optimizer) if learning_rate(g) != 0 for p in g["params"]}
         return not any(id(p) in moving for p in self._functional.trainable().values())
 
     def _overflow(self, train: TrainPass, losses: Tensor) -> str | None:

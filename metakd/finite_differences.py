@@ -2,9 +2,29 @@
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Slope(NamedTuple):
+    """A derivative by differences, and how far it may be off as far as the differences themselves can tell."""
+
+    value: float
+    spread: float
 
 
 def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink: float = 2.0, rows: int = 8) -> float:
+    """The value of `slope_at_zero`.
+
+    Examples:
+        >>> derivative(lambda h: 3.0 * h)
+        3.0
+    """
+    return slope_at_zero(function, step=step, shrink=shrink, rows=rows).value
+
+
+def slope_at_zero(
+    function: Callable[[float], float], *, step: float = 5e-2, shrink: float = 2.0, rows: int = 8
+) -> Slope:
     """The derivative at 0 by central differences, extrapolated to a step of zero.
 
     A tableau of (f(h) - f(-h)) / 2h at shrinking h, of which Richardson's extrapolation removes the errors in h^2,
@@ -20,7 +40,7 @@ def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink
 
     Examples:
         >>> import math
-        >>> abs(derivative(lambda h: math.exp(1 + h)) - math.e) < 1e-12
+        >>> abs(slope_at_zero(lambda h: math.exp(1 + h)).value - math.e) < 1e-12
         True
     """
     best, smallest = float("nan"), float("inf")
@@ -38,4 +58,4 @@ def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink
             if spread + rounding <= smallest:
                 best, smallest = current[order], spread + rounding
         previous = current
-    return best
+    return Slope(best, smallest)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metakd.batch import Batch
 from metakd.calling import call
 from metakd.checked import checked_losses
-from metakd.derivatives import Gradients
+from metakd.derivatives import Gradients, gradients
 from metakd.graph import graph_leaves
 from metakd.handover import hand_over
 from metakd.inner import as_real
@@ -98,13 +98,21 @@ class TrainPass:
     def _gradient(self, loss: Tensor, keep_graph: bool, names: Collection[str]) -> Gradients:
         if not loss.requires_grad:
             return dict.fromkeys(names)
-        if keep_graph or self._gradients is None:  # an estimator may ask twice
-            self._leaves = [self._variables[name] for name in names] if keep_graph else graph_leaves(loss)
+        if keep_graph:
+            wanted = {name: self._variables[name] for name in names}
+            return {name: self._known(g) for name, g in gradients(loss, wanted, retain_graph=True).items()}
+        if self._gradients is None:  # an estimator may ask twice
+            self._leaves = graph_leaves(loss)
             # The graph stays, for the user may hold other losses on it, such as an auxiliary loss of the model.
-            retain = keep_graph or not self.compiled
+            retain = not self.compiled
             self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=retain, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: self._known(found.get(id(self._variables[name]))) for name in names}
+
+    def last_gradient_of(self, loss: Tensor, names: Collection[str]) -> Gradients:
+        """The same by a backward pass after which the graph is gone."""
+        found = gradients(loss, {name: self._variables[name] for name in names})
+        return {name: self._known(g) for name, g in found.items()}
 
     def _known(self, gradient: Tensor | None) -> Tensor | None:
         """A gradient as estimators want it: dense, real, in the dtype of virtual passes."""

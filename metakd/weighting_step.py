@@ -89,7 +89,7 @@ class WeightingStep:
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
         return filled(dict(zip(params, found, strict=True)), params)
 
-    def take(self, gradient: Gradient, before_step: Callable[[], None]) -> Tensor:
+    def take(self, gradient: Gradient, before_step: Callable[[], None], *, felt: bool = True) -> Tensor:
         """Gather one hypergradient; step the weight model where it is the last of `accumulate`.
 
         Afterwards every parameter's `.grad` is this hypergradient.
@@ -97,16 +97,17 @@ class WeightingStep:
         Args:
             gradient: by name, as in `params()`; this process's part, of whose mean all that follows is said.
             before_step: called right before the optimizer steps.
+            felt: whether the meta loss feels the weights, so that a hypergradient of zero is the weight model's doing.
 
         Returns:
             The Euclidean norm of this hypergradient, a scalar tensor.
 
         Raises:
-            MetaKDError: it is exactly zero.
+            MetaKDError: it is exactly zero although the meta loss feels the weights.
         """
         params = self.params()
         gradient = filled(self._mean({**gradient}, params, "the hypergradient"), params)
-        if not any(bool(g.any()) for g in gradient.values()):
+        if felt and not any(bool(g.any()) for g in gradient.values()):
             raise MetaKDError(
                 "the hypergradient of the weight model is exactly zero although its weights influence the meta "
                 "loss; its output is saturated or constant: restart it with weights away from the ends of their "

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms, weighting
+from tests.tally import Tally
 from tests.test_no_trace import assert_same
 
 TERMS = {
@@ -187,51 +188,48 @@ def test_every_takes_the_nth_calls():
 def test_one_step_shares_the_train_forward_and_hands_the_gradient_on():
     """Passes of the student in a call, and backward passes in the user's loop, counted."""
     student = network()
-    passes = []
-    student.register_forward_hook(lambda module, args, out: passes.append(out.requires_grad))
-    backward = []
+    passes, backward = Tally(), Tally()
+    student.register_forward_hook(lambda module, args, out: passes(out.requires_grad))
 
     def count_backward(module, args, out):
         if out.requires_grad:
-            out.register_hook(backward.append)
+            out.register_hook(backward)
 
     student.register_forward_hook(count_backward)
-    balancer = build(student, accumulate=2)
+    balancer = build(student, accumulate=2, verify=False)
     loss = balancer(data(5), data(4))
-    assert passes == [
+    assert passes.seen == [
         True,
         True,
         False,
     ]  # training forward, meta forward, forward-mode pass: no graph in the student
-    count = len(backward)
+    count = len(backward.seen)
     loss.backward()
-    assert len(backward) == count  # handed on: the weight model did not move
+    assert len(backward.seen) == count  # handed on: the weight model did not move
     loss = balancer(data(5), data(4))
-    count = len(backward)
+    count = len(backward.seen)
     loss.backward()
-    assert len(backward) == count + 1  # it moved: the real gradient is another one
+    assert len(backward.seen) == count + 1  # it moved: the real gradient is another one
 
 
 def test_one_step_builds_no_second_order_graph(monkeypatch):
-    """None of the student; one of the terms, whose leaves are the logits."""
     grad, asked = torch.autograd.grad, []
 
     def spy(outputs, inputs, *args, **kwargs):
-        asked.append((kwargs.get("create_graph", False), [tuple(t.shape) for t in inputs] if kwargs else None))
+        asked.append(kwargs.get("create_graph", False))
         return grad(outputs, inputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", spy)
     build()(data(5), data(4))
-    assert len(asked) > 3 and all(shapes == [(5, 3)] for create, shapes in asked if create)
+    assert len(asked) > 2 and not any(asked)
 
 
 def test_one_forward_mode_pass_serves_all_terms():
-    student, passes = network(), []
-    student.register_forward_hook(lambda *a: passes.append(1))
     for names in (["hard"], sorted(TERMS)):
-        passes.clear()
-        build(student, names)(data(5), data(4))
-        assert len(passes) == 3
+        student, passes = network(), Tally()
+        student.register_forward_hook(lambda module, args, out, passes=passes: passes(1))
+        build(student, names, verify=False)(data(5), data(4))
+        assert len(passes.seen) == 3
 
 
 def test_learning_rate_groups_and_schedulers_are_followed():

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
 from metakd.calling import call
 from metakd.student import FunctionalStudent, unwrap
+from tests.tally import Tally
 from tests.zoo import CHECKPOINTS_HAVE_FORWARD_MODE, ZOO, meet
 
 CE, SMOOTH = terms.CrossEntropy(), terms.CrossEntropy(label_smoothing=0.3)
@@ -34,7 +35,8 @@ def test_inputs_are_arguments(inputs):
     expected = student(LEFT, RIGHT)
     torch.testing.assert_close(call(student, inputs), expected)
     functional = FunctionalStudent(student)
-    outputs, _ = functional.run(functional.detached(), inputs, functional.start())
+    with functional.untouched() as start:
+        outputs, _ = functional.run(functional.detached(), inputs, start)
     torch.testing.assert_close(outputs, expected)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     balancer = BilevelLossBalancer(student, [terms.CrossEntropy()], optimizer=optimizer)
@@ -63,21 +65,25 @@ def test_a_compiled_student_learns_as_the_bare_one():
         torch.testing.assert_close(compiled, bare, rtol=1e-10, atol=1e-14)
 
 
+def buffers_at(functional, start):
+    """What a pass from there finds in the module's buffers."""
+    start.state.put_back({i: value.clone() for i, value in start.state.values.items()})
+    return {name: buffer.clone() for name, buffer in functional.module.named_buffers()}
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_a_run_is_a_pure_function(name):
     student, (x, _), _ = meet(name)
     functional = FunctionalStudent(student)
-    with functional.untouched():
-        start = functional.start()
-        kept = {key: value.clone() for key, value in start.buffers.items()}
-        first, end = functional.run(functional.detached(), x, start)
-        end = end()
-        again, same_end = functional.run(functional.detached(), x, start)
-        same_end = same_end()
+    with functional.untouched() as start:
+        kept = {key: value.clone() for key, value in start.state.values.items()}
+        first, end = functional.run(functional.detached(), x, start, wants_end=True)
+        again, same_end = functional.run(functional.detached(), x, start, wants_end=True)
+        assert kept.keys() == start.state.values.keys()
+        assert all(torch.equal(start.state.values[key], value) for key, value in kept.items())
+        one, other = buffers_at(functional, end), buffers_at(functional, same_end)
     assert torch.equal(first, again)
-    for key, value in kept.items():
-        assert torch.equal(start.buffers[key], value)
-        assert torch.equal(end.buffers[key], same_end.buffers[key])
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert torch.equal(end.rng.cpu, same_end.rng.cpu)
 
 
@@ -85,14 +91,14 @@ def test_a_run_is_a_pure_function(name):
 def test_runs_in_a_row_are_calls_in_a_row(name):
     student, (x, _), (meta_x, _) = meet(name)
     functional = FunctionalStudent(student)
-    with functional.untouched():
-        _, middle = functional.run(functional.detached(), x, functional.start())
-        found, end = functional.run(functional.detached(), meta_x, middle())
-        end = end()
+    with functional.untouched() as start:
+        _, middle = functional.run(functional.detached(), x, start, wants_end=True)
+        found, end = functional.run(functional.detached(), meta_x, middle, wants_end=True)
+        buffers = buffers_at(functional, end)
     student(x)
     torch.testing.assert_close(found, student(meta_x), rtol=1e-12, atol=1e-12)
     for key, buffer in student.named_buffers():
-        torch.testing.assert_close(end.buffers[key], buffer, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(buffers[key], buffer, rtol=1e-12, atol=1e-12)
 
 
 class Recomputed(nn.Module):
@@ -101,13 +107,13 @@ class Recomputed(nn.Module):
     def __init__(self, middle, nested=False):
         super().__init__()
         self.first, self.middle, self.head = nn.Linear(4, 6), middle, nn.Linear(6, 3)
-        self.nested, self.passes = nested, 0
+        self.nested, self.passes = nested, Tally()
 
     def forward(self, x):
         return self.head(checkpoint(self.part, self.first(x), use_reentrant=False))
 
     def part(self, x):
-        self.passes += 1
+        self.passes(1)
         return checkpoint(self.middle, x, use_reentrant=False) if self.nested else self.middle(x)
 
 
@@ -135,7 +141,7 @@ def test_checkpoints_are_recomputed_as_part_of_their_virtual_pass(name, nested):
         balancer = BilevelLossBalancer(student, [CE, SMOOTH], optimizer=optimizer, estimator=estimator)
         torch.manual_seed(1)
         balancer.meta_step(batches[:1], batches[1])
-        assert student.passes >= 4  # forward and again, at both ends of the step
+        assert len(student.passes.seen) >= 4  # forward and again, at both ends of the step
         found.append(torch.cat([p.grad.flatten() for p in balancer.weighting.parameters()]))
         for key, value in student.state_dict().items():
             assert torch.equal(value, before[key]), key
@@ -171,9 +177,11 @@ def test_tensors_kept_as_attributes_are_put_back():
     student = Remembers(4, 3)
     functional, x = FunctionalStudent(student), torch.randn(5, 4)
     kept = student.last = student.cache = torch.zeros(1)
-    with functional.untouched():
-        outputs, _ = functional.run(functional.detached(), x, functional.start())
-        assert student.last is outputs and student.cache is None
+    with functional.untouched() as start:
+        (outputs, last, cache), _ = functional.run(
+            functional.detached(), x, start, lambda outputs: (outputs, student.last, student.cache)
+        )
+        assert last is outputs and cache is None
     assert student.last is kept and student.cache is kept and not hasattr(student, "other")
     student.cache = None
     with functional.untouched():
@@ -200,8 +208,8 @@ def test_the_hook_of_an_old_norm_leaves_the_real_weight():
 def test_kernels_are_put_back_after_an_error():
     student, _, _ = meet("lstm")
     functional = FunctionalStudent(student)
-    with functional.untouched(), pytest.raises(ValueError):
-        functional.run(functional.detached(), torch.zeros(()).double(), functional.start())
+    with functional.untouched() as start, pytest.raises(ValueError):
+        functional.run(functional.detached(), torch.zeros(()).double(), start)
     assert torch.backends.mkldnn.enabled and torch.backends.cudnn.enabled
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()

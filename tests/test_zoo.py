@@ -49,7 +49,7 @@ def test_one_step_forward_reverse_and_unroll_agree(name, rule):
         student, batch, meta_batch = meet(name)
         balancer = balanced(student, OPTIMIZERS[rule](student.parameters()), estimator)
         if estimator == estimators.OneStep("forward") and not ZOO[name].forward_mode:
-            with pytest.raises(MetaKDError, match="without a forward-mode derivative"):
+            with pytest.raises(MetaKDError, match="no forward-mode derivative"):
                 balancer(batch, meta_batch)
             continue
         results[str(estimator)] = hypergradient_of(balancer, batch, meta_batch)

@@ -78,8 +78,9 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
         The losses, shape `(B, M)`, in the order of the terms. They are not checked for NaN here.
 
     Raises:
-        MetaKDError: a term raised (the exception is chained), or returned something else than a floating
-            `(B,)` tensor, or the terms' losses are on different devices. The message names the term.
+        MetaKDError: a term raised (the exception is chained), or returned something else than a real floating
+            `(B,)` tensor, or the terms' losses are on different devices; the message names the term. Also where nothing
+            tells how many samples the batch has.
 
     Examples:
         >>> import torch

@@ -31,8 +31,8 @@ class CrossEntropy:
         label_smoothing: the share `s` of the target spread evenly over the classes, in `[0, 1)`.
 
     Raises:
-        MetaKDError: `label_smoothing` outside `[0, 1)`; when called, targets that are missing, are not
-            `(B,)` integers, or are out of range.
+        MetaKDError: `label_smoothing` outside `[0, 1)`; when called, outputs that are no logits of two classes or
+            more, targets that are missing, are not `(B,)` integers, or are out of range.
 
     Examples:
         >>> import torch

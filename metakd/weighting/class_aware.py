@@ -11,7 +11,7 @@ from torch import Tensor
 from metakd.batch import Batch
 from metakd.terms import CrossEntropy
 from metakd.terms.counts import PerClass, positive_counts
-from metakd.terms.reading import class_logits, teacher_logits
+from metakd.terms.reading import class_indices, class_logits, teacher_logits
 from metakd.weighting.entropy_gate import entropy
 
 
@@ -55,4 +55,4 @@ class ClassAware:
         rarity = self._rarity.like(student)
         both = [student] if batch.teacher is None else [student, teacher_logits(student, batch)]
         hard = [self._cross_entropy(z, batch) for z in both]
-        return torch.stack([*hard, *map(entropy, both), rarity[batch.targets]], dim=1)
+        return torch.stack([*hard, *map(entropy, both), rarity[class_indices(student, batch)]], dim=1)

@@ -6,6 +6,7 @@ import torchopt
 
 from metakd import BilevelLossBalancer, MetaKDError, hypergradient, terms, weighting
 from metakd.estimators import Adjoint, Implicit
+from tests.estimators.problems import most_kept
 from tests.zoo import meet
 
 A = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]], dtype=torch.float64)
@@ -101,23 +102,58 @@ def test_the_loss_is_the_mean_over_the_batches():
     torch.testing.assert_close(found.gradient["phi"], torch.full((2,), 2.0))
 
 
-def test_a_batch_given_many_times_is_evaluated_once():
+@pytest.mark.parametrize(
+    ("batches", "distinct"),
+    [
+        (["a"] * 6 + ["b"], 2),
+        ([("a", 1), ("a", 2), ("a", 1)], 2),
+        ([1, 1.0, True, 1], 3),
+        ([torch.ones(1)] * 4, 1),
+        ([torch.ones(1) for _ in range(3)], 3),
+        (range(4), 4),
+    ],
+)
+def test_a_batch_given_many_times_is_evaluated_once(batches, distinct):
     calls = []
 
     def inner(p, m, batch):
-        calls.append(batch)
+        calls.append(id(batch) if isinstance(batch, torch.Tensor) else (type(batch), batch))
         return (p["w"] - m["phi"]).pow(2).sum()
 
-    hypergradient(
+    found = hypergradient(
         inner,
         lambda p, m: p["w"].sum(),
         {"w": torch.zeros(2)},
         {"phi": torch.ones(2)},
-        ["a"] * 6 + ["b"],
+        batches,
         optimizer=torchopt.sgd(lr=0.1),
         estimator=Implicit(),
     )
-    assert calls == ["a"] * 6 + ["b"] + ["a", "b"]
+    torch.testing.assert_close(found.gradient["phi"], torch.ones(2))
+    after = calls[len(batches) :]
+    # One graph serves all products of a single batch; of several, each product takes one after the other.
+    assert len(set(after)) == distinct
+    assert after == after[:distinct] * (len(after) // distinct)
+    assert (len(after) == 1) == (distinct == 1)
+
+
+def test_one_graph_is_in_memory_at_a_time():
+    x = torch.randn(50, 4, dtype=torch.float64)
+
+    def most(steps):
+        return most_kept(
+            lambda: hypergradient(
+                lambda p, m, t: ((x + t) @ p["w"]).cosh().log().mean() + (m["phi"] * p["w"] ** 2).sum(),
+                lambda p, m: p["w"].sum(),
+                {"w": torch.ones(4, dtype=torch.float64)},
+                {"phi": torch.ones(4, dtype=torch.float64)},
+                range(steps),
+                optimizer=torchopt.sgd(lr=0.1),
+                estimator=Implicit(),
+            )
+        )
+
+    assert most(12) <= 1.02 * most(2)
 
 
 def test_through_a_balancer():

@@ -1,5 +1,7 @@
 """`Unroll` against an unroll written by hand, central differences through torch.optim, and closed forms."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch

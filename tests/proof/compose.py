@@ -64,6 +64,10 @@ class Recipe:
         return any(OPERATIONS[stage.operation].by_autograd for stage in self.stages)
 
     @property
+    def wrong_in_torch(self) -> bool:
+        return any(OPERATIONS[stage.operation].wrong_in_torch for stage in self.stages)
+
+    @property
     def coupled(self) -> bool:
         """Whether weights and meta-parameters both stand somewhere."""
         text = " ".join(f"{stage.operand} {stage.before}" for stage in self.stages)
@@ -80,15 +84,18 @@ def drawn(choose: Callable[[Sequence[Any]], Any]) -> Recipe:
         return Stage(name, operand, choose(BEFORE))
 
     stages = tuple(stage() for _ in range(choose((1, 2, 3))))
+    real = any(OPERATIONS[stage.operation].needs_weights for stage in stages)
     return Recipe(
         stages,
-        choose(list(LOSSES)),
-        choose(ENDS),
-        choose(RULES),
-        choose((1, 2, 3)),
-        (choose((4, 3, 5, 6)), choose((3, 4, 5))),
-        choose(range(1000)),
-        *(choose(options) for options in ((False, True), (False, False, False, True), (False, False, False, True))),
+        loss=choose(list(LOSSES)),
+        end=choose(ENDS),
+        rule=choose(RULES),
+        steps=choose((1, 2, 3)),
+        size=(choose((4, 3, 5, 6)), choose((3, 4, 5))),
+        seed=choose(range(1000)),
+        squashed=choose((False, True)),
+        complex=choose((False,) if real else (False, False, False, True)),
+        learned_rate=choose((False, False, False, True)),
     )
 
 

@@ -18,35 +18,37 @@ class Operation:
         function: pure but for draws from torch's global generator.
         by_autograd: what autograd says is not the derivative of the values (hooks, detached parts, straight-through):
             the reference is autograd's own double backward, not differences.
-        needs_weights: the operand must be the weights, as it is differentiated inside.
+        needs_weights: the operand must be the weights themselves, real ones.
+        wrong_in_torch: torch's double backward is wrong without a word.
     """
 
     name: str
     function: Function
     by_autograd: bool = False
     needs_weights: bool = False
+    wrong_in_torch: bool = False
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
-def operation(function: Function | None = None, *, by_autograd: bool = False, needs_weights: bool = False):
-    """Register a function under its name."""
+def operation(function: Function | None = None, **marks: bool):
+    """Register a function under its name, with the marks of an `Operation`."""
 
     def register(made: Function) -> Function:
         name = made.__name__.strip("_")
         assert name not in OPERATIONS, name
-        OPERATIONS[name] = Operation(name, made, by_autograd, needs_weights)
+        OPERATIONS[name] = Operation(name, made, **marks)
         return made
 
     return register if function is None else register(function)
 
 
-def operations(**functions: Function) -> None:
-    """Register several short ones."""
+def operations(marks: dict[str, bool] | None = None, /, **functions: Function) -> None:
+    """Register several short ones, all with the same marks."""
     for name, function in functions.items():
         assert name not in OPERATIONS, name
-        OPERATIONS[name] = Operation(name, function)
+        OPERATIONS[name] = Operation(name, function, **(marks or {}))
 
 
 def spread(x: Tensor, *shape: int) -> Tensor:

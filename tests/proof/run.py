@@ -15,6 +15,8 @@ from tests.proof.compose import Recipe, drawn
 from tests.proof.shrink import smallest
 from tests.proof.verdict import FAULTS, Unfit, Verdict, verdicts
 
+SHOWN = (*FAULTS, "declined", "as torch")
+
 
 def recipe_of(number: int) -> Recipe:
     """The recipe of a number."""
@@ -26,14 +28,14 @@ def recipe_of(number: int) -> Recipe:
 
 def kind_of(verdict: Verdict) -> tuple[str, str, str]:
     """What makes two faults the same kind: the estimator, the fault, and for errors their first words."""
-    words = verdict.words[:50] if verdict.kind in ("raised", "warned") else ""
+    words = verdict.words[:50] if verdict.kind in ("raised", "warned", "declined") else ""
     return verdict.estimator.split("(horizon")[0], verdict.kind, words
 
 
 def faults(recipe: Recipe) -> dict[tuple[str, str, str], Verdict]:
     """The faults of a recipe by their kind."""
     try:
-        return {kind_of(verdict): verdict for verdict in verdicts(recipe) if verdict.kind in FAULTS}
+        return {kind_of(verdict): verdict for verdict in verdicts(recipe) if verdict.kind in SHOWN}
     except Exception:
         return {}
 
@@ -51,11 +53,11 @@ class Tally:
             self.kinds[verdict.kind] += 1
             for name in recipe.names:
                 self.by_name.setdefault(name, Counter())[verdict.kind] += 1
-            if verdict.kind == "refused":
+            if verdict.kind == "refused" and "differs from" not in verdict.words:
                 self.refusals.setdefault(verdict.words.splitlines()[0][:110], Counter()).update(
                     [verdict.estimator.split("(")[0], *recipe.names]
                 )
-            elif verdict.kind in FAULTS and kind_of(verdict) not in explained:
+            elif verdict.kind in SHOWN and kind_of(verdict) not in explained:
                 explained |= self._report(recipe, verdict)
 
     def _report(self, recipe: Recipe, verdict: Verdict) -> set[tuple[str, str, str]]:

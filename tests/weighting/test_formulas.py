@@ -361,6 +361,8 @@ def test_class_aware_features_are_losses_entropies_and_rarity(rows, classes, see
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
     alone = ClassAware(counts)(torch.zeros(rows, 2), student, batch._replace(teacher=None))
     torch.testing.assert_close(alone, found[:, [0, 2, 4]], rtol=0, atol=0)
+    narrow = ClassAware(counts)(torch.zeros(rows, 2), student, batch._replace(targets=targets.to(torch.uint8)))
+    torch.testing.assert_close(narrow, found, rtol=0, atol=0)  # a byte is a label, not a mask
 
 
 def test_a_recipe_without_a_teacher_with_class_aware_features():

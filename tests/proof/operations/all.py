@@ -10,6 +10,7 @@ from tests.proof.operations import (  # noqa: F401
     norms,
     pointwise,
     random,
+    sparse,
     spatial,
     spectral,
 )

@@ -131,10 +131,12 @@ sine.register_autograd(lambda ctx, g: g * ctx.saved_tensors[0].cos(), setup_cont
 operations(
     custom_function=lambda x, a: Sine.apply(x @ a),
     custom_function_with_forward_mode=lambda x, a: SineWithForwardMode.apply(x @ a),
-    custom_function_once=lambda x, a: SineOnce.apply(x @ a),
     custom_op=lambda x, a: sine(x @ a),
     custom_op_on_input=lambda x, a: sine(x) @ a,
 )
+
+
+operations({"wrong_in_torch": True}, custom_function_once=lambda x, a: SineOnce.apply(x @ a))
 
 
 @operation(by_autograd=True)

@@ -1,9 +1,9 @@
-"""Reading and writing by index, embeddings, shapes, writing in place, sparse matrices."""
+"""Reading and writing by index, embeddings, shapes, writing in place."""
 
 import torch
 import torch.nn.functional as F
 
-from tests.proof.registry import eye, grid, operation, operations, picks, shaped, spread
+from tests.proof.registry import grid, operation, operations, picks, shaped, spread
 
 
 def columns(x, n=4):
@@ -76,31 +76,20 @@ operations(
     combinations=lambda x, a: x * torch.combinations(a[0], 2).prod(1).mean(),
     embedding=lambda x, a: F.embedding(columns(x, 2), x @ a if len(x) >= x.shape[1] else a) * x.mean(),
     embedding_table=lambda x, a: F.embedding(columns(x, 2), a) * x.mean(),
-    embedding_padded=lambda x, a: x + F.embedding(columns(x, 1)[:, 0], a, padding_idx=1),
     embedding_bag_sum=lambda x, a: F.embedding_bag(columns(x), a, mode="sum", per_sample_weights=spread(x, 4)),
     embedding_bag_mean=lambda x, a: x * F.embedding_bag(columns(x), a, mode="mean"),
     embedding_bag_max=lambda x, a: x * F.embedding_bag(columns(x), a, mode="max"),
+    segment_reduce=lambda x, a: x * torch.segment_reduce(x @ a, "max", lengths=torch.tensor([1, len(x) - 1])).sum(0),
+    index_put_without_sum=lambda x, a: x.index_put((torch.tensor([0, 1]),), (x @ a)[:2]),
     one_hot=lambda x, a: x * (F.one_hot(columns(x, 1)[:, 0], x.shape[1]).double() @ a),
     nested_sequence=lambda x, a: torch.nn.utils.rnn.pad_sequence([row[: 2 + i % 2] for i, row in enumerate(x @ a)]).T,
-    sparse_by_constant=lambda x, a: torch.sparse.mm(grid(len(a), len(a)).relu().to_sparse(), (x @ a).T).T,
-    sparse_by_values=lambda x, a: torch.sparse.mm(_sparse(a), x.T).T,
-    sparse_addmm=lambda x, a: torch.sparse.addmm(x.T, eye(a).to_sparse(), (x @ a).T).T,
-    sparse_softmax=lambda x, a: x @ torch.sparse.softmax(_sparse(a), 1).to_dense(),
-    sparse_sum=lambda x, a: x * torch.sparse.sum(_sparse(a), 1).to_dense(),
-    sparse_inputs=lambda x, a: torch.sparse.mm(grid(len(x), len(a)).relu().to_sparse(), a) * x,
-    to_dense=lambda x, a: x @ _sparse(a).to_dense(),
 )
 
 
-def _sparse(a):
-    places = grid(*a.shape).relu().nonzero().T
-    return torch.sparse_coo_tensor(places, a[tuple(places)], a.shape, check_invariants=False)
-
-
-@operation
-def embedding_sparse(x, a):
-    """Its gradient is a sparse tensor."""
-    return x * F.embedding(columns(x, 1)[:, 0], a, sparse=True)
+@operation(by_autograd=True)
+def embedding_padded(x, a):
+    """Autograd leaves out the gradient of the padding's row."""
+    return x + F.embedding(columns(x, 1)[:, 0], a, padding_idx=1)
 
 
 @operation

@@ -66,6 +66,10 @@ operations(
     cross=lambda x, a: linalg.cross(spread(x, 3), spread(x @ a, 3)),
     inner_product=lambda x, a: torch.inner(x, a),
     vander=lambda x, a: linalg.vander((x @ a).tanh(), N=3),
+    tensorinv=lambda x, a: x @ linalg.tensorinv(near_one(a), ind=1),
+    vecdot=lambda x, a: linalg.vecdot(x, x @ a),
+    eigenvectors=lambda x, a: x @ (lambda e: e[1] @ e[0].exp().diag_embed() @ e[1].T)(linalg.eigh(positive(a))),
+    lowest_singular_value=lambda x, a: x / linalg.matrix_norm(near_one(a), -2),
     tensorsolve=lambda x, a: linalg.tensorsolve(near_one(a), x[0]) * x,
     block_diag=lambda x, a: spread(x, 4) @ torch.block_diag(shaped(a, 2, 2), shaped(a, 2, 2)),
 )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations
 
 from tests.proof.registry import eye, grid, operation, operations, shaped, spread
 
@@ -45,6 +46,27 @@ def _module(make, *inputs_of, first=False):
         return answer[0] if first else answer
 
     return call
+
+
+def _parametrized(parametrize, **options):
+    """A linear layer whose parametrised weight is the operand."""
+
+    def call(x, a):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            layer = parametrize(nn.Linear(len(a), len(a)).double(), **options)
+        name = max((name for name, _ in layer.named_parameters()), key=lambda name: layer.get_parameter(name).numel())
+        return functional_call(layer.eval(), {name: a}, (x,))
+
+    return call
+
+
+operations(
+    spectral_parametrization=_parametrized(parametrizations.spectral_norm),
+    orthogonal_exp=_parametrized(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
+    orthogonal_cayley=_parametrized(parametrizations.orthogonal, orthogonal_map="cayley"),
+)
+operations({"wrong_in_torch": True}, weight_norm_parametrization=_parametrized(parametrizations.weight_norm))
 
 
 def sequence(x):

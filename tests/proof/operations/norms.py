@@ -22,12 +22,18 @@ operations(
     local_response_norm=lambda x, a: F.local_response_norm(spread(x @ a, 4, 3), 2),
     normalize=lambda x, a: F.normalize(x @ a, dim=1),
     normalize_3=lambda x, a: F.normalize(x @ a, p=3.0, dim=1),
-    weight_norm=lambda x, a: x @ torch._weight_norm(a, a[:, :1] + 2, 0),
+    rms_norm_of_two=lambda x, a: F.rms_norm(spread(x @ a, 2, 3), (2, 3), shaped(a, 2, 3), eps=1e-2),
+    layer_norm_of_two=lambda x, a: F.layer_norm(spread(x @ a, 2, 3), (2, 3), shaped(a, 2, 3), eps=1e-2),
+    batch_norm_channels_last=lambda x, a: F.batch_norm(
+        spread(x @ a, 2, 2, 2).contiguous(memory_format=torch.channels_last), None, None, training=True, eps=1e-2
+    ),
+    weight_norm_by_hand=lambda x, a: x @ (a * (a[:, :1] + 2) / torch.norm_except_dim(a, 2, 0)),
     spectral_norm=lambda x, a: x @ (a / torch.linalg.matrix_norm(a, 2)),
     renorm=lambda x, a: torch.renorm(x @ a, 2, 0, 0.5),
     vector_norm=lambda x, a: torch.linalg.vector_norm(x @ a, dim=1),
     vector_norm_1=lambda x, a: torch.linalg.vector_norm(x @ a, 1, dim=1),
     vector_norm_3=lambda x, a: torch.linalg.vector_norm(x @ a, 3, dim=1),
+    vector_norm_half=lambda x, a: torch.linalg.vector_norm(0.5 + (x @ a).square(), 0.5, dim=1),
     vector_norm_inf=lambda x, a: torch.linalg.vector_norm(x @ a, torch.inf, dim=1),
     frobenius_norm=lambda x, a: x / torch.linalg.matrix_norm(a),
     nuclear_norm=lambda x, a: x / torch.linalg.matrix_norm(a, "nuc"),
@@ -38,6 +44,10 @@ operations(
     covariance=lambda x, a: x @ torch.cov((x @ a).T),
     correlation=lambda x, a: x @ torch.corrcoef((x @ a).T),
 )
+
+
+# The fused norm is an output of its own, which its backward takes for a constant.
+operations({"wrong_in_torch": True}, weight_norm=lambda x, a: x @ torch._weight_norm(a, a[:, :1] + 2, 0))
 
 
 @operation

@@ -39,6 +39,9 @@ operations(
     adaptive_max_pool2d=image(lambda z: F.adaptive_max_pool2d(z, 2)),
     lp_pool1d=line(lambda z: F.lp_pool1d(z.square() + 0.1, 2, 2)),
     lp_pool2d=image(lambda z: F.lp_pool2d(z.square() + 0.1, 3, 2)),
+    adaptive_avg_pool3d=image(lambda z: F.adaptive_avg_pool3d(z, 2), 1, 3, 3, 3),
+    adaptive_max_pool3d=image(lambda z: F.adaptive_max_pool3d(z, 2), 1, 3, 3, 3),
+    max_unpool3d=image(lambda z: F.max_unpool3d(*F.max_pool3d(z, 2, return_indices=True), 2), 1, 4, 2, 2),
     unfold=image(lambda z: F.unfold(z, 2)),
     fold=line(lambda z: F.fold(z, 3, 2), 8, 4),
     tensor_unfold=line(lambda z: z.unfold(2, 3, 2)),
@@ -61,6 +64,8 @@ operations(
     pad_reflect_2d=image(lambda z: F.pad(z, (1, 1, 2, 0), mode="reflect")),
     pad_replicate=line(lambda z: F.pad(z, (2, 1), mode="replicate")),
     pad_replicate_2d=image(lambda z: F.pad(z, (1, 1, 2, 0), mode="replicate")),
+    pad_reflect_3d=image(lambda z: F.pad(z, (1, 1, 1, 1, 1, 1), mode="reflect"), 1, 2, 2, 2),
+    pad_replicate_3d=image(lambda z: F.pad(z, (1, 1, 1, 1, 1, 1), mode="replicate"), 1, 2, 2, 2),
     pad_circular=line(lambda z: F.pad(z, (2, 1), mode="circular")),
 )
 
@@ -78,6 +83,17 @@ operations(
     grid_sample_nearest=lambda x, a: _sampled(x, a, mode="nearest") + spread(x @ a, 2, 3, 3),
     grid_sample_bicubic=lambda x, a: _sampled(x, a, mode="bicubic"),
 )
+
+
+@operation
+def grid_sample_3d(x, a):
+    places = 0.9 * (grid(len(x), 2, 2, 2, 3) + spread(x @ a, 2, 2, 2, 3)).tanh()
+    return F.grid_sample(spread(x, 1, 3, 3, 3), places, align_corners=True)
+
+
+@operation
+def convolution_channels_last(x, a):
+    return F.conv2d(spread(x, 2, 3, 3).contiguous(memory_format=torch.channels_last), shaped(a, 2, 2, 2, 2))
 
 
 @operation
