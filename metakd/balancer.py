@@ -1,6 +1,7 @@
 """`BilevelLossBalancer`: the object a user wraps around an existing training loop."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -25,7 +26,7 @@ from metakd.kernels import compiled_parts
 from metakd.objective import Objective, weighted_mean
 from metakd.parts import check_parts, check_teacher, default_weighting, validated
 from metakd.precision import as_written
-from metakd.proof import OtherLossesError, compare_with_real_pass, what_it_stands_on
+from metakd.proof import Proofs
 from metakd.reader import read_batch
 from metakd.report import Report
 from metakd.student import FunctionalStudent, Start, put_back
@@ -83,7 +84,7 @@ class BilevelLossBalancer:
         batch_fn: loader item -> `Batch`; the default takes (x, y), (x, y, index), a mapping or a `Batch`.
         verify: prove exactness on this student. At the first hypergradient, and when modules, modes, hooks, shapes of
             outputs, terms or estimator change, compare the losses and the gradient of a virtual pass with those of the
-            real one, and forward mode with reverse mode. That costs 2 + M backward passes and 3 forward passes, once.
+            real one, and forward mode with reverse mode. That costs 3 forward passes and M + 3 backward passes, once.
             A number n repeats it at every n-th hypergradient; False leaves it out.
 
     Raises:
@@ -130,7 +131,7 @@ class BilevelLossBalancer:
         self._batch_fn = batch_fn or as_batch
         check_parts(student, optimizer, estimator)
         check_teacher(teacher)
-        self.verify = verify if isinstance(verify, bool) else positive_int(verify, "verify")
+        self._proofs = Proofs(verify)
         self._ranks, plain = Ranks(student), FunctionalStudent(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
@@ -144,10 +145,7 @@ class BilevelLossBalancer:
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
-        self._shared = False
-        self._proven: frozenset[Hashable] = frozenset()
-        self._since_proof = 0
-        self._repeats = True
+        self._shared = self._said_zero = False
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -199,7 +197,7 @@ class BilevelLossBalancer:
                     with as_written(self._functional.device_type):
                         loss, report = self._learn(snapshot, objective, train, features)
                 else:
-                    weights = evaluate_weights(self.weighting, features, train_batch, losses).detach()
+                    weights = evaluate_weights(self.weighting, features, train_batch, losses).detach().clone()
                     loss = weighted_mean(weights, losses)
                     report = Report(losses.detach(), weights, skipped=_STILL if waits else None)
             self._ranks.agree("the end of the call")
@@ -218,7 +216,7 @@ class BilevelLossBalancer:
             def evaluated(outputs: Any) -> Tensor:
                 losses = checked_losses(self.terms, outputs, known, "the batch")
                 features = evaluate_features(self.features, losses, outputs, known)
-                return evaluate_weights(self.weighting, features, known, losses)
+                return evaluate_weights(self.weighting, features, known, losses).clone()
 
             weights: Tensor = self._functional.run(self._functional.detached(), known.inputs, start, evaluated)[0]
             return weights
@@ -364,11 +362,14 @@ class BilevelLossBalancer:
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
             felt = self._ranks.several or bool(influence.any())
+            if not (felt or self._said_zero):
+                warnings.warn(_ZERO, stacklevel=5)
+                self._said_zero = True
             norm = self._step.take(gradient, snapshot.keep_optimizer, felt=felt)
             if moves:
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
-        return loss, Report(losses.detach(), weights.detach(), influence, result.outer_loss, norm)
+        return loss, Report(losses.detach(), weights.detach().clone(), influence, result.outer_loss, norm)
 
     def _look_ahead(
         self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
@@ -378,43 +379,18 @@ class BilevelLossBalancer:
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, train.batch, train.losses)
         loss = weighted_mean(weights.detach(), train.losses)
-        if self._due(train.outputs) and not train.float16:
-            self._prove(objective, train, weights.detach())
+        self._proofs.give(objective, train, weights.detach(), self.estimator, self._memory)
         problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
         return weights, loss, estimate(self.estimator, problem)
 
-    def _due(self, outputs: Any) -> bool:
-        """Whether this hypergradient comes with a proof; counts it."""
-        if self.verify is False:
-            return False
-        stands_on = what_it_stands_on(self._functional, outputs, self.terms, self.estimator)
-        self._since_proof += 1
-        again = not isinstance(self.verify, bool) and self._since_proof > self.verify
-        if stands_on in self._proven and not again:
-            return False
-        self._proven, self._since_proof = self._proven | {stands_on}, 1
-        return True
-
-    def _prove(self, objective: Objective, train: TrainPass, weights: Tensor) -> None:
-        """Compare a virtual pass with the real one, and have the estimator compare forward mode with reverse mode."""
-        self._memory.compare = True
-        try:
-            compare_with_real_pass(objective, train, weights, list(self.terms))
-        except OtherLossesError:
-            if not train.compiled:
-                raise
-            # Compiled code draws random numbers of its own: the lookahead takes its gradient from a virtual pass.
-            self._repeats = False
-
     def _prove_step(self, objective: Objective, start: Start) -> None:
         """The proof of a meta step: a real pass over its first batch, of which nothing stays."""
-        if self.verify is False or compiled_parts(self._functional.module):
+        if not (self._proofs.wanted and objective.batches) or compiled_parts(self._functional.module):
             return
         with self._functional.untouched():
             train = TrainPass(self._functional.module, self._functional, objective.batches[0], self.terms, start)
-            if self._due(train.outputs) and not train.float16:
-                put_back(start)
-                self._prove(objective, train, torch.ones_like(train.losses))
+            put_back(start)
+            self._proofs.give(objective, train, torch.ones_like(train.losses), self.estimator, self._memory)
 
     def _stands_still(self) -> bool:
         """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""
@@ -467,7 +443,7 @@ class BilevelLossBalancer:
             objective,
             objective.given_weights(),
             {"weights": given},
-            first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._repeats else None,
+            first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._proofs.repeats else None,
             first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
         )
 
@@ -506,7 +482,7 @@ class BilevelLossBalancer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
-        snapshot = Snapshot(self._functional, self._step, vars(self), vars(self._memory))
+        snapshot = Snapshot(self._functional, self._step, *map(vars, (self, self._memory, self._proofs)))
         with all_or_nothing(snapshot), explained():
             yield snapshot
 
@@ -518,4 +494,8 @@ class BilevelLossBalancer:
             snapshot.restore()  # inside, so that an interrupted one is done again
 
 
+_ZERO = (
+    "the influence of every sample is exactly zero: the meta loss does not feel the step ahead, as with an inner "
+    "learning rate of 0 or a meta loss that is flat here. If it stays so, nothing is learned"
+)
 _STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"

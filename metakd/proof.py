@@ -13,50 +13,92 @@ from torch import Tensor, nn
 from metakd.derivatives import Gradients, gradients, leaves
 from metakd.errors import MetaKDError
 from metakd.estimators import Estimator
+from metakd.estimators.memory import Memory
 from metakd.estimators.tolerance import CANCELLED, tolerance_of
 from metakd.nest import tensors
 from metakd.objective import Objective, weighted_mean
 from metakd.student import FunctionalStudent
 from metakd.terms import Term
 from metakd.train_pass import TrainPass
+from metakd.weighting.base import positive_int
 
+_SHAPES = 4  # of outputs, with all else the same; sequences may have another length in every batch
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def compare_with_real_pass(objective: Objective, train: TrainPass, weights: Tensor, names: Sequence[str]) -> None:
-    """Run the first inner step's pass virtually, and compare losses and gradient with those of the real pass.
+class Proofs:
+    """Proves, once for each state of a balancer's parts, that its virtual passes compute what real ones do.
 
     Args:
-        objective: whose first batch the real pass was over, too.
-        train: the real pass.
-        weights: (B, M) of the loss whose gradient is compared, detached.
-        names: of the terms.
+        verify: True; a number n, to prove it again at every n-th hypergradient; False for never.
+
+    Attributes:
+        wanted: whether there is anything to prove.
+        repeats: False where compiled code draws random numbers of its own, so that the lookahead takes its gradient
+            from a virtual pass.
 
     Raises:
-        OtherLossesError: the losses differ.
-        MetaKDError: the gradients differ; the message names the parameters.
-    """
-    theta = leaves(objective.student.detached())
-    virtual = objective.losses(theta, 0)
-    _compare_losses(train.losses.detach(), virtual.detach(), names, tolerance_of(virtual))
-    take = train.gradient_of(weighted_mean(weights, train.losses), keep_graph=True)
-    if take is not None:
-        _compare_gradients(take(theta), gradients(weighted_mean(weights, virtual), theta), tolerance_of(virtual))
-
-
-class OtherLossesError(MetaKDError):
-    """A virtual pass gives other losses than the real one over the same batch.
+        MetaKDError: another `verify`.
 
     Examples:
-        >>> issubclass(OtherLossesError, MetaKDError)
-        True
+        >>> Proofs(0)
+        Traceback (most recent call last):
+        ...
+        metakd.errors.MetaKDError: verify is 0, it must be an integer of at least 1
     """
+
+    def __init__(self, verify: bool | int) -> None:
+        self.wanted, self.repeats = verify is not False, True
+        self._period = None if isinstance(verify, bool) else positive_int(verify, "verify")
+        self._proven: frozenset[tuple[Hashable, Hashable]] = frozenset()
+        self._since = 0
+
+    def give(
+        self, objective: Objective, train: TrainPass, weights: Tensor, estimator: Estimator, memory: Memory
+    ) -> None:
+        """Give the proof if it is due, and have the estimator compare forward mode with reverse mode.
+
+        Args:
+            objective: whose first batch the real pass was over, too.
+            train: the real pass.
+            weights: (B, M) of the loss whose gradient is compared, detached.
+            estimator: of the hypergradient.
+            memory: of the estimator.
+
+        Raises:
+            MetaKDError: losses or gradients differ; the message names the term, or the parameters.
+        """
+        if not self._due(objective, train, estimator):
+            return
+        memory.compare = True
+        try:
+            _compare_passes(objective, train, weights)
+        except _OtherLossesError:
+            if not train.compiled:
+                raise
+            self.repeats = False
+
+    def _due(self, objective: Objective, train: TrainPass, estimator: Estimator) -> bool:
+        if not self.wanted or train.float16:
+            return False
+        stands_on = what_it_stands_on(objective.student, train.outputs, objective.terms, estimator)
+        self._since += 1
+        again = self._period is not None and self._since > self._period
+        shapes = sum(parts == stands_on[0] for parts, _ in self._proven)
+        if (stands_on in self._proven or shapes >= _SHAPES) and not again:
+            return False
+        self._proven, self._since = self._proven | {stands_on}, 1
+        return True
+
+
+class _OtherLossesError(MetaKDError):
+    """A virtual pass gives other losses than the real one over the same batch."""
 
 
 def what_it_stands_on(
     student: FunctionalStudent, outputs: Any, terms: Mapping[str, Term], estimator: Estimator
-) -> Hashable:
-    """What a proof holds for: modules, their modes and hooks, outputs but for their first dimension, terms, estimator.
+) -> tuple[Hashable, Hashable]:
+    """What a proof holds for: modules, their modes and hooks, terms, estimator; and shapes of outputs.
 
     Examples:
         >>> layer = nn.Dropout()
@@ -71,7 +113,7 @@ def what_it_stands_on(
     modules = tuple((id(m), m.training, *_hooks(m)) for m in student.module.modules())
     trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.module.parameters())
     shapes = tuple((t.dtype, *t.shape[1:]) for t in tensors(outputs))
-    return modules, trained, shapes, tuple((name, _code(term)) for name, term in terms.items()), id(estimator)
+    return (modules, trained, tuple((name, _code(term)) for name, term in terms.items()), id(estimator)), shapes
 
 
 def _hooks(module: nn.Module) -> Iterator[Hashable]:
@@ -89,6 +131,17 @@ def _code(function: Any) -> Hashable:
     return id(function.__code__) if isinstance(function, types.FunctionType) else id(type(function))
 
 
+def _compare_passes(objective: Objective, train: TrainPass, weights: Tensor) -> None:
+    """Run the first inner step's pass virtually, and compare losses and gradient with those of the real pass."""
+    theta = leaves(objective.student.detached())
+    virtual = objective.losses(theta, 0)
+    limit = max(tolerance_of(virtual), tolerance_of(train.losses))  # virtual passes may be the finer ones
+    _compare_losses(train.losses.detach(), virtual.detach(), list(objective.terms), limit)
+    take = train.gradient_of(weighted_mean(weights, train.losses), keep_graph=True)
+    if take is not None:
+        _compare_gradients(take(theta), gradients(weighted_mean(weights, virtual), theta), limit)
+
+
 def _compare_losses(real: Tensor, virtual: Tensor, names: Sequence[str], limit: float) -> None:
     for k, name in enumerate(names):
         one, other = real[:, k].double(), virtual[:, k].double()
@@ -97,7 +150,7 @@ def _compare_losses(real: Tensor, virtual: Tensor, names: Sequence[str], limit: 
         if bool(difference.norm() <= limit * (torch.maximum(one.norm(), other.norm()) + floor)):
             continue
         i = int(difference.abs().argmax())
-        raise OtherLossesError(
+        raise _OtherLossesError(
             f"a virtual pass over the training batch gives other losses than the real one: term {name!r}, sample {i}: "
             f"{other[i]:.6g} in place of {one[i]:.6g}. The student or the term draws from a random generator, keeps a "
             "counter or a cache, or changes a tensor, where virtual passes cannot follow. Keep such things as "

@@ -8,31 +8,21 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from metakd.variables import Cell, ClassVariables, Scripted, Variables
 
 _LONGEST = 10_000  # entries of a container that is looked into; data sets are longer
 _MOST = 50_000  # objects of a walk
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_MODULES = {*vars(nn.Module()), *_HOOKS, "_parameters", "_buffers", "_modules"} - {"training"}
-_PLAIN = {
-    int,
-    float,
-    bool,
-    str,
-    bytes,
-    complex,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    Tensor,
-    nn.Parameter,
-}
+_PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
+_LEAVES = _PLAIN | {Tensor, nn.Parameter}
 _NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
     "__main__"
 }
@@ -84,7 +74,7 @@ def reach(roots: Iterable[Any], apart: Iterable[Any] = ()) -> Places:
         if id(value) not in known:
             known.add(id(value))
             kept.append(value)  # an object that goes away would leave its id to another
-            waiting.extend(v for v in _parts(value, places, packages) if type(v) not in _PLAIN)
+            waiting.extend(v for v in _parts(value, places, packages) if type(v) not in _LEAVES)
     return places
 
 
@@ -176,11 +166,11 @@ def _of_container(value: Any, places: Places) -> Iterable[Any]:
 def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
     places.modules.append(module)
     if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
-        places.mappings += [_Scripted(module._parameters), _Scripted(module._buffers)]
+        places.mappings += [Scripted(module._parameters), Scripted(module._buffers)]
         return list(module._modules.values())
     attributes = vars(module)
     places.mappings += [attributes, module._parameters, module._buffers, module._modules]
-    held = [v for name, v in attributes.items() if type(v) not in _PLAIN and name not in _OF_MODULES]
+    held = [v for name, v in attributes.items() if type(v) not in _LEAVES and name not in _OF_MODULES]
     hooks = [hook for kind in _HOOKS if (found := attributes.get(kind)) for hook in found.values()]
     return (*held, *hooks, *module._modules.values(), type(module))
 
@@ -189,7 +179,7 @@ def _of_class(owner: type, places: Places) -> Iterable[Any]:
     """The methods and the variables of a user's class, and the classes that it comes from."""
     if not _local(owner.__module__):
         return owner.__bases__ if owner.__module__.partition(".")[0] not in _NOT_THE_USERS else ()
-    places.mappings.append(_ClassVariables(owner))
+    places.mappings.append(ClassVariables(owner))
     return [*(getattr(v, "__func__", v) for v in vars(owner).values()), *owner.__bases__]
 
 
@@ -197,13 +187,13 @@ def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
     if _package(function) == "metakd":
         return ()  # what the library's own hooks look at is no business of a pass
     held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    places.mappings += [_Cell(cell) for cell in function.__closure__ or ()]
-    held += [value for cell in function.__closure__ or () for value in _Cell(cell).values()]
+    places.mappings += [Cell(cell) for cell in function.__closure__ or ()]
+    held += [value for cell in function.__closure__ or () for value in Cell(cell).values()]
     if function.__dict__:
         places.mappings.append(function.__dict__)
         held += function.__dict__.values()
     if _local(function.__module__):
-        variables = _Variables(function.__globals__, _names(function.__code__))
+        variables = Variables(function.__globals__, _names(function.__code__))
         places.mappings.append(variables)
         held += variables.values()
     return held
@@ -236,91 +226,3 @@ def _is_generator(value: Any) -> bool:
 def _is_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-class _Variables(MutableMapping[Any, Any]):
-    """Some variables of a module, as a mapping of their own."""
-
-    def __init__(self, variables: Any, names: Sequence[str]) -> None:
-        self._variables, self._names = variables, names
-
-    def __getitem__(self, name: str) -> Any:
-        return self._variables[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._variables[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._variables[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if name in self._variables)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _Cell(MutableMapping[Any, Any]):
-    """A variable that a function shares with the one around it."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self._cell = cell
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self._cell.cell_contents
-        except ValueError:  # it has no value yet
-            raise KeyError(name) from None
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._cell.cell_contents = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._cell.cell_contents
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            _ = self._cell.cell_contents
-        except ValueError:
-            return
-        yield "value"
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class _ClassVariables(_Variables):
-    """What a class holds beside its methods."""
-
-    def __init__(self, owner: type) -> None:
-        self._owner = owner
-        names = [n for n, v in vars(owner).items() if not n.startswith("__") and not hasattr(v, "__get__")]
-        super().__init__(vars(owner), names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._owner, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        delattr(self._owner, name)
-
-
-class _Scripted(MutableMapping[Any, Any]):
-    """The parameters or the buffers of a scripted module."""
-
-    def __init__(self, wrapped: Any) -> None:
-        self._wrapped = wrapped
-
-    def __getitem__(self, name: str) -> Any:
-        return self._wrapped[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._wrapped[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        raise KeyError(name)  # a scripted module keeps what it was built with
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._wrapped.keys())
-
-    def __len__(self) -> int:
-        return len(self._wrapped.keys())

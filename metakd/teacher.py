@@ -80,10 +80,11 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         return
     mode_of_all = getattr(module, "training", False)
     try:
-        with suppress(NotImplementedError):  # an exported module
+        try:
             module.eval()
-        for part, _ in modes:
-            part.training = False
+        except NotImplementedError:  # an exported module
+            for part, _ in modes:
+                part.training = False
         yield
     finally:
         with suppress(NotImplementedError):

@@ -93,6 +93,9 @@ def test_arguments_of_the_student():
     assert arguments(graph) == ((graph,), {})
 
 
+Record = namedtuple("Record", "labels lengths")
+
+
 @given(st.integers(1, 6), st.integers(0, 3))
 def test_the_batch_size_is_that_of_the_targets_or_else_of_the_inputs(size, rank):
     x, y = torch.zeros(size, *[2] * rank), torch.zeros(size)
@@ -131,6 +134,8 @@ def test_the_batch_size_is_that_of_the_targets_or_else_of_the_inputs(size, rank)
             Batch((torch.zeros(5), X[:3]), {"a": Y, "b": torch.zeros(9)}),
             r"by batch.targets 4 or 9, by batch.inputs 5 or 3",
         ),
+        (Batch(SimpleNamespace(), Record(torch.zeros(9), Y)), r"by batch.targets 9 or 4; give"),
+        (Batch(SimpleNamespace(), {"ctc": (torch.zeros(9), Y)}), r"by batch.targets 2, 9 or 4; give"),
         (Batch(X, Y, size=0), r"size=0, it must be an integer of at least 1"),
         (Batch(X, Y, size=4.0), r"size=4.0, it must be"),
         (Batch(X, Y, size=True), r"size=True, it must be"),
@@ -144,7 +149,6 @@ def test_batches_without_a_size_are_an_error(batch, message):
 BOXES = [{"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)} for n in (2, 5, 1)]
 LINES = [torch.zeros(7), torch.zeros(3), torch.zeros(5)]
 PACKED = pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(1, 2)])
-Record = namedtuple("Record", "labels lengths")
 THREE = {
     "boxes": Batch(([torch.zeros(3, 8, 8)] * 3,), BOXES),
     "boxes in a tuple": Batch((LINES,), tuple(BOXES)),
@@ -160,6 +164,9 @@ THREE = {
     "the same in a list": Batch(torch.zeros(3, 9, 2), [torch.zeros(11), torch.tensor([3, 4, 4])]),
     "the same by name": Batch(torch.zeros(3, 9, 2), {"labels": torch.zeros(11), "lengths": torch.tensor([3, 4, 4])}),
     "the same as a record": Batch((torch.zeros(3, 9, 2),), Record(torch.zeros(2), torch.tensor([3, 4, 4]))),
+    "two readings of one": Batch(
+        SimpleNamespace(), {"ctc": (torch.zeros(11), torch.zeros(3)), "y": [torch.zeros(3), torch.zeros(3)]}
+    ),
     "labels and lengths": Batch(torch.zeros(3, 9, 2), (torch.zeros(3, 6), torch.tensor([3, 4, 4]))),
     "packed": Batch(PACKED),
     "packed with labels": Batch(PACKED, torch.zeros(3)),
@@ -191,3 +198,5 @@ def test_what_contradicts_itself_is_refused_before_there_are_outputs():
     for batch in (Batch(torch.zeros(5, 3), (torch.zeros(9), Y)), Batch(SimpleNamespace()), Batch(X, Y[:2])):
         with pytest.raises(MetaKDError, match=r"Batch\(size=\.\.\.\)"):
             check_size(batch, "the batch")
+    with pytest.raises(MetaKDError, match="but 2, 9 or 4 targets"):
+        batch_size(Batch(torch.zeros(5, 3), (torch.zeros(9), Y)), "the batch", torch.zeros(9, 2))

@@ -29,7 +29,9 @@ class Watcher(nn.Module):
 
 
 class Fuse:
-    """Lets some calls pass, and blows at the next one."""
+    """Lets some calls pass, and blows at the next one; with slots, for what objects keep is put back otherwise."""
+
+    __slots__ = ("blown", "error", "left")
 
     def __init__(self):
         self.left, self.error, self.blown = None, None, False

@@ -234,12 +234,25 @@ def test_objects_that_lead_back_to_themselves():
     assert found[0] is found[1] and found[0].itself is found[0] and found[0].both == [found[0].child] * 2
     assert found[0].child.parent() is found[0] and child.parent() is parent
     assert [t.dtype for t in tensors(found)] == [torch.float64] * 2
+    loop = [X]
+    pair = (X, loop)
+    loop.append(pair)
+    met = []
+    map_tensors(lambda t: met.append(t) or t, pair)
+    assert len(met) == len(tensors(pair))
     loop, knot = [X], {}
     loop.append(loop)
     knot["self"], knot["loop"] = knot, (loop, loop)
     found = double(knot)
     assert found["self"] is found and len(tensors(knot)) == len(tensors(found)) == 2
     assert all(part[1] is part and part[0].dtype == torch.float64 for part in found["loop"])
+
+
+def test_a_container_counts_at_each_of_its_places():
+    part = [X]
+    found = double([part, {"again": part}])
+    assert len(tensors([part, {"again": part}])) == 2
+    assert found[0] is not found[1]["again"] and found[0][0] is not found[1]["again"][0]
 
 
 class Original:

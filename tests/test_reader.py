@@ -137,3 +137,16 @@ def test_the_error_itself_is_quoted_beside_its_likely_cause():
         call(nn.Linear(3, 2), X[:, :2])
     with pytest.raises(MetaKDError, match=r"parameters are on cpu, its inputs on meta; move the batch"):
         call(nn.Linear(3, 2), X.to("meta"))
+
+
+class Failing(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("of its own")
+
+
+def test_no_cause_is_made_up():
+    packed = pack_sequence([X, X])
+    elsewhere = packed._replace(data=packed.data.to("meta"))  # the lengths stay on the CPU wherever the data is
+    for module, inputs in ((Failing(3, 2, device="meta"), elsewhere), (Failing(3, 2).forward, X.double())):
+        with pytest.raises(RuntimeError, match="of its own"):
+            call(module, inputs)

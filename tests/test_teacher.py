@@ -138,6 +138,26 @@ def test_a_modules_own_change_of_mode_is_undone():
     assert teacher.merged and not teacher.training
 
 
+class Exported(Merging):
+    """Refuses to change its mode, as exported modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def train(self, mode=True):
+        raise NotImplementedError
+
+    def forward(self, x):
+        return self.dropout(x)
+
+
+def test_a_module_that_refuses_to_change_its_mode():
+    teacher = Exported()
+    torch.testing.assert_close(teacher_outputs(teacher, torch.ones(99)), torch.ones(99))
+    assert teacher.training and teacher.dropout.training
+
+
 class NoForward(nn.Module):
     pass
 

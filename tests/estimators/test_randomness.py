@@ -20,7 +20,8 @@ X, Y = (torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=D
 def dropped(p, m, batch):
     """Dropout, and noise of Python's and NumPy's."""
     noise = random.random() + numpy.random.rand()
-    return F.mse_loss(F.dropout(torch.tanh(X * m["g"] @ p["w"]), 0.5), Y * noise) + 0.1 * p["w"].square().sum()
+    residual = F.dropout(torch.tanh(X * m["g"] @ p["w"]), 0.5) - Y * noise
+    return residual.square().mean() + 0.1 * p["w"].square().sum()
 
 
 def outer(p, m, batch):

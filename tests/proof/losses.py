@@ -81,7 +81,7 @@ LOSSES: dict[str, Loss] = {
     "cross_entropy_weighted": lambda z, y: F.cross_entropy(z, label(y), class_weights(y)),
     "cross_entropy_smooth": lambda z, y: F.cross_entropy(z, label(y), reduction="none", label_smoothing=0.2),
     "cross_entropy_soft": lambda z, y: F.cross_entropy(z, y.softmax(1), reduction="none"),
-    "cross_entropy_ignore": lambda z, y: F.cross_entropy(z, label(y) - (label(y) == 0).long(), ignore_index=-1),
+    "cross_entropy_ignore": lambda z, y: F.cross_entropy(z, F.pad(label(y)[1:], (1, 0), value=-1), ignore_index=-1),
     "cross_entropy_dense": lambda z, y: F.cross_entropy(spread(z, 3, 4), label(spread(y, 3, 4))),
     "binary_cross_entropy": lambda z, y: F.binary_cross_entropy(0.1 + 0.8 * z.sigmoid(), hot(y), reduction="none").mean(
         1

@@ -1,0 +1,120 @@
+"""Variables of functions, classes and modules as mappings, so that they can be read and put back like any dict."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+
+class Variables(MutableMapping[Any, Any]):
+    """Some of the entries of another mapping.
+
+    Examples:
+        >>> everything = {"calls": 1, "torch": ...}
+        >>> some = Variables(everything, ["calls"])
+        >>> some["calls"] = 2
+        >>> dict(some), everything["calls"]
+        ({'calls': 2}, 2)
+    """
+
+    def __init__(self, variables: Any, names: Sequence[str]) -> None:
+        self._variables, self._names = variables, names
+
+    def __getitem__(self, name: str) -> Any:
+        return self._variables[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._variables[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if name in self._variables)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Cell(MutableMapping[Any, Any]):
+    """A variable that a function shares with the one around it, under the name "value".
+
+    Examples:
+        >>> def counter(count=0):
+        ...     return lambda: count
+        >>> function = counter(3)
+        >>> Cell(function.__closure__[0])["value"] = 5
+        >>> function()
+        5
+    """
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._cell.cell_contents
+        except ValueError:  # it has no value yet
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._cell.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._cell.cell_contents
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            _ = self._cell.cell_contents
+        except ValueError:
+            return
+        yield "value"
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class ClassVariables(Variables):
+    """What a class holds beside its methods.
+
+    Examples:
+        >>> class Student:
+        ...     calls = 0
+        >>> ClassVariables(Student)["calls"] = 2
+        >>> Student.calls
+        2
+    """
+
+    def __init__(self, owner: type) -> None:
+        self._owner = owner
+        names = [n for n, v in vars(owner).items() if not n.startswith("__") and not hasattr(v, "__get__")]
+        super().__init__(vars(owner), names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._owner, name)
+
+
+class Scripted(MutableMapping[Any, Any]):
+    """The parameters or the buffers of a scripted module, which torch wraps in something that is no mapping."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    def __getitem__(self, name: str) -> Any:
+        return self._wrapped[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._wrapped[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)  # a scripted module keeps what it was built with
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wrapped.keys())
+
+    def __len__(self) -> int:
+        return len(self._wrapped.keys())
