@@ -46,19 +46,20 @@ ROOMS = {
     ),
     "recipes": Room("recipes/", "published methods as\nconfigured balancers", "recipes/", 1),
     "checking": Room(
-        "checking", "check_hypergradient,\nand why it disagrees", "check.py finite_differences.py hints.py", 2
+        "checking",
+        "check_hypergradient,\nand why it disagrees",
+        "check.py in_float64.py finite_differences.py hints.py",
+        2,
     ),
     "balancer": Room(
         "balancer",
         "one call, all or nothing:\nowns state, knows no calculus",
-        "balancer.py parts.py reader.py train_pass.py handover.py weighting_step.py transaction.py distributed.py "
-        "checkpoint.py optimizer_state.py report.py",
+        "balancer.py parts.py reader.py train_pass.py proof.py handover.py weighting_step.py transaction.py "
+        "distributed.py checkpoint.py optimizer_state.py report.py",
         1,
         1.2,
     ),
-    "objective": Room(
-        "objective", "inner and outer loss\nas pure functions", "objective.py checked.py features.py dual_losses.py", 1
-    ),
+    "objective": Room("objective", "inner and outer loss\nas pure functions", "objective.py checked.py features.py", 1),
     "validation": Room("validation/", "what is known before\nthe first step", "validation/", 2),
     "weighting": Room("weighting/", "weight models: features\nto weights (B, M)", "weighting/", 0, open=True),
     "estimators": Room("estimators/", "the hypergradient of\nany bilevel problem", "estimators/", 2, open=True),
@@ -66,7 +67,7 @@ ROOMS = {
     "student": Room(
         "student",
         "a module as a pure\nfunction, without a trace",
-        "student.py teacher.py calling.py kernels.py batch_norm.py replay.py",
+        "student.py python_state.py reach.py variables.py teacher.py calling.py kernels.py batch_norm.py",
         1,
     ),
     "inner": Room("inner/", "the differentiable step:\nonly door to TorchOpt", "inner/", 2),
@@ -74,7 +75,7 @@ ROOMS = {
     "basics": Room(
         "basics",
         "Batch, MetaKDError, generators, precision, derivatives",
-        "batch.py errors.py rng.py precision.py graph.py derivatives.py",
+        "batch.py nest.py sizes.py errors.py rng.py precision.py graph.py derivatives.py",
         1.5,
         3.86,
     ),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd.batch import Batch, as_batch, endless
+from metakd.batch import Batch, as_batch, as_it_is, endless
 from metakd.checked import checked_losses, evaluate_weights, not_finite
 from metakd.checkpoint import check_balancer_state, loading
 from metakd.distributed import Ranks, checksum
@@ -32,7 +32,7 @@ from metakd.report import Report
 from metakd.student import FunctionalStudent, Start, put_back
 from metakd.teacher import Teacher
 from metakd.terms import CrossEntropy, Term, named
-from metakd.train_pass import TrainPass, as_it_is
+from metakd.train_pass import TrainPass
 from metakd.transaction import Snapshot, all_or_nothing
 from metakd.weighting.base import positive_int
 from metakd.weighting_step import WeightingStep

@@ -114,6 +114,19 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
     return Batch(item, targets, teacher, index)
 
 
+def as_it_is(batch: Batch) -> Batch:
+    """A copy of a batch, cut from autograd, for a pass that may write to its inputs.
+
+    Examples:
+        >>> import torch
+        >>> mine = Batch(torch.zeros(2))
+        >>> as_it_is(mine).inputs.add_(1.0), mine.inputs
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    copy: Batch = map_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), batch)
+    return copy
+
+
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of a loader, again and again; an iterator gives those it has.
 

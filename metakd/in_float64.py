@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from metakd.balancer import BilevelLossBalancer
-from metakd.batch import Batch
+from metakd.batch import Batch, as_it_is
 from metakd.calling import call
 from metakd.checked import checked_losses, evaluate_weights
 from metakd.distributed import Ranks
@@ -24,7 +24,7 @@ from metakd.objective import weighted_mean
 from metakd.precision import as_written
 from metakd.python_state import parameter_places, swapped
 from metakd.student import FunctionalStudent, Start, put_back
-from metakd.train_pass import TrainPass, as_it_is
+from metakd.train_pass import TrainPass
 
 
 class Look(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd.batch import Batch
+from metakd.batch import Batch, as_it_is
 from metakd.checked import checked_losses, evaluate_weights
 from metakd.derivatives import Params
 from metakd.estimators.problem import WeightedLosses
@@ -15,7 +15,6 @@ from metakd.precision import virtual_autocast
 from metakd.python_state import parameter_places, swapped
 from metakd.student import FunctionalStudent, Start
 from metakd.terms import Term
-from metakd.train_pass import as_it_is
 
 
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from metakd.batch import Batch
+from metakd.batch import Batch, as_it_is
 from metakd.calling import call
 from metakd.checked import checked_losses
 from metakd.derivatives import Gradients, gradients
@@ -14,7 +14,7 @@ from metakd.graph import graph_leaves
 from metakd.handover import hand_over
 from metakd.inner import as_real
 from metakd.kernels import compiled_parts
-from metakd.nest import map_tensors, tensors
+from metakd.nest import tensors
 from metakd.precision import autocasts_to_float16, ran_in_float16
 from metakd.python_state import swapped
 from metakd.student import FunctionalStudent, Start, data_parallel
@@ -126,13 +126,3 @@ class TrainPass:
         if self._gradients is None or not self.can_hand_over:
             return loss
         return hand_over(loss, self._leaves, self._gradients)
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """A copy of a batch, cut from autograd, that nobody writes to."""
-
-    def copied(t: Tensor) -> Tensor:
-        return t.detach().clone().requires_grad_(t.requires_grad)
-
-    copy: Batch = map_tensors(copied, batch)
-    return copy

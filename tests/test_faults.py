@@ -1,6 +1,7 @@
 """Faults in the middle of a call: everything of the user's is as before, the error says where, training can go on."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -214,23 +215,29 @@ def test_ctrl_c_at_any_operation_changes_nothing(name):
 def test_a_fault_in_a_part_of_the_users_changes_nothing(name, part, error):
     make, act = SITUATIONS[name]
     balancer, fuses = make()
-    before = everything(balancer)
+    before, survived = everything(balancer), set()
     for passing in range(50):
         fuses[part].set(passing, error)
         kind = MetaKDError if PARTS[part] and isinstance(error, Exception) else type(error)
         try:
-            act(balancer)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                act(balancer)
         except kind as found:
             assert kind is not MetaKDError or (re.search(PARTS[part], str(found)) and found.__cause__)
             assert_same(everything(balancer), before, f"call {passing}")
         else:
-            assert not fuses[part].blown
-            break
+            if not fuses[part].blown:
+                break
+            # A fault of the forward-mode pass alone is taken for a missing derivative, and reverse mode does it.
+            assert "no forward-mode derivative (boom)" in str(said[0].message)
+            survived.add(passing)
+            balancer, fuses = make()
     assert (passing > 0) == (part not in UNUSED.get(name, ()))
     expected, _ = make()
     act(expected), real_step(expected)
     again, fuses = make()
-    for left in range(passing):
+    for left in sorted(set(range(passing)) - survived):
         fuses[part].set(left, error)
         with pytest.raises((MetaKDError, ValueError, KeyboardInterrupt)):
             act(again)

@@ -68,7 +68,7 @@ def hypergradient_of(name, rule, estimator, steps):
 def lacks(name, estimator):
     """What the error says where an animal has no way through an estimator; None where there is one."""
     if estimator == OneStep("forward") and not ZOO[name].forward_mode:
-        return "without a forward-mode derivative"
+        return "no forward-mode derivative"
     if estimator == Adjoint("forward") and not ZOO[name].forward_over_reverse:
         return "forward over reverse met an operation without a forward-mode derivative"
     return None
@@ -138,6 +138,8 @@ def test_an_operation_without_any_second_derivative_is_an_error(estimator):
 
 def test_estimators_are_all_here():
     tried = {type(estimator) for estimator, *_ in CELLS} | {Implicit, Unroll}
-    others = {estimators.Estimator, estimators.Hypergradient, estimators.Problem}
+    others = {
+        getattr(estimators, name) for name in ("Estimator", "Hypergradient", "Memory", "Problem", "WeightedLosses")
+    }
     known = {value for name in estimators.__all__ if isinstance(value := getattr(estimators, name), type)}
     assert known - others == tried

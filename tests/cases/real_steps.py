@@ -1,4 +1,4 @@
-"""The reference of the cases: real training steps, taken as a user would, and central differences of what they lead to."""
+"""The reference of the cases: real training steps, and central differences of what they lead to."""
 
 import warnings
 from collections.abc import Callable

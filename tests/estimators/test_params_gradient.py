@@ -99,7 +99,7 @@ def test_an_outer_loss_that_ignores_the_parameters_has_the_gradient_zero(estimat
     assert torch.equal(found.params_gradient["w"], torch.zeros(2))
 
 
-def maml(estimator):
+def maml(estimator, **options):
     return hypergradient(
         lambda p, m, batch: (p["w"] - batch).pow(2).sum() / 2,
         lambda p, m: (p["w"] - 3).pow(2).sum() / 2,
@@ -108,12 +108,14 @@ def maml(estimator):
         [0.0, 1.0],
         optimizer=torchopt.sgd(lr=0.5),
         estimator=estimator,
+        **options,
     )
 
 
+@pytest.mark.parametrize("verify", [None, True])
 @pytest.mark.parametrize("estimator", [Adjoint(), Unroll(), Truncated(2)], ids=str)
-def test_there_need_be_no_meta_parameters(estimator):
-    found = maml(estimator)  # theta_2 = theta_0 / 4 + 1 / 2
+def test_there_need_be_no_meta_parameters(estimator, verify):
+    found = maml(estimator, verify=verify)  # theta_2 = theta_0 / 4 + 1 / 2
     assert found.gradient == {}
     torch.testing.assert_close(found.params_gradient["w"], torch.tensor((0.75 - 3) / 4))
 
