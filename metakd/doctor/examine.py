@@ -53,7 +53,8 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
         ahead, _ = problem.sweep()
         after, _, _ = problem.outer_gradients(ahead)
         try:
-            hypergradient: Params | str = estimate(balancer.estimator, problem).gradient
+            found = estimate(balancer.estimator, problem).gradient
+            hypergradient: Params | str = found if any(bool(g.any()) for g in found.values()) else _ZERO
         except MetaKDError as error:
             hypergradient = str(error)
         reached = RngState.capture(devices)
@@ -73,3 +74,9 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
 def norm(values: Any) -> float:
     """Of all tensors of a dict together; None is nothing."""
     return math.sqrt(sum(float(v.double().square().sum()) for v in values.values() if v is not None))
+
+
+_ZERO = (
+    "it is exactly zero: the meta loss does not feel the step ahead (an inner learning rate of 0, a meta loss that is "
+    "flat here), or the weights do not feel the weight model (its output is saturated)"
+)

@@ -89,9 +89,15 @@ class FiniteDifference:
         if problem.weighted is not None and problem.memory.compare:
             problem.memory.compare = False
             self._compare(problem, problem.weighted, params, batch, u, h)
-        ahead = gradients(problem.inner(_moved(params, u, h), meta, batch), meta)
+
+        def side(step: Tensor) -> Gradients:
+            moved = _moved(params, u, step)
+            # A loss of the user's own may differentiate in the parameters itself; a student's passes need no graph.
+            return gradients(problem.inner(leaves(moved) if problem.weighted is None else moved, meta, batch), meta)
+
+        ahead = side(h)
         if self.sides == 2:
-            return {}, _slope(ahead, gradients(problem.inner(_moved(params, u, -h), meta, batch), meta), 2 * h)
+            return {}, _slope(ahead, side(-h), 2 * h)
         here = problem.inner(params, meta, batch) if problem.first_inner is None else problem.first_inner(meta)
         return {}, _slope(ahead, gradients(here, meta), h)
 

@@ -35,6 +35,12 @@ class WeightedLosses(NamedTuple):
         losses: (params, batch) -> (B, M).
         weights: (meta_params, batch) -> (B, M).
         names: of the M terms.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> weighted = WeightedLosses(lambda p, b: (p["w"] * x)[:, None], lambda m, b: m["phi"][:, None], ["linear"])
+        >>> weighted.losses({"w": torch.tensor(3.0)}, None).shape
+        torch.Size([2, 1])
     """
 
     losses: Callable[[Params, Any], Tensor]

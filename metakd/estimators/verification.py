@@ -55,11 +55,16 @@ class _Probe(NamedTuple):
     limit: float
     tolerance: float
 
+    def expected(self, along: Params) -> float:
+        """The derivative of the combination along a direction, by reverse mode."""
+        parts = [(g, along[name]) for name, g in self.gradient.items() if g is not None and name in along]
+        return math.fsum(float((g * u).sum()) for g, u in parts)
+
     def error(self, tangent: Tensor, along: Params) -> float:
         """The relative error of the losses' tangent along a direction; 0.0 where it is within the limit."""
         combined = float((self.signs * tangent).sum())
         parts = [(g, along[name]) for name, g in self.gradient.items() if g is not None and name in along]
-        expected = math.fsum(float((g * u).sum()) for g, u in parts)
+        expected = self.expected(along)
         if not math.isfinite(expected):
             return 0.0  # either way, which is not the tangents' fault
         lengths = _norm(g for g, _ in parts) * _norm(u for _, u in parts)
@@ -117,12 +122,34 @@ def compare_influence(
     for name, signs in _signs(losses, weighted.names):
         found = gradients((signs * losses).sum(), moved, retain_graph=True)
         probe = _Probe(signs, found, limit or tolerance, tolerance)
-        error = probe.error(tangent, u)
+        error, direction = probe.error(tangent, u), u
         if not error and name is None and limit is None and (even := probe.even()):
-            error = probe.error(along(even), even)
-        if error:
+            error, direction = probe.error(along(even), even), even
+        if error and not _is_rounding(problem, params, batch, probe, direction, error):
             return Disagreement(error, name, None if limit else _layer(probe, along))
     return None
+
+
+def _is_rounding(problem: Problem, params: Params, batch: Any, probe: _Probe, along: Params, error: float) -> bool:
+    """Whether the derivative moves as much when the parameters move by a few roundings, as one that is zero does.
+
+    A term whose gradient vanishes, such as a teacher's that is the student itself, leaves nothing but rounding.
+    """
+    assert problem.weighted is not None
+    near = leaves(nudged({name: params[name] for name in probe.gradient}, probe.tolerance))
+    losses = problem.weighted.losses({**params, **near}, batch)
+    again = probe._replace(gradient=gradients((probe.signs * losses).sum(), near))
+    here, there = probe.expected(along), again.expected(along)
+    scale = max(abs(here), abs(there))
+    return 10 * abs(there - here) >= min(error, 1.0) * scale
+
+
+def nudged(params: Params, tolerance: float) -> Params:
+    """Parameters moved by a few roundings of the arithmetic with this tolerance, up or down."""
+    delta = 8 * (tolerance / 10) ** 2
+    generator = _generator()
+    signs = {name: torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1 for name, p in params.items()}
+    return {name: p.detach() * (1 + delta * signs[name]) for name, p in params.items()}
 
 
 def _signs(losses: Tensor, names: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
