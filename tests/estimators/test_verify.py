@@ -181,7 +181,6 @@ def test_an_exact_estimator_is_compared_with_unroll():
         (Implicit(), 0),
         (half, 9),
     ],
-    ids=str,
 )
 def test_estimators_say_for_how_many_steps_they_are_exact(estimator, exact_up_to):
     assert [is_exact(estimator, steps) for steps in range(1, 10)] == [steps <= exact_up_to for steps in range(1, 10)]

@@ -110,7 +110,7 @@ def test_plain_sgd_takes_the_rates_of_all_groups():
 CHOICES = ["sgd", "mirror", torchopt.adam(lr=0.1)]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES)
 def test_a_parameter_that_two_optimizers_hold(choice):
     model = student()
     both = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters())
@@ -121,7 +121,7 @@ def test_a_parameter_that_two_optimizers_hold(choice):
     assert "more than once (by SGD and AdamW)" in finding.problem
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES)
 def test_what_no_optimizer_of_several_holds(choice):
     model, other = student(), student()
     both = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW([model[2].weight])
