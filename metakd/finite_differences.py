@@ -16,7 +16,7 @@ def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink
     """The value of `slope_at_zero`.
 
     Examples:
-        >>> derivative(lambda h: 3.0 * h)
+        >>> round(derivative(lambda h: 3.0 * h), 9)
         3.0
     """
     return slope_at_zero(function, step=step, shrink=shrink, rows=rows).value

@@ -57,10 +57,5 @@ def _is_right(loss: Tensor, seen: set[Any] | None) -> bool:
     for node in graph_nodes(loss, seen):
         if node.name() == "WeightNormInterfaceBackward0":
             return False
-        if node.name() == "SparseCooTensorWithDimsAndTensorsBackward0":
-            raise NoSecondDerivative(
-                "torch's second derivative of a sparse tensor made of values that are differentiated "
-                "(torch.sparse_coo_tensor) is wrong; use a dense tensor, or index_add"
-            )
         reject_marked(node)
     return True

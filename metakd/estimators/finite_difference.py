@@ -92,8 +92,10 @@ class FiniteDifference:
 
         def side(step: Tensor) -> Gradients:
             moved = _moved(params, u, step)
-            # A loss of the user's own may differentiate in the parameters itself; a student's passes need no graph.
-            return gradients(problem.inner(leaves(moved) if problem.weighted is None else moved, meta, batch), meta)
+            try:
+                return gradients(problem.inner(moved, meta, batch), meta)
+            except RuntimeError:  # a loss may differentiate in the parameters itself, as it does in training
+                return gradients(problem.inner(leaves(moved), meta, batch), meta)
 
         ahead = side(h)
         if self.sides == 2:
