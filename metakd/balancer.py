@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
+from threading import RLock
 from typing import Any
 
 import torch
@@ -482,18 +483,28 @@ class BilevelLossBalancer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Snapshot]:
-        snapshot = Snapshot(self._functional, self._step, *map(vars, (self, self._memory, self._proofs)))
-        with all_or_nothing(snapshot), explained():
-            yield snapshot
+        with self._alone():
+            snapshot = Snapshot(self._functional, self._step, *map(vars, (self, self._memory, self._proofs)))
+            with all_or_nothing(snapshot), explained():
+                yield snapshot
 
     @contextmanager
     def _untouched(self) -> Iterator[Start]:
-        snapshot = Snapshot(self._functional, self._step)
-        with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
-            yield start
-            snapshot.restore()  # inside, so that an interrupted one is done again
+        with self._alone():
+            snapshot = Snapshot(self._functional, self._step)
+            with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
+                yield start
+                snapshot.restore()  # inside, so that an interrupted one is done again
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """A block that other threads wait for: virtual passes change settings of torch that all threads share.
+
+        Ranks that are threads of one process have to meet inside, so they do not wait.
+        """
+        return nullcontext() if self._ranks.several else _ONE_AT_A_TIME
 
 
+_ONE_AT_A_TIME = RLock()
 _ZERO = (
     "the influence of every sample is exactly zero: the meta loss does not feel the step ahead, as with an inner "
     "learning rate of 0 or a meta loss that is flat here. If it stays so, nothing is learned"

@@ -16,9 +16,8 @@ from metakd.estimators.estimate import checked_estimator, estimate, solved
 from metakd.estimators.memory import Memory
 from metakd.finite_differences import slope_at_zero
 from metakd.hints import hint
-from metakd.in_float64 import Look, looking
+from metakd.in_float64 import Look, double, looking
 from metakd.inner import Params
-from metakd.nest import map_tensors
 
 
 class Check(NamedTuple):
@@ -118,7 +117,7 @@ def check_hypergradient(
             "call it as (inner, outer, params, meta_params, batches, optimizer=...) or (balancer, batches, meta_batch)"
         )
     theta, phi, data, state, outer_data = (
-        map_tensors(_double, value) for value in (params, meta_params, list(batches), optimizer_state, outer_batches)
+        double(value) for value in (params, meta_params, list(batches), optimizer_state, outer_batches)
     )
     problem = build_problem(inner, outer, theta, phi, data, optimizer, state, outer_batches=outer_data)
     estimator = checked_estimator(estimator or Adjoint())
@@ -127,10 +126,6 @@ def check_hypergradient(
         whole = solved(estimator, problem)
         look = Look(gradient, problem.meta_params, lambda phi: _outer_after_inner(whole, phi))
         return _compare(look, estimator, len(problem.batches), directions, tolerance, seed)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _compare(look: Look, estimator: Estimator, steps: int, directions: int, tolerance: float, seed: int) -> Check:
@@ -197,7 +192,7 @@ def _nan_is_largest(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-_SMALLER_STEPS = (1e-3, 2e-5)
+_SMALLER_STEPS = (1e-3, 2e-5, 4e-7, 1e-8)
 
 
 def _numbers(values: list[float]) -> str:

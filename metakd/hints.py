@@ -41,14 +41,15 @@ def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, esti
         return "the outer loss has float32 precision: something casts to it inside (.float(), a float32 constant)"
     if math.hypot(*estimated) <= 1e-9 * math.hypot(*differences):
         return "the estimate is zero: the losses use a cut copy of this tensor (.detach(), .item(), torch.no_grad())"
-    right, left = (along(1e-4) - here) / 1e-4, (here - along(-1e-4)) / 1e-4
+    right, left = (along(_NEAR) - here) / _NEAR, (here - along(-_NEAR)) / _NEAR
     if abs(right - left) > 0.05 * max(abs(right), abs(left)):
         return (
             f"a kink: the slope is {right:.3g} on one side and {left:.3g} on the other (ReLU, max, clamp, top-k, "
             "clipping at its threshold); there is no derivative here, so check at another point"
         )
     unsure = max(slope.spread / max(abs(slope.value), 1e-300) for slope in slopes)
-    if unsure > 1e-4:
+    within = all(abs(e - slope.value) <= 100 * slope.spread for e, slope in zip(estimated, slopes, strict=True))
+    if unsure > 1e-4 or within:
         return (
             f"kinks close by: the differences themselves are known to {unsure:.0e} only, at every step size (ReLU, "
             "max, clamp, batch statistics of few samples), so they cannot say who is right. Check at another point, "
@@ -64,3 +65,6 @@ def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, esti
         "a stop-gradient: a part of the losses is cut from the graph (.detach(), torch.no_grad(), .data); or an "
         "operation's backward is wrong: try torch.autograd.gradcheck and gradgradcheck on your own autograd.Functions"
     )
+
+
+_NEAR = 1e-8  # a kink that is farther away than this is no kink of the point itself

@@ -57,7 +57,7 @@ def looking(
         balancer._problem_in_phi(balancer._objective(balancer._functional, known, meta, start))  # lazy layers get sizes
         model = balancer.weighting
         tensors = [*(t for _, _, t in start.state.tensors), *model.parameters(), *model.buffers()]
-        known, meta = _double(known), _double(meta)
+        known, meta = double(known), double(meta)
         with (
             doubled(tensors),
             as_written(balancer._functional.device_type),
@@ -168,7 +168,7 @@ def doubled(tensors: Iterable[Tensor]) -> Iterator[None]:
     try:
         for t, value, _ in kept:
             t.grad = None
-            t.data = _double(value)
+            t.data = double(value)
         yield
     finally:
         for t, value, grad in kept:
@@ -177,8 +177,15 @@ def doubled(tensors: Iterable[Tensor]) -> Iterator[None]:
             t.grad = grad
 
 
-def _double(value: Any) -> Any:
-    def double(t: Tensor) -> Tensor:
+def double(value: Any) -> Any:
+    """A nest with floating-point tensors in float64 and complex ones in complex128.
+
+    Examples:
+        >>> double([torch.ones(1), torch.ones(1, dtype=torch.complex64), 3])[1].dtype
+        torch.complex128
+    """
+
+    def finer(t: Tensor) -> Tensor:
         return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
 
-    return map_tensors(double, value)
+    return map_tensors(finer, value)

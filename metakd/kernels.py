@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -82,9 +83,11 @@ def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
 
     Recomputing happens in the backward pass, when the module has its own parameters again.
     """
-    hook = checkpointing._checkpoint_hook
+    hook, thread = checkpointing._checkpoint_hook, get_ident()
 
     def replaying(frame: Any) -> Any:
+        if get_ident() != thread:  # torch has one hook for all threads, and another may train meanwhile
+            return hook(frame)
         recompute = frame.recompute_fn
         frame.recompute_fn = lambda *args: run(partial(recompute, *args))
         return hook(frame)

@@ -35,7 +35,7 @@ WRONG = {
         outer,
         "not a pure function: the same point",
     ),
-    "domain": (right, lambda p, m: outer(p, m) + (m["phi"].sum() - 1.499999).log(), "NaN or infinite close by"),
+    "domain": (right, lambda p, m: outer(p, m) + (m["phi"].sum() - 1.4999999999).log(), "NaN or infinite close by"),
     "float32": (lambda p, m, b: right(p, m, b), lambda p, m: outer(p, m).float() / 3, "float32 precision"),
     "zero": (
         lambda p, m, b: (m["phi"].detach() * p["x"] ** 2).sum() + (m["other"] * p["x"]).sum(),
