@@ -389,7 +389,8 @@ class BilevelLossBalancer:
         if not (self._proofs.wanted and objective.batches) or compiled_parts(self._functional.module):
             return
         with self._functional.untouched():
-            train = TrainPass(self._functional.module, self._functional, objective.batches[0], self.terms, start)
+            batch = as_it_is(objective.batches[0])  # the pass may write to its inputs
+            train = TrainPass(self._functional.module, self._functional, batch, self.terms, start)
             put_back(start)
             self._proofs.give(objective, train, torch.ones_like(train.losses), self.estimator, self._memory)
 

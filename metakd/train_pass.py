@@ -57,6 +57,8 @@ class TrainPass:
         self.compiled = bool(compiled_parts(student))
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
+        # What hooks on activations see in the user's backward pass, a gradient handed over would not show them.
+        self._watched = any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules())
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
         self._cast = functional.cast
         self._leaves: list[Tensor] = []
@@ -79,7 +81,7 @@ class TrainPass:
     @property
     def can_hand_over(self) -> bool:
         """Whether the gradient may stand in for the real backward pass: exact, and with no one else to notice."""
-        return not (self._hooked or self._upstream or self.float16)
+        return not (self._hooked or self._watched or self._upstream or self.float16)
 
     def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[Collection[str]], Gradients] | None:
         """Gives the gradient of the loss in the parameters of some names, None for those that it does not reach.

@@ -136,12 +136,24 @@ def _is_rounding(problem: Problem, params: Params, batch: Any, probe: _Probe, al
     A term whose gradient vanishes, such as a teacher's that is the student itself, leaves nothing but rounding.
     """
     assert problem.weighted is not None
+    if not is_faint(probe.gradient, params, probe.tolerance):
+        return False
     near = leaves(nudged({name: params[name] for name in probe.gradient}, probe.tolerance))
     losses = problem.weighted.losses({**params, **near}, batch)
     again = probe._replace(gradient=gradients((probe.signs * losses).sum(), near))
     here, there = probe.expected(along), again.expected(along)
     scale = max(abs(here), abs(there))
     return 10 * abs(there - here) >= min(error, 1.0) * scale
+
+
+def is_faint(gradient: Gradients, params: Params, tolerance: float) -> bool:
+    """Whether a gradient is so small that the losses hardly move with the parameters: rounding may be all of it.
+
+    A larger one is no rounding, however much it jumps: nudged parameters may cross a step of the model's.
+    """
+    felt = [name for name, g in gradient.items() if g is not None]
+    size = _norm(gradient[name] for name in felt) * _norm(params[name] for name in felt)
+    return size <= tolerance / 10
 
 
 def nudged(params: Params, tolerance: float) -> Params:
@@ -185,4 +197,4 @@ def _generator() -> torch.Generator:
 
 
 def _norm(values: Any) -> float:
-    return math.sqrt(math.fsum(float(v.square().sum()) for v in values))
+    return math.sqrt(math.fsum(float(v.detach().square().sum()) for v in values))
