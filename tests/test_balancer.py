@@ -187,11 +187,11 @@ def test_every_takes_the_nth_calls():
 
 def test_one_step_shares_the_train_forward_and_hands_the_gradient_on():
     student, passes = network(), Tally()
-    build_passes = student.register_forward_hook(lambda module, args, out: passes(out.requires_grad))
+    hook = student.register_forward_hook(lambda module, args, out: passes(out.requires_grad))
     build(student, accumulate=2, verify=False)(data(5), data(4))
     # The training forward, the meta forward, the forward-mode pass, which has no graph in the student.
     assert passes.seen == [True, True, False]
-    build_passes.remove()
+    hook.remove()
     balancer = build(student, accumulate=2, verify=False)
     handed = [type(balancer(data(5), data(4)).grad_fn).__name__ == "_HandOverBackward" for _ in range(4)]
     assert handed == [True, False, True, False]  # where the weight model moves, the real gradient is another one
@@ -200,7 +200,7 @@ def test_one_step_shares_the_train_forward_and_hands_the_gradient_on():
 def test_hooks_on_activations_see_the_users_backward_pass():
     """So no gradient is handed over past them."""
     student, seen = network(), Tally()
-    student[0].register_full_backward_hook(lambda module, inputs, outputs: seen(1))
+    student[2].register_full_backward_hook(lambda module, inputs, outputs: seen(1))
     loss = build(student, accumulate=2, verify=False)(data(5), data(4))
     before = len(seen.seen)
     loss.backward()
