@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from metakd.batch import arguments
@@ -15,13 +14,12 @@ from metakd.nest import tensors
 from metakd.sizes import described
 
 
-def call(module: Callable[..., Any], inputs: Any, params: dict[str, Tensor] | None = None) -> Any:
+def call(module: Callable[..., Any], inputs: Any) -> Any:
     """Call a module with a batch's inputs: one argument, positional arguments, or keyword arguments.
 
     Args:
         module: the student, or a teacher, which may be any callable.
         inputs: `Batch.inputs`.
-        params: to use in place of the module's own, by name.
 
     Raises:
         MetaKDError: the module raised a TypeError, as for arguments that it does not take; or it failed, and the
@@ -34,9 +32,7 @@ def call(module: Callable[..., Any], inputs: Any, params: dict[str, Tensor] | No
     """
     args, kwargs = arguments(inputs)
     try:
-        if params is None or not isinstance(module, nn.Module):
-            return module(*args, **kwargs)
-        return functional_call(module, params, args, kwargs)
+        return module(*args, **kwargs)
     except torch.cuda.OutOfMemoryError:
         raise
     except TypeError as error:

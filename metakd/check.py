@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakd.balancer import BilevelLossBalancer
+from metakd.derivatives import norm
 from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, Problem
 from metakd.estimators.build import Nest, Optimizer, build_problem
@@ -131,7 +132,7 @@ def check_hypergradient(
 def _compare(look: Look, estimator: Estimator, steps: int, directions: int, tolerance: float, seed: int) -> Check:
     generator = torch.Generator().manual_seed(seed)
     check = Check({}, {}, {}, tolerance)
-    scale, rounding = _norm(look.gradient), 1e-12 * abs(look.outer_after_inner(look.meta_params))
+    scale, rounding = norm(look.gradient.values()), 1e-12 * abs(look.outer_after_inner(look.meta_params))
     wrong = []
     for name, g in look.gradient.items():
         drawn = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device) for _ in range(directions)]
@@ -182,10 +183,6 @@ def _relative(estimated: list[float], differences: list[float], scale: float, ro
     """
     error = max(math.dist(estimated, differences) - rounding, 0.0)
     return error / max(math.hypot(*differences), 1e-9 * scale, 1e-300)
-
-
-def _norm(gradient: Params) -> float:
-    return math.hypot(*(float(g.norm()) for g in gradient.values()))
 
 
 def _nan_is_largest(value: float) -> float:

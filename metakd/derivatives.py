@@ -1,6 +1,7 @@
 """First and second derivatives of a scalar, by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ def added(a: Gradients, b: Gradients) -> Gradients:
     """The sum of two gradients with the same names, where None is nothing."""
     pairs = {name: (value, b[name]) for name, value in a.items()}
     return {name: y if x is None else x if y is None else x + y for name, (x, y) in pairs.items()}
+
+
+def norm(values: Iterable[Tensor | None]) -> float:
+    """The Euclidean norm of tensors together, in float64; None is nothing."""
+    return math.sqrt(math.fsum(float(v.detach().double().square().sum()) for v in values if v is not None))
 
 
 def filled(values: Gradients, like: Params) -> Params:

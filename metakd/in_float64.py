@@ -22,7 +22,7 @@ from metakd.inner import Params, apply
 from metakd.nest import map_tensors
 from metakd.objective import weighted_mean
 from metakd.precision import as_written
-from metakd.python_state import parameter_places, swapped
+from metakd.python_state import with_parameters
 from metakd.student import FunctionalStudent, Start, put_back
 from metakd.train_pass import TrainPass
 
@@ -93,7 +93,7 @@ def _way_of_a_meta_step(balancer: BilevelLossBalancer, batches: list[Batch], met
 @contextmanager
 def _as_one_process(balancer: BilevelLossBalancer, estimator: Estimator) -> Iterator[FunctionalStudent]:
     """A block in which the balancer has this estimator, and a student of no other dtype and no other process."""
-    owners: list[dict[str, Any]] = [vars(balancer), vars(balancer._memory)]
+    owners: list[dict[str, Any]] = [*map(vars, (balancer, balancer._memory, balancer._proofs))]
     kept = [dict(owner) for owner in owners]
     try:
         balancer.estimator = estimator
@@ -144,8 +144,7 @@ class _RealSteps:
         if t not in self._features:  # constant in phi, as the weight model's inputs are
             self._features[t] = evaluate_features(balancer.features, train.losses, train.outputs, train.batch)
         model = balancer.weighting
-        swaps = {id(p): meta_params[name] for name, p in model.named_parameters() if name in meta_params}
-        with swapped(parameter_places(model), swaps), torch.no_grad():
+        with with_parameters(model, meta_params), torch.no_grad():
             weights = evaluate_weights(model, self._features[t], train.batch, train.losses)
         found = train.last_gradient_of(weighted_mean(weights, train.losses), self._moving)
         return {name: found.get(name) for name in student.trainable()}

@@ -12,7 +12,7 @@ from metakd.derivatives import Params
 from metakd.estimators.problem import WeightedLosses
 from metakd.features import Features, evaluate_features
 from metakd.precision import virtual_autocast
-from metakd.python_state import parameter_places, swapped
+from metakd.python_state import with_parameters
 from metakd.student import FunctionalStudent, Start
 from metakd.terms import Term
 
@@ -62,7 +62,7 @@ class Objective:
     ) -> None:
         self.student, self.weighting, self.features = student, weighting, features
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
-        self.batches, self.meta_batch = [as_it_is(batch) for batch in batches], as_it_is(meta_batch)
+        self.batches, self.meta_batch = list(batches), meta_batch  # each pass takes copies
         self._starts = [start] if end is None else [start, end]
         self._autocast = virtual_autocast(student.device_type)
         self._seen: dict[int, Tensor] = {}
@@ -98,9 +98,7 @@ class Objective:
 
     def weights(self, meta_params: Params, t: int) -> Tensor:
         """The weight model's weights (B, M) for the batch of step t, whose losses were evaluated before."""
-        places = parameter_places(self.weighting)
-        swaps = {id(p): meta_params[name] for name, p in self.weighting.named_parameters() if name in meta_params}
-        with swapped(places, swaps):
+        with with_parameters(self.weighting, meta_params):
             weights = evaluate_weights(self.weighting, self._seen[t], self.batches[t], self._latest[t])
         if t == len(self.batches) - 1:
             self.last = self._latest[t], weights.detach()

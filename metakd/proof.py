@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +17,13 @@ from metakd.estimators.tolerance import CANCELLED, tolerance_of
 from metakd.estimators.verification import is_faint, nudged
 from metakd.nest import tensors
 from metakd.objective import Objective, weighted_mean
+from metakd.reach import HOOKS, bare
 from metakd.student import FunctionalStudent
 from metakd.terms import Term
 from metakd.train_pass import TrainPass
 from metakd.weighting.base import positive_int
 
 _SHAPES = 4  # of outputs, with all else the same; sequences may have another length in every batch
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Proofs:
@@ -118,18 +117,15 @@ def what_it_stands_on(
 
 
 def _hooks(module: nn.Module) -> Iterator[Hashable]:
-    for kind in _HOOKS:
+    for kind in HOOKS:
         if hooks := module.__dict__.get(kind):
             yield kind, *(_code(hook) for hook in hooks.values())
 
 
 def _code(function: Any) -> Hashable:
     """What tells one function from another, though it is made anew in every iteration."""
-    while (inner := getattr(function, "hook", None) or getattr(function, "__func__", None)) is not None:
-        function = inner
-    if isinstance(function, functools.partial):
-        return _code(function.func)
-    return id(function.__code__) if isinstance(function, types.FunctionType) else id(type(function))
+    found = bare(function)
+    return id(found.__code__) if isinstance(found, types.FunctionType) else id(found)
 
 
 def _compare_passes(objective: Objective, train: TrainPass, weights: Tensor) -> None:

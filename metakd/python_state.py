@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -145,10 +146,12 @@ def swapped(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[No
     """A block in which other tensors are where those with the ids in `swaps` were; what else changes there, stays.
 
     Examples:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> with swapped(parameter_places(layer), {id(layer.weight): torch.tensor([[5.0]])}):
-        ...     layer(torch.ones(1, 1))
-        tensor([[5.]])
+        >>> held = {"w": torch.ones(1)}
+        >>> with swapped([Place(held, "w", held["w"])], {id(held["w"]): torch.zeros(1)}):
+        ...     held["w"]
+        tensor([0.])
+        >>> held["w"]
+        tensor([1.])
     """
     done: list[tuple[Place, Tensor]] = []
     try:
@@ -163,10 +166,22 @@ def swapped(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[No
                 container[key] = tensor
 
 
-def parameter_places(module: nn.Module) -> list[Place]:
-    """Where a module's parameters are, each (module, name) once."""
+@contextmanager
+def with_parameters(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block in which a module has other parameters; those that are left out stay.
+
+    `torch.func.functional_call` does not put back what has two names.
+
+    Examples:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> with with_parameters(layer, {"weight": torch.tensor([[5.0]])}):
+        ...     layer(torch.ones(1, 1))
+        tensor([[5.]])
+    """
     owners = [part._parameters for part in module.modules()]
-    return [Place(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
+    places = [Place(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
+    with swapped(places, {id(p): params[name] for name, p in module.named_parameters() if name in params}):
+        yield
 
 
 def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any]) -> None:
@@ -181,21 +196,14 @@ def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any
         mapping.update(wanted)
 
 
-def _capture(generator: Any) -> Callable[[], None]:
+def _capture(generator: Any) -> Callable[[], object]:
     """Gives what puts a generator back to where it is now."""
     if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: void(generator.set_state(state))
+        return partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):
-        numbers = generator.getstate()
-        return lambda: generator.setstate(numbers)
+        return partial(generator.setstate, generator.getstate())
     bits = generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
-    kept = bits.state
-    return lambda: setattr(bits, "state", kept)
-
-
-def void(value: Any) -> None:
-    """Nothing, whatever a call gave."""
+    return partial(setattr, bits, "state", bits.state)
 
 
 def _constant(tensor: Tensor) -> Tensor:

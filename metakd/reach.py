@@ -19,8 +19,8 @@ from metakd.variables import Cell, ClassVariables, Scripted, Variables
 _LONGEST = 10_000  # entries of a container that is looked into; data sets are longer
 _MOST = 50_000  # objects of a walk
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_MODULES = {*vars(nn.Module()), *_HOOKS, "_parameters", "_buffers", "_modules"} - {"training"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_MODULES = {*vars(nn.Module()), *HOOKS, "_parameters", "_buffers", "_modules"} - {"training"}
 _PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _LEAVES = _PLAIN | {Tensor, nn.Parameter}
 _NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
@@ -83,14 +83,19 @@ def _owners(root: Any) -> Iterator[Any]:
     if isinstance(root, nn.Module):
         for module in root.modules():
             yield type(module)
-            for kind in _HOOKS:
-                yield from map(_bare, vars(module).get(kind, {}).values())
+            for kind in HOOKS:
+                yield from map(bare, vars(module).get(kind, {}).values())
     else:
-        yield _bare(root)
+        yield bare(root)
 
 
-def _bare(function: Any) -> Any:
-    """The function inside a hook's wrapper, a partial or a bound method; of other objects the class."""
+def bare(function: Any) -> Any:
+    """The function inside a hook's wrapper, a partial or a bound method; of other objects the class.
+
+    Examples:
+        >>> bare(functools.partial(reach, [])) is reach, bare(nn.Tanh())
+        (True, <class 'torch.nn.modules.activation.Tanh'>)
+    """
     while not isinstance(function, types.FunctionType | type):
         inner = next((v for k in ("hook", "func", "__func__") if (v := _attribute(function, k)) is not None), None)
         if inner is None:
@@ -101,10 +106,10 @@ def _bare(function: Any) -> Any:
 
 def _attribute(value: Any, name: str) -> Any:
     own = isinstance(value, functools.partial | types.MethodType)
-    return getattr(value, name, None) if own else vars_of(value).get(name)
+    return getattr(value, name, None) if own else _vars(value).get(name)
 
 
-def vars_of(value: Any) -> dict[str, Any]:
+def _vars(value: Any) -> dict[str, Any]:
     """An object's attributes; none for one that has no dict of them."""
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) else {}
@@ -146,7 +151,7 @@ def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
         return ()
     if type(value).__name__ == "_WrappedHook":
         return (value.hook,)
-    attributes = vars_of(value)
+    attributes = _vars(value)
     if attributes and (_package(type(value)) in packages or isinstance(value, types.SimpleNamespace)):
         places.mappings.append(attributes)
         return (*attributes.values(), type(value))
@@ -171,14 +176,14 @@ def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
     attributes = vars(module)
     places.mappings += [attributes, module._parameters, module._buffers, module._modules]
     held = [v for name, v in attributes.items() if type(v) not in _LEAVES and name not in _OF_MODULES]
-    hooks = [hook for kind in _HOOKS if (found := attributes.get(kind)) for hook in found.values()]
+    hooks = [hook for kind in HOOKS if (found := attributes.get(kind)) for hook in found.values()]
     return (*held, *hooks, *module._modules.values(), type(module))
 
 
 def _of_class(owner: type, places: Places) -> Iterable[Any]:
     """The methods and the variables of a user's class, and the classes that it comes from."""
     if not _local(owner.__module__):
-        return owner.__bases__ if owner.__module__.partition(".")[0] not in _NOT_THE_USERS else ()
+        return owner.__bases__ if _package(owner) not in _NOT_THE_USERS else ()
     places.mappings.append(ClassVariables(owner))
     return [*(getattr(v, "__func__", v) for v in vars(owner).values()), *owner.__bases__]
 

@@ -1,6 +1,5 @@
 """What a diagnosis measures on one training batch and one meta batch."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
-from metakd.derivatives import slope
+from metakd.derivatives import norm, slope
 from metakd.errors import MetaKDError
 from metakd.estimators.estimate import estimate
 from metakd.inner import Params
@@ -60,20 +59,15 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
         reached = RngState.capture(devices)
     reached.restore()  # the next batch draws other numbers, as in training
     dot = slope(gradient, meta_gradient)
-    lengths = norm(gradient) * norm(meta_gradient)
+    lengths = norm(gradient.values()) * norm(meta_gradient.values())
     return Visit(
         hypergradient,
         0.0 if dot is None or lengths == 0 else float(dot) / lengths,
         float(before),
         float(after),
-        norm({name: ahead[name] - p for name, p in theta.items()}) / max(norm(theta), 1e-30),
+        norm(ahead[name] - p for name, p in theta.items()) / max(norm(theta.values()), 1e-30),
         *seen[0],
     )
-
-
-def norm(values: Any) -> float:
-    """Of all tensors of a dict together; None is nothing."""
-    return math.sqrt(sum(float(v.double().square().sum()) for v in values.values() if v is not None))
 
 
 _ZERO = (

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metakd.balancer import BilevelLossBalancer
-from metakd.doctor.examine import Visit, norm
+from metakd.derivatives import norm
+from metakd.doctor.examine import Visit
 from metakd.inner import Params
+from metakd.python_state import with_parameters
 from metakd.weighting.base import output_map
 
 Twin = tuple[nn.Module, torch.optim.Optimizer | None]
@@ -117,7 +118,7 @@ def summarised(
         terms=list(balancer.terms),
         batches=len(visits),
         failure=next((v.hypergradient for v in visits if isinstance(v.hypergradient, str)), None),
-        hypergradient_norm=sum(map(norm, found)) / max(len(found), 1),
+        hypergradient_norm=sum(norm(one.values()) for one in found) / max(len(found), 1),
         signal=signal,
         needed=needed,
         cosine=Mean.of([visit.cosine for visit in visits]),
@@ -159,17 +160,16 @@ def _step(twin: Twin, found: Sequence[Params], visits: Sequence[Visit]) -> tuple
             p.grad = torch.stack([one[name] for one in found]).mean(0)
     optimizer.step()
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    size = norm(before)
-    return norm(moved) / size if size else math.inf, _changed(model, before, visits)
+    size = norm(before.values())
+    return norm(moved.values()) / size if size else math.inf, _changed(model, before, visits)
 
 
 @torch.no_grad()
 def _changed(model: nn.Module, before: Params, visits: Sequence[Visit]) -> float:
     """By how much the weights of the samples differ from those under other parameters of the model, on average."""
-    changes = [
-        (model(v.features, v.batch) - functional_call(model, dict(before), (v.features, v.batch))).abs().flatten()
-        for v in visits
-    ]
+    after = [model(v.features, v.batch) for v in visits]
+    with with_parameters(model, before):
+        changes = [(new - model(v.features, v.batch)).abs().flatten() for new, v in zip(after, visits, strict=True)]
     return float(torch.cat(changes).mean())
 
 

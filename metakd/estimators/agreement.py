@@ -1,6 +1,5 @@
 """What `hypergradient(verify=...)` compares: products, repeated evaluations, and whole hypergradients."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, NoSecondDerivative, filled, gradients, leaves
+from metakd.derivatives import Gradients, NoSecondDerivative, filled, gradients, leaves, norm
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, checked_scalar
 from metakd.estimators.tolerance import CANCELLED, tolerance, tolerance_of
@@ -41,7 +40,7 @@ def reject_other_products(
     theta = leaves({name: params[name] for name in u})
     loss = problem.inner({**params, **theta}, {name: m.detach() for name, m in meta.items()}, batch)
     limit = problem.memory.tolerance or tolerance_of(loss)
-    lengths = _norm(gradients(loss, theta)) * _norm(u)
+    lengths = norm(gradients(loss, theta).values()) * norm(u.values())
     for found, right, like in zip(forward, expected, (params, meta), strict=True):
         if found:
             _reject_difference(found, filled(right, like), limit, lengths, what)
@@ -89,21 +88,17 @@ def _reject_difference(
     what: str,
     than: str = "reverse mode",
 ) -> None:
-    rounding = CANCELLED * limit * max(_norm(expected), lengths)
+    rounding = CANCELLED * limit * max(norm(expected.values()), lengths)
     for name, right in expected.items():
         value = found.get(name)
-        difference = _norm({name: right if value is None else value - right})
+        difference = norm([right if value is None else value - right])
         floor = torch.finfo(right.dtype).eps / 10  # below that nothing can be told from rounding
-        if not difference <= limit * _norm({name: right}) + rounding + floor and bool(right.isfinite().all()):
+        if not difference <= limit * norm([right]) + rounding + floor and bool(right.isfinite().all()):
             raise MetaKDError(
                 f"{what} differs from {than} by {difference:.3g} in {name!r}: {_numbers(value)} against "
                 f"{_numbers(right)}. An operation has a wrong derivative in one of the two ways, or a loss is not a "
                 "pure function; use estimators.Adjoint(), and check_hypergradient to see which is right"
             )
-
-
-def _norm(values: Mapping[str, Tensor | None]) -> float:
-    return math.sqrt(sum(float(v.detach().double().square().sum()) for v in values.values() if v is not None))
 
 
 def _numbers(value: Tensor | None) -> str:

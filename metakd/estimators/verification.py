@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, gradients, leaves
+from metakd.derivatives import Gradients, gradients, leaves, norm
 from metakd.estimators.influence import influence
 from metakd.estimators.problem import Problem
 from metakd.estimators.tolerance import CANCELLED, tolerance_of
@@ -67,8 +67,8 @@ class _Probe(NamedTuple):
         expected = self.expected(along)
         if not math.isfinite(expected):
             return 0.0  # either way, which is not the tangents' fault
-        lengths = _norm(g for g, _ in parts) * _norm(u for _, u in parts)
-        scale = max(_norm([self.signs * tangent]), abs(expected))
+        lengths = norm(g for g, _ in parts) * norm(u for _, u in parts)
+        scale = max(norm([self.signs * tangent]), abs(expected))
         difference = abs(combined - expected)
         if difference <= self.limit * scale + CANCELLED * self.tolerance * lengths:
             return 0.0
@@ -152,7 +152,7 @@ def is_faint(gradient: Gradients, params: Params, tolerance: float) -> bool:
     A larger one is no rounding, however much it jumps: nudged parameters may cross a step of the model's.
     """
     felt = [name for name, g in gradient.items() if g is not None]
-    size = _norm(gradient[name] for name in felt) * _norm(params[name] for name in felt)
+    size = norm(gradient[name] for name in felt) * norm(params[name] for name in felt)
     return size <= tolerance / 10
 
 
@@ -194,7 +194,3 @@ def _layer(probe: _Probe, along: Callable[[Params], Tensor]) -> str | None:
 def _generator() -> torch.Generator:
     """Not the global one, which belongs to the training."""
     return torch.Generator().manual_seed(0)
-
-
-def _norm(values: Any) -> float:
-    return math.sqrt(math.fsum(float(v.detach().square().sum()) for v in values))

@@ -17,6 +17,30 @@ from torch import Tensor
 
 from metakd.batch import map_tensors
 
+
+class Cube(torch.autograd.Function):
+    """x^3, differentiable in both modes; others override what they get wrong."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * tangent
+
+
 SGD: dict[str, Any] = {
     "kind": "sgd",
     "lr": 0.3,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from metakd import MetaKDError
 from metakd.estimators import Adjoint, FiniteDifference, IdentityJacobian, Memory, OneStep, Truncated, Unroll
-from tests.estimators.problems import relative
+from tests.estimators.problems import Cube, relative
 from tests.estimators.weighted import data, mlp, weighted_problem
 from tests.zoo import NoForwardMode
 
@@ -62,21 +62,8 @@ def test_reverse_mode_does_not_touch_it(compare):
     assert relative(OneStep("reverse")(spied).gradient, exact(problem)) < 1e-12
 
 
-class Odd(torch.autograd.Function):
+class Odd(Cube):
     """x^3; its forward mode raises an error of no known words."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
 
     @staticmethod
     def jvp(ctx, tangent):

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metakd import MetaKDError, hypergradient
 from metakd.estimators import OneStep, Unroll
 from metakd.estimators.hypergradient import build_problem
-from tests.estimators.problems import RULES, Bilevel, assert_slope, problems, relative
+from tests.estimators.problems import RULES, Bilevel, Cube, assert_slope, problems, relative
 from tests.zoo import NoForwardMode
 
 EXACT = [OneStep("forward"), OneStep("reverse"), Unroll()]
@@ -140,28 +140,13 @@ def test_a_first_gradient_at_hand_is_not_computed_again():
     assert relative(found.gradient, problem.double_backward().gradient) < 1e-10
 
 
-class ForwardOnly(torch.autograd.Function):
+class ForwardOnly(Cube):
     """x -> x^3, differentiable once in reverse mode, and in forward mode."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * tangent
+        return Cube.backward(ctx, g)
 
 
 def cubic(function):

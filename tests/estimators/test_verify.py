@@ -17,7 +17,7 @@ from metakd.estimators import (
     Unroll,
 )
 from metakd.estimators.estimate import is_exact
-from tests.estimators.problems import RULES, Bilevel, relative
+from tests.estimators.problems import RULES, Bilevel, Cube, relative
 
 X, Y = (torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -57,22 +57,8 @@ def test_what_is_right_passes(rule, dtype, verify):
         hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=estimator, verify=verify)
 
 
-class Wrong(torch.autograd.Function):
+class Wrong(Cube):
     """x^3 whose second derivative is doubled in forward mode."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
 
     @staticmethod
     def jvp(ctx, tangent):
