@@ -23,14 +23,13 @@ from metakd.estimators.problem import WeightedLosses, unchanged
 from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer, learning_rate, param_groups
 from metakd.inner.groups import Optimizers
-from metakd.kernels import compiled_parts
 from metakd.objective import Objective, weighted_mean
 from metakd.parts import check_parts, check_teacher, default_weighting, validated
 from metakd.precision import as_written
 from metakd.proof import Proofs
 from metakd.reader import read_batch
 from metakd.report import Report
-from metakd.student import FunctionalStudent, Start, put_back
+from metakd.student import FunctionalStudent, Start
 from metakd.teacher import Teacher
 from metakd.terms import CrossEntropy, Term, named
 from metakd.train_pass import TrainPass
@@ -182,7 +181,10 @@ class BilevelLossBalancer:
                 raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
             train_batch = self._batch(batch, "the batch")
             self._agree(f"call {calls}, {'with' if learns else 'without'} a hypergradient")
-            train = TrainPass(self.student, self._functional, train_batch, self.terms, snapshot.start)
+            if learns:
+                self._prove([train_batch], meta_batch)
+            hooked = self._proofs.hooked
+            train = TrainPass(self.student, self._functional, train_batch, self.terms, snapshot.start, hooked=hooked)
             losses = train.losses
             if overflow := self._overflow(train, losses):
                 weights = torch.ones_like(losses)
@@ -248,8 +250,8 @@ class BilevelLossBalancer:
             self._agree(f"a meta step through {len(objective.batches)} batches after call {self._calls}")
             problem = self._problem_in_phi(objective)
             self._share_weighting()
+            self._prove(objective.batches, objective.meta_batch)
             with as_written(self._functional.device_type):
-                self._prove_step(objective, start)
                 if self._stands_still():
                     problem.sweep()
                     report = Report(*objective.last, skipped=_STILL)
@@ -380,19 +382,17 @@ class BilevelLossBalancer:
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, train.batch, train.losses)
         loss = weighted_mean(weights.detach(), train.losses)
-        self._proofs.give(objective, train, weights.detach(), self.estimator, self._memory)
+        self._proofs.see(train)
         problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
         return weights, loss, estimate(self.estimator, problem)
 
-    def _prove_step(self, objective: Objective, start: Start) -> None:
-        """The proof of a meta step: a real pass over its first batch, of which nothing stays."""
-        if not (self._proofs.wanted and objective.batches) or compiled_parts(self._functional.module):
+    def _prove(self, batches: Sequence[Batch], meta_batch: Any) -> None:
+        """Where it is due, the proof that virtual passes compute what real ones do; nothing stays of either."""
+        inputs = batches[0].inputs if batches else None
+        if not batches or not self._proofs.due(self._functional, inputs, self.terms, self.estimator):
             return
-        with self._functional.untouched():
-            batch = as_it_is(objective.batches[0])  # the pass may write to its inputs
-            train = TrainPass(self._functional.module, self._functional, batch, self.terms, start)
-            put_back(start)
-            self._proofs.give(objective, train, torch.ones_like(train.losses), self.estimator, self._memory)
+        with self._functional.untouched() as start:
+            self._proofs.give(self._objective(self._functional, batches, meta_batch, start), self._memory)
 
     def _stands_still(self) -> bool:
         """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""

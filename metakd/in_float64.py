@@ -73,6 +73,7 @@ def looking(
 
 def _way_of_a_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
     student = balancer._functional
+    balancer._prove(batches, meta_batch)
     train = TrainPass(student.module, student, batches[0], balancer.terms, start)
     features = evaluate_features(balancer.features, train.losses, train.outputs, batches[0])
     with student.untouched() as end:
@@ -86,7 +87,7 @@ def _way_of_a_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_bat
 def _way_of_a_meta_step(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
     objective = balancer._objective(balancer._functional, batches, meta_batch, start)
     problem = balancer._problem_in_phi(objective)
-    balancer._prove_step(objective, start)
+    balancer._prove(batches, meta_batch)
     return estimate(balancer.estimator, problem).gradient
 
 

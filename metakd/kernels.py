@@ -42,8 +42,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(_as_written(module))
+        stack.enter_context(uncompiled(module))
         kind = next((p.device.type for p in module.parameters()), "cpu")
         stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
         stack.enter_context(_Formulas(kind))
@@ -64,8 +63,20 @@ def compiled_parts(module: nn.Module) -> list[str]:
     ]
 
 
-def _as_written(module: nn.Module) -> AbstractContextManager[None]:
-    """Compiled code gives no second derivatives, and drops those of forward mode without a word."""
+def uncompiled(module: nn.Module) -> AbstractContextManager[None]:
+    """A block in which compiled parts run as written.
+
+    Compiled code gives no second derivatives, and drops those of forward mode without a word.
+
+    Raises:
+        MetaKDError: there are such parts, and torch is older than 2.6.
+
+    Examples:
+        >>> with uncompiled(nn.Identity()):
+        ...     pass
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
     if hasattr(torch.compiler, "set_stance"):
         stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
         return stance

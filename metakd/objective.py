@@ -68,6 +68,13 @@ class Objective:
         self._seen: dict[int, Tensor] = {}
         self._latest: dict[int, Tensor] = {}
 
+    def opening(self) -> "Objective":
+        """The same from the same start with two inner steps at most, of which nothing is known yet."""
+        meta_loss, batches = self.meta_terms["meta_loss"], self.batches[:2]
+        return Objective(
+            self.student, self.terms, meta_loss, None, self.weighting, batches, self.meta_batch, start=self._starts[0]
+        )
+
     def weighted(self) -> WeightedLosses:
         """The inner losses, weighted by the weight model with given parameters."""
         return WeightedLosses(self.losses, self.weights, list(self.terms))
@@ -112,11 +119,15 @@ class Objective:
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
+        return self.meta_losses(params).mean()
+
+    def meta_losses(self, params: Params) -> Tensor:
+        """The meta loss at `params` of each sample of the meta batch, (B, 1)."""
         batch = self.student.cast(as_it_is(self.meta_batch))
 
         def evaluated(outputs: Any) -> Tensor:
-            return checked_losses(self.meta_terms, outputs, batch, "the meta batch").mean()
+            return checked_losses(self.meta_terms, outputs, batch, "the meta batch")
 
         with self._autocast():
-            loss: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.batches)], evaluated)[0]
-        return loss
+            losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.batches)], evaluated)[0]
+        return losses

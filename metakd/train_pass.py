@@ -33,6 +33,7 @@ class TrainPass:
         batch: the training batch.
         terms: evaluated on the outputs.
         start: where the pass starts.
+        hooked: whether the pass is known to hang hooks on activations.
 
     Attributes:
         batch: the batch as it was before the pass, which may write to it.
@@ -51,14 +52,23 @@ class TrainPass:
     """
 
     def __init__(
-        self, student: nn.Module, functional: FunctionalStudent, batch: Batch, terms: Mapping[str, Term], start: Start
+        self,
+        student: nn.Module,
+        functional: FunctionalStudent,
+        batch: Batch,
+        terms: Mapping[str, Term],
+        start: Start,
+        *,
+        hooked: bool = False,
     ) -> None:
         self.batch = as_it_is(batch)
         self.compiled = bool(compiled_parts(student))
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
         # What hooks on activations see in the user's backward pass, a gradient handed over would not show them.
-        self._watched = any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules())
+        self._watched = hooked or any(
+            m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules()
+        )
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
         self._cast = functional.cast
         self._leaves: list[Tensor] = []

@@ -40,6 +40,16 @@ def tolerance_of(losses: Tensor) -> float:
     return max(tolerance(dtype, losses.device.type) for dtype in dtypes)
 
 
+def as_share(error: float) -> str:
+    """A relative error in words.
+
+    Examples:
+        >>> as_share(0.413), as_share(2.5e-4)
+        ('41%', '2.5e-04 of its size')
+    """
+    return f"{error:.0%}" if 0.01 <= error < 10 else f"{error:.1e} of its size"
+
+
 def _tf32() -> bool:
     """Whether products in float32 may be rounded to TF32; newer torch has names of its own for that."""
     try:

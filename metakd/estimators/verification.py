@@ -10,7 +10,7 @@ from torch import Tensor
 from metakd.derivatives import Gradients, gradients, leaves, norm
 from metakd.estimators.influence import influence
 from metakd.estimators.problem import Problem
-from metakd.estimators.tolerance import CANCELLED, tolerance_of
+from metakd.estimators.tolerance import CANCELLED, as_share, tolerance_of
 from metakd.inner import Params
 
 _FAINT = 1e-3  # times the tolerance: a gradient shorter than this share of the longest may be rounding alone
@@ -34,10 +34,9 @@ class Disagreement(NamedTuple):
     layer: str | None
 
     def __str__(self) -> str:
-        size = f"{self.error:.0%}" if 0.01 <= self.error < 10 else f"{self.error:.1e} of its size"
         what = "all terms together" if self.term is None else f"the term {self.term!r}"
         where = "" if self.layer is None else f", by something at or after {self.layer!r}"
-        return f"the influence of {what} is off by {size}{where}"
+        return f"the influence of {what} is off by {as_share(self.error)}{where}"
 
 
 class _Probe(NamedTuple):
