@@ -183,7 +183,7 @@ class BilevelLossBalancer:
             self._agree(f"call {calls}, {'with' if learns else 'without'} a hypergradient")
             if learns:
                 self._prove([train_batch], meta_batch)
-            hooked = self._proofs.hooked
+            before, hooked = snapshot.keep_batch(train_batch), self._proofs.hooked
             train = TrainPass(self.student, self._functional, train_batch, self.terms, snapshot.start, hooked=hooked)
             losses = train.losses
             if overflow := self._overflow(train, losses):
@@ -196,7 +196,7 @@ class BilevelLossBalancer:
                     self.weighting(features, train_batch)
                 self._share_weighting()
                 if learns:
-                    objective = self._objective(self._functional, [train.batch], meta_batch, snapshot.start, end)
+                    objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
                     with as_written(self._functional.device_type):
                         loss, report = self._learn(snapshot, objective, train, features)
                 else:
@@ -353,7 +353,7 @@ class BilevelLossBalancer:
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, features: Tensor
     ) -> tuple[Tensor, Report]:
         """Hypergradient in the weights, then in the weight model; its step; the loss under the new weights."""
-        batch, losses = train.batch, train.losses
+        batch, losses = objective.batches[0], train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
@@ -380,7 +380,7 @@ class BilevelLossBalancer:
         """The weights of the training batch, its weighted loss, and the hypergradient in these weights."""
         rectified = getattr(self.weighting, "from_influence", None) is not None
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
-        weights = evaluate_weights(answer, features, train.batch, train.losses)
+        weights = evaluate_weights(answer, features, objective.batches[0], train.losses)
         loss = weighted_mean(weights.detach(), train.losses)
         self._proofs.see(train)
         problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)

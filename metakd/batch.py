@@ -1,4 +1,4 @@
-"""`Batch`, and how a data loader's item becomes one."""
+"""`Batch`, and the conversion of a data loader's items."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -31,12 +31,12 @@ class Batch(NamedTuple):
     """One batch, as every term, weight model and feature function sees it.
 
     Attributes:
-        inputs: what the student is called with: a tuple or list has its positional arguments, a mapping its keyword
-            arguments; anything else, a tensor or a `PackedSequence`, is the only argument.
-        targets: the labels or whatever the terms compare with, first dimension B; or None.
-        teacher: the teacher's outputs for these inputs, of several teachers a list of theirs; or None.
-        index: positions of the samples in the training set, shape (B,); needed by `SampleTable` alone.
-        size: B, where the forms of targets, outputs and inputs do not tell it; or None.
+        inputs: what the student is called with. A tuple or list holds its positional arguments, a mapping its keyword
+            arguments; anything else, such as a tensor or a `PackedSequence`, is the only argument.
+        targets: labels, or whatever the terms compare with, first dimension B; or None.
+        teacher: the teacher's outputs for these inputs; for several teachers a list of theirs; or None.
+        index: positions of the samples in the training set, shape (B,); only `SampleTable` needs them.
+        size: B, if targets, outputs and inputs do not show it; or None.
 
     Examples:
         >>> import torch
@@ -53,20 +53,11 @@ class Batch(NamedTuple):
 
 
 def as_batch(item: Any) -> Batch:
-    """Turn a loader's item into a `Batch`.
+    """Turn a loader's item into a `Batch`, or raise.
 
-    Taken are a `Batch`; a tensor or a `PackedSequence` (inputs alone); `(inputs, targets)`; `(inputs, targets, index)`;
-    a mapping with the key `inputs` and any of `Batch`'s other fields; and a mapping without it, as Hugging Face's
-    collators build it: its labels become the targets, its `index` and `teacher` the fields of that name, and all the
-    rest keyword arguments of the student.
-
-    Raises:
-        MetaKDError: the item is none of these.
-
-    Examples:
-        >>> import torch
-        >>> as_batch({"input_ids": torch.ones(2, 5), "labels": torch.tensor([0, 1])}).inputs.keys()
-        dict_keys(['input_ids'])
+    Accepts a `Batch`; a tensor or a `PackedSequence` (inputs only); `(inputs, targets)`; `(inputs, targets, index)`;
+    a mapping with `Batch`'s fields; and a mapping without the key `inputs`, as Hugging Face's collators build it: its
+    labels become the targets, and all keys but `index` and `teacher` become keyword arguments of the student.
     """
     if isinstance(item, Batch):
         return item
@@ -79,7 +70,7 @@ def as_batch(item: Any) -> Batch:
         return Batch(inputs, targets, index=_positions(rest[0]) if rest else None)
     length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
     raise MetaKDError(
-        f"a loader's item of type {type(item).__name__}{length} is not understood; give (inputs, targets), "
+        f"a loader's item of type {type(item).__name__}{length} is not understood; yield (inputs, targets), "
         "(inputs, targets, index), a mapping or a Batch, or pass batch_fn= to turn your items into a Batch"
     )
 
@@ -99,7 +90,7 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
         unknown = sorted(set(item) - set(Batch._fields))
         if unknown:
             raise MetaKDError(
-                f"the mapping from the loader has the keys {unknown} beside 'inputs'; a Batch has only "
+                f"the mapping from the loader has the keys {unknown} besides 'inputs', but a Batch has only "
                 f"{list(Batch._fields)}: rename or drop them, or pass batch_fn="
             )
         return Batch(**item)
@@ -108,36 +99,20 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
     index, teacher = item.pop("index", None), item.pop("teacher", None)
     if not item:
         raise MetaKDError(
-            f"the mapping from the loader holds no inputs for the student, only the keys {keys}; add a key 'inputs', "
+            f"the mapping from the loader holds no inputs for the student, only the keys {keys}; add a key 'inputs' "
             "or the student's keyword arguments"
         )
     return Batch(item, targets, teacher, index)
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """A copy of a batch, cut from autograd, for a pass that may write to its inputs.
-
-    Examples:
-        >>> import torch
-        >>> mine = Batch(torch.zeros(2))
-        >>> as_it_is(mine).inputs.add_(1.0), mine.inputs
-        (tensor([1., 1.]), tensor([0., 0.]))
-    """
+    """Copy a batch, detached, for a pass that may write to its inputs."""
     copy: Batch = map_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), batch)
     return copy
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader, again and again; an iterator gives those it has.
-
-    Raises:
-        MetaKDError: an iterator has ended, or a loader is empty.
-
-    Examples:
-        >>> batches = endless(["a", "b"])
-        >>> [next(batches) for _ in range(3)]
-        ['a', 'b', 'a']
-    """
+    """Repeat a loader's batches without end; raise if an iterator ends or a loader is empty."""
     while True:
         empty = True
         for batch in loader:
@@ -145,42 +120,27 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if empty or isinstance(loader, Iterator):
             raise MetaKDError(
-                "the meta batches ended before the training batches: give the loader itself, which is begun anew, "
+                "the meta batches ended before the training batches: pass the loader itself, which is restarted, "
                 "or an endless iterator; it must hold at least one batch"
             )
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the student for a batch's inputs.
-
-    Examples:
-        >>> arguments({"x": 1}), arguments([1, 2]), arguments(1)
-        (((), {'x': 1}), ((1, 2), {}), ((1,), {}))
-    """
+    """Positional and keyword arguments of the student for a batch's inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    # A packed sequence is a tuple for Python, and one argument for every layer that takes it.
+    # A packed sequence is a tuple, but a single argument to layers.
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
     return (tuple(inputs) if several else (inputs,)), {}
 
 
 def batch_size(batch: Batch, what: str, outputs: Tensor | None = None) -> int:
-    """The number of samples in a batch; `what` names it in errors, and the student's outputs help to tell.
-
-    Raises:
-        MetaKDError: the batch holds no sample, inputs and targets of different lengths, or nothing that tells.
-
-    Examples:
-        >>> import torch
-        >>> boxes = [{"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(1, 4)}]
-        >>> batch_size(Batch(torch.zeros(4, 3)), "the batch"), batch_size(Batch(None, boxes), "the batch")
-        (4, 2)
-    """
+    """The number of samples in a batch, or raise; `what` names the batch in errors."""
     return counted(batch, what, outputs)[0]
 
 
 def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int, str]:
-    """The number of samples in a batch as `batch_size` tells it, and which part of the batch says so."""
+    """The number of samples in a batch, and which part of the batch shows it."""
     if batch.size is not None:
         return _given(batch.size, what), "the batch, by its size"
     args, kwargs = arguments(batch.inputs)
@@ -189,17 +149,12 @@ def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int
 
 
 def check_size(batch: Batch, what: str) -> None:
-    """As `batch_size`, but where the student's outputs may yet tell, that is left to them.
-
-    Examples:
-        >>> import torch
-        >>> check_size(Batch((torch.zeros(4, 3), torch.zeros(2, 9))), "the batch")
-    """
+    """Like `batch_size`, but leaves an undecided size to the student's outputs."""
     with suppress(UndecidedError):
         batch_size(batch, what)
 
 
 def _given(size: Any, what: str) -> int:
     if isinstance(size, bool) or not hasattr(size, "__index__") or index(size) < 1:
-        raise MetaKDError(f"{what} has size={size!r}, it must be an integer of at least 1: the number of its samples")
+        raise MetaKDError(f"{what} has size={size!r}, but must be an integer of at least 1: its number of samples")
     return index(size)

@@ -22,8 +22,8 @@ from metakd.inner import Params, apply
 from metakd.nest import map_tensors
 from metakd.objective import weighted_mean
 from metakd.precision import as_written
-from metakd.python_state import with_parameters
 from metakd.student import FunctionalStudent, Start, put_back
+from metakd.swapping import with_parameters
 from metakd.train_pass import TrainPass
 
 
@@ -56,7 +56,7 @@ def looking(
         meta = balancer._batch(meta_batch, "the meta batch", balancer.meta_loss)
         balancer._problem_in_phi(balancer._objective(balancer._functional, known, meta, start))  # lazy layers get sizes
         model = balancer.weighting
-        tensors = [*(t for _, _, t in start.state.tensors), *model.parameters(), *model.buffers()]
+        tensors = [*(t for *_, t in start.state.tensors), *model.parameters(), *model.buffers()]
         known, meta = double(known), double(meta)
         with (
             doubled(tensors),
@@ -74,10 +74,10 @@ def looking(
 def _way_of_a_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
     student = balancer._functional
     balancer._prove(batches, meta_batch)
-    train = TrainPass(student.module, student, batches[0], balancer.terms, start)
+    train = TrainPass(student.module, student, as_it_is(batches[0]), balancer.terms, start)
     features = evaluate_features(balancer.features, train.losses, train.outputs, batches[0])
     with student.untouched() as end:
-        objective = balancer._objective(student, [train.batch], meta_batch, start, end)
+        objective = balancer._objective(student, batches, meta_batch, start, end)
         weights, _, result = balancer._look_ahead(objective, train, features, moves=True)
         gradient = balancer._step.pull_back(weights, result.gradient["weights"])
     put_back(start)
@@ -143,10 +143,10 @@ class _RealSteps:
         balancer, student = self._balancer, self._balancer._functional
         train = TrainPass(student.module, student, as_it_is(batch), balancer.terms, self._start)
         if t not in self._features:  # constant in phi, as the weight model's inputs are
-            self._features[t] = evaluate_features(balancer.features, train.losses, train.outputs, train.batch)
+            self._features[t] = evaluate_features(balancer.features, train.losses, train.outputs, batch)
         model = balancer.weighting
         with with_parameters(model, meta_params), torch.no_grad():
-            weights = evaluate_weights(model, self._features[t], train.batch, train.losses)
+            weights = evaluate_weights(model, self._features[t], batch, train.losses)
         found = train.last_gradient_of(weighted_mean(weights, train.losses), self._moving)
         return {name: found.get(name) for name in student.trainable()}
 

@@ -1,4 +1,4 @@
-"""What a balancer has learned: the weights of given samples, beside what the weight model sees of them."""
+"""The learned weights of given samples, with the features that the weight model saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LearnedWeights(NamedTuple):
-    """The weights of a balancer on given samples; all on the CPU.
+    """The weights of a balancer on given samples, on the CPU.
 
     Attributes:
         balancer: whose weights they are.
@@ -39,10 +39,10 @@ class LearnedWeights(NamedTuple):
 
 
 def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> LearnedWeights:
-    """Read the weights of samples off a balancer, with the student in eval mode; leaves no trace.
+    """Compute the weights of given samples, with the student in eval mode and without a trace.
 
     Args:
-        balancer: with a weight model that answers to features; one that has no parameters has learned nothing.
+        balancer: with a weight model that has learned from features.
         batches: labelled samples, as the loader yields them; best without augmentation.
 
     Returns:
@@ -68,18 +68,18 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
             features, batch, weights = seen[0]
             if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
                 raise MetaKDError(
-                    "weights are read by class, so every batch needs labels of shape (B,): give (inputs, targets)"
+                    "weights are read by class, so every batch needs labels of shape (B,): pass (inputs, targets)"
                 )
             found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
     if not found:
-        raise MetaKDError("there is no batch to read weights of; give the training batches, not an iterator at its end")
+        raise MetaKDError("there is no batch to read weights of; pass the training batches, not an exhausted iterator")
     targets, features, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     return LearnedWeights(balancer, targets, features, weights)
 
 
 @contextmanager
 def first_answer(weighting: nn.Module) -> Iterator[list[tuple[Tensor, Batch, Tensor]]]:
-    """A block that notes what a weight model sees and answers first: features (B, F), batch, weights (B, M)."""
+    """Record the inputs and output of the weight model's first call: features (B, F), batch, weights (B, M)."""
     seen: list[tuple[Tensor, Batch, Tensor]] = []
 
     def look(model: Any, inputs: tuple[Tensor, Batch], weights: Tensor) -> None:

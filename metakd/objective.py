@@ -12,8 +12,8 @@ from metakd.derivatives import Params
 from metakd.estimators.problem import WeightedLosses
 from metakd.features import Features, evaluate_features
 from metakd.precision import virtual_autocast
-from metakd.python_state import with_parameters
 from metakd.student import FunctionalStudent, Start
+from metakd.swapping import with_parameters
 from metakd.terms import Term
 
 

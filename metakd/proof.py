@@ -13,7 +13,7 @@ from metakd.estimators.memory import Memory
 from metakd.nest import tensors
 from metakd.objective import Objective
 from metakd.reach import HOOKS, bare
-from metakd.side_by_side import compare_passes, same_losses
+from metakd.side_by_side import check_unwritten, compare_passes, same_losses
 from metakd.student import FunctionalStudent
 from metakd.terms import Term
 from metakd.train_pass import TrainPass
@@ -40,7 +40,7 @@ class Proofs:
         >>> Proofs(0)
         Traceback (most recent call last):
         ...
-        metakd.errors.MetaKDError: verify is 0, it must be an integer of at least 1
+        metakd.errors.MetaKDError: verify is 0, but must be an integer of at least 1
     """
 
     def __init__(self, verify: bool | int) -> None:
@@ -77,7 +77,15 @@ class Proofs:
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
 
     def see(self, train: TrainPass) -> None:
-        """Compare a compiled training pass with the virtual one of its call's proof, which ran it as written."""
+        """Look at the training pass of a call.
+
+        A compiled one is compared with the virtual one of the proof, which ran it as written.
+
+        Raises:
+            MetaKDError: it wrote to parameters.
+        """
+        if self._wanted:
+            check_unwritten(train.written)
         losses, self._losses = self._losses, None
         if losses is not None and train.compiled and not train.float16:
             self.repeats = self.repeats and same_losses(train.losses, losses)

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
+from itertools import count, repeat
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from metakd.errors import MetaKDError
+from metakd.iterators import Untouchable, is_iterator
 from metakd.reach import Places
+from metakd.swapping import Place, exchanged
 
 _SMALL = 2**16  # entries of a tensor that is copied although it is no buffer
-
-
-class Place(NamedTuple):
-    """Where a tensor is kept: `container[key] is tensor`."""
-
-    container: Any
-    key: Any
-    tensor: Tensor
 
 
 class PythonState:
@@ -39,10 +33,12 @@ class PythonState:
         places: where to look.
 
     Attributes:
+        large_arrays: those whose values are not kept.
         tensors: the places of all tensors.
         values: id of a tensor -> a copy of its value, for those that a pass may write to.
 
     Examples:
+        >>> from torch import nn
         >>> from metakd.reach import reach
         >>> layer = nn.Linear(1, 1)
         >>> layer.calls = 1
@@ -57,19 +53,30 @@ class PythonState:
         self._mappings = [(m, list(m), list(m.values())) for m in places.mappings]
         self._lists = [(found, list(found)) for found in places.lists]
         self._sets = [(found, set(found)) for found in places.sets]
+        self._lengths = [(found, len(found)) for found in places.long]
+        self._hooks = [(found, dict(found)) for found in places.hooks if found]
+        self._without_hooks = [found for found in places.hooks if not found]
         self._generators = [_capture(generator) for generator in places.generators]
         self._arrays = [(array, array.copy()) for array in places.arrays if array.size <= _SMALL]
+        self.large_arrays = [array for array in places.arrays if array.size > _SMALL]
         self.tensors = list(self._tensors())
+        self._iterators = [(found, key, v) for found, key, v in self._entries() if is_iterator(v)]
+        self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
         buffers = {id(b) for m in places.modules for b in m._buffers.values()}
-        writable = {id(t): t for _, _, t in self.tensors if not (t.requires_grad or is_lazy(t))}
+        writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t))}
         self.values = {i: t.detach().clone() for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
         self._versions = {i: t._version for i, t in writable.items() if i not in self.values and not t.is_inference()}
 
-    def _tensors(self) -> Iterator[Place]:
+    def _entries(self) -> Iterator[tuple[Any, Any, Any]]:
         for mapping, keys, values in self._mappings:
-            yield from (Place(mapping, k, v) for k, v in zip(keys, values, strict=True) if isinstance(v, Tensor))
+            yield from zip(repeat(mapping), keys, values)
         for found, values in self._lists:
-            yield from (Place(found, i, v) for i, v in enumerate(values) if isinstance(v, Tensor))
+            yield from zip(repeat(found), count(), values)
+
+    def _tensors(self) -> Iterator[Place]:
+        for container, key, value in self._entries():
+            if isinstance(value, Tensor | tuple):
+                yield from Place.all_of(container, key, value)
 
     def put_back(self, swaps: Mapping[int, Tensor] | None = None) -> None:
         """Make the contents what they were; a tensor whose id is in `swaps` becomes the one there.
@@ -77,7 +84,7 @@ class PythonState:
         Values are not written: see `put_values_back`.
         """
         for mapping, keys, values in self._mappings:
-            if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and list(mapping) == keys):
+            if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and _same(mapping, keys)):
                 _refill(mapping, keys, values)
         for found, values in self._lists:
             if not (len(found) == len(values) and all(map(is_, found, values))):
@@ -87,18 +94,46 @@ class PythonState:
             if kept != members:
                 kept.clear()
                 kept.update(members)
+        for added, length in self._lengths:
+            while len(added) > length:
+                added.popitem() if isinstance(added, dict) else added.pop()
+        for hooks, registered in self._hooks:
+            if hooks != registered:
+                _refill(hooks, list(registered), list(registered.values()))
+        for hooks in self._without_hooks:
+            hooks.clear()
         for restore in self._generators:
             restore()
         for array, value in self._arrays:
             array[...] = value
-        for container, key, tensor in self.tensors if swaps else ():
-            if (other := swaps.get(id(tensor))) is not None:  # type: ignore[union-attr]
-                container[key] = other
+        if swaps:
+            self._swap(swaps)
+
+    def guard_iterators(self) -> None:
+        """Have each iterator refuse to go on, until `put_back`."""
+        for container, key, iterator in self._iterators:
+            container[key] = Untouchable(key, iterator)
+
+    def _swap(self, swaps: Mapping[int, Tensor]) -> None:
+        for container, key, value, tensor in self.tensors:
+            if id(tensor) in swaps:
+                container[key] = exchanged(value, swaps)
+        for mapping, keys, _ in self._mappings:
+            if keys and isinstance(keys[0], Tensor):
+                entries = [(exchanged(key, swaps), mapping[key]) for key in keys]
+                mapping.clear()
+                mapping.update(entries)
+        for kept, members in self._sets:
+            if any(isinstance(member, Tensor) for member in members):
+                kept.clear()
+                kept.update(exchanged(member, swaps) for member in members)
 
     @torch.no_grad()
     def put_values_back(self) -> None:
-        """Write the kept values into their tensors, whatever shape those have now."""
-        for _, _, tensor in self.tensors:
+        """Write the kept values into their tensors, whatever shape those have now, and their gradients."""
+        for kept, gradient in self._gradients:
+            kept.grad = gradient
+        for *_, tensor in self.tensors:
             value = self.values.get(id(tensor))
             if value is None:
                 continue
@@ -113,7 +148,7 @@ class PythonState:
         Raises:
             MetaKDError: naming where it is kept.
         """
-        for container, key, tensor in self.tensors:
+        for container, key, _, tensor in self.tensors:
             if id(tensor) in self._versions and self._versions[id(tensor)] != tensor._version:
                 raise MetaKDError(
                     f"a forward pass writes to a tensor of {tensor.numel()} numbers that is no buffer "
@@ -127,61 +162,24 @@ class PythonState:
         Other tensors lose tangents and graphs: what one pass leaves behind is a constant to the next.
         """
         new = object.__new__(PythonState)
+        now = {id(t): names.get(id(t), _constant(t)) for *_, t in self.tensors}
 
         def translate(value: Any) -> Any:
-            return names.get(id(value), _constant(value)) if isinstance(value, Tensor) else value
+            return exchanged(value, now) if isinstance(value, Tensor | tuple) else value
 
         new._mappings = [(m, keys, [translate(v) for v in values]) for m, keys, values in self._mappings]
         new._lists = [(found, [translate(v) for v in values]) for found, values in self._lists]
-        new._sets, new._generators, new._arrays = self._sets, self._generators, self._arrays
-        new.tensors, new._versions = list(new._tensors()), {}
+        vars(new).update({name: value for name, value in vars(self).items() if name not in vars(new)})
+        new.tensors, new._versions, new._gradients = list(new._tensors()), {}, []
         pairs = [(old.tensor, kept.tensor) for old, kept in zip(self.tensors, new.tensors, strict=True)]
         changing = [(old, kept) for old, kept in pairs if id(old) in self.values and not kept.requires_grad]
         new.values = {id(kept): _constant(old).clone() for old, kept in changing}
         return new
 
 
-@contextmanager
-def swapped(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[None]:
-    """A block in which other tensors are where those with the ids in `swaps` were; what else changes there, stays.
-
-    Examples:
-        >>> held = {"w": torch.ones(1)}
-        >>> with swapped([Place(held, "w", held["w"])], {id(held["w"]): torch.zeros(1)}):
-        ...     held["w"]
-        tensor([0.])
-        >>> held["w"]
-        tensor([1.])
-    """
-    done: list[tuple[Place, Tensor]] = []
-    try:
-        for place in places:
-            if (other := swaps.get(id(place.tensor))) is not None:
-                done.append((place, other))
-                place.container[place.key] = other
-        yield
-    finally:
-        for (container, key, tensor), other in done:
-            if not isinstance(container, Mapping) or container.get(key) is other:
-                container[key] = tensor
-
-
-@contextmanager
-def with_parameters(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """A block in which a module has other parameters; those that are left out stay.
-
-    `torch.func.functional_call` does not put back what has two names.
-
-    Examples:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> with with_parameters(layer, {"weight": torch.tensor([[5.0]])}):
-        ...     layer(torch.ones(1, 1))
-        tensor([[5.]])
-    """
-    owners = [part._parameters for part in module.modules()]
-    places = [Place(owner, name, p) for owner in owners for name, p in owner.items() if p is not None]
-    with swapped(places, {id(p): params[name] for name, p in module.named_parameters() if name in params}):
-        yield
+def _same(mapping: MutableMapping[Any, Any], keys: list[Any]) -> bool:
+    """Whether a mapping of as many entries has the keys, in their order; tensors may be among them."""
+    return all(map(is_, mapping, keys))
 
 
 def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any]) -> None:
@@ -191,7 +189,7 @@ def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any
     for key, value in wanted.items():
         if key not in mapping or mapping[key] is not value:
             mapping[key] = value
-    if isinstance(mapping, dict) and list(mapping) != keys:  # in the old order, too
+    if isinstance(mapping, dict) and not _same(mapping, keys):  # in the old order, too
         mapping.clear()
         mapping.update(wanted)
 

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakd.variables import Cell, ClassVariables, Scripted, Variables
+from metakd.variables import Cell, ClassVariables, Scripted, Slots, Variables, slots_of
 
-_LONGEST = 10_000  # entries of a container that is looked into; data sets are longer
+_LONGEST = 2_000  # entries of a container that is looked into; data sets are longer
 _MOST = 50_000  # objects of a walk
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_MODULES = {*vars(nn.Module()), *HOOKS, "_parameters", "_buffers", "_modules"} - {"training"}
+_PARTS = ("_parameters", "_buffers", "_modules")
+_OF_MODULES = {*vars(nn.Module()), *HOOKS, *_PARTS} - {"training"}
+_OF_HOOKS = [name for name, v in vars(nn.Module()).items() if isinstance(v, dict) and name not in _PARTS]
 _PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _LEAVES = _PLAIN | {Tensor, nn.Parameter}
+_OF_DATA = {"argparse", "collections", "types"}  # whose objects hold what users put into them
 _NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
     "__main__"
 }
@@ -35,6 +38,8 @@ class Places:
         mappings: dicts, attributes of objects, and the variables of functions.
         lists: lists and deques.
         sets: sets.
+        long: containers with too many entries to look into, which a pass may yet add to.
+        hooks: the dicts of hooks that every module has.
         generators: of random numbers, beside those that every program has.
         arrays: NumPy arrays.
         modules: all modules, the student's and others that terms and hooks hold.
@@ -44,6 +49,8 @@ class Places:
         self.mappings: list[MutableMapping[Any, Any]] = []
         self.lists: list[Any] = []
         self.sets: list[set[Any]] = []
+        self.long: list[Any] = []
+        self.hooks: list[dict[Any, Any]] = []
         self.generators: list[Any] = []
         self.arrays: list[Any] = []
         self.modules: list[nn.Module] = []
@@ -68,7 +75,9 @@ def reach(roots: Iterable[Any], apart: Iterable[Any] = ()) -> Places:
     roots = list(roots)
     places, known, kept = Places(), {id(value) for value in apart}, []
     packages = {_package(of) for root in roots for of in _owners(root)} - _NOT_THE_USERS
-    waiting = deque(roots)
+    # Modules first, in case that the walk ends before it has seen all.
+    waiting = deque([m for root in roots if isinstance(root, nn.Module) for m in root.modules()])
+    waiting += [*roots, *_global_hooks()]
     while waiting and len(known) < _MOST:
         value = waiting.popleft()
         if id(value) not in known:
@@ -104,6 +113,12 @@ def bare(function: Any) -> Any:
     return function
 
 
+def _global_hooks() -> list[Any]:
+    """Hooks that torch runs for all modules."""
+    of_torch = vars(nn.modules.module)
+    return [hook for kind in HOOKS for hook in of_torch.get(f"_global{kind}", {}).values()]
+
+
 def _attribute(value: Any, name: str) -> Any:
     own = isinstance(value, functools.partial | types.MethodType)
     return getattr(value, name, None) if own else _vars(value).get(name)
@@ -137,7 +152,9 @@ def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
         return value.func, value.args, value.keywords
     if isinstance(value, type):
         return _of_class(value, places)
-    if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+    if isinstance(value, types.BuiltinFunctionType):  # such as log.append
+        return (value.__self__,)
+    if isinstance(value, types.ModuleType):
         return ()
     if _is_generator(value):
         places.generators.append(value)
@@ -151,15 +168,24 @@ def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
         return ()
     if type(value).__name__ == "_WrappedHook":
         return (value.hook,)
-    attributes = _vars(value)
-    if attributes and (_package(type(value)) in packages or isinstance(value, types.SimpleNamespace)):
+    package = _package(type(value))
+    return _of_object(value, places) if package in packages or package in _OF_DATA else ()
+
+
+def _of_object(value: Any, places: Places) -> Iterable[Any]:
+    held: list[Any] = []
+    if attributes := _vars(value):
         places.mappings.append(attributes)
-        return (*attributes.values(), type(value))
-    return ()
+        held += attributes.values()
+    if slots_of(value):
+        places.mappings.append(slots := Slots(value))
+        held += slots.values()
+    return (*held, type(value))
 
 
 def _of_container(value: Any, places: Places) -> Iterable[Any]:
     if len(value) > _LONGEST:
+        places.long.append(value)
         return ()
     if isinstance(value, dict):
         places.mappings.append(value)
@@ -175,9 +201,11 @@ def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
         return list(module._modules.values())
     attributes = vars(module)
     places.mappings += [attributes, module._parameters, module._buffers, module._modules]
+    places.hooks += [attributes[name] for name in _OF_HOOKS if name in attributes]
     held = [v for name, v in attributes.items() if type(v) not in _LEAVES and name not in _OF_MODULES]
     hooks = [hook for kind in HOOKS if (found := attributes.get(kind)) for hook in found.values()]
-    return (*held, *hooks, *module._modules.values(), type(module))
+    marked = [marks for p in module._parameters.values() if p is not None and (marks := vars(p))]
+    return (*held, *hooks, *marked, *module._modules.values(), type(module))
 
 
 def _of_class(owner: type, places: Places) -> Iterable[Any]:

@@ -1,4 +1,4 @@
-"""What the balancer did in its last step."""
+"""The report of a balancer's last step."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Report:
-    """The last step of a balancer; every tensor is detached and stays on its device.
+    """The last step of a balancer; all tensors are detached and stay on their device.
 
     Attributes:
         losses: (B, M), each sample's loss in each term, in the order of the terms.
         weights: (B, M), the weights in the returned loss.
-        influence: (B, M), the directional derivative of each loss along u: how the meta loss moves when that
-            sample's term counts more (negative: more weight helps). None where no hypergradient was taken, or where
-            it went through several inner steps.
-        meta_loss: scalar, the meta loss after the lookahead; None where no hypergradient was taken.
-        hypergradient_norm: scalar, the Euclidean norm of this step's hypergradient (of the influence, for a weight
-            model without parameters); None where none was taken.
-        skipped: why a hypergradient that was asked for was not taken: the learning rate is 0, or float16 overflowed.
+        influence: (B, M), how the meta loss changes when that sample's term counts more (negative: more weight helps):
+            the directional derivative of each loss along u. None without a hypergradient, or with several inner steps.
+        meta_loss: scalar, the meta loss after the lookahead; None without a hypergradient.
+        hypergradient_norm: scalar, the Euclidean norm of this step's hypergradient (for a weight model without
+            parameters, of the influence); None without one.
+        skipped: why a requested hypergradient was not taken: the learning rate is 0, or float16 overflowed.
             The weight model has not moved then.
 
     Examples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from metakd.terms import Term
 from metakd.train_pass import TrainPass
 
 _MOVED = 0.05  # relative; far enough for a pass that takes no notice of it to give other losses
+_AT_MOVED = 5e-3  # of gradients there; checkpoints of code that is not pure give slightly others when recomputed
 
 
 class Compared(NamedTuple):
@@ -82,7 +83,7 @@ def compare_passes(objective: Objective) -> Compared | None:
             return None
         with as_written(objective.student.device_type):
             losses = [
-                _compared(one, real, moved=t > 0) for t, (one, real) in enumerate(zip(passes, reals, strict=False))
+                _compared(one, real, moved=t > 0) for t, (one, real) in enumerate(zip(passes, reals, strict=True))
             ]
     return Compared(losses[0], hooks.found)
 
@@ -97,42 +98,41 @@ def same_losses(one: Tensor, other: Tensor) -> bool:
 
 
 def _real_passes(student: FunctionalStudent, passes: list[_Pass], start: Start, hooks: _Hooks) -> list[_Real] | None:
-    """The passes by the student itself, in order; those after the first with its parameters moved for the time.
-
-    The list ends where a pass fails with moved parameters, which may be the user's own check of them.
-    """
+    """The passes by the student itself, in order; those after the first with its parameters moved for the time."""
     trained, found, nodes = student.trainable(), list[_Real](), set[Any]()
-    with _put_back(trained) as kept, uncompiled(student.module):
+    arrays = start.state.large_arrays
+    start.state.guard_iterators()
+    with _put_back(trained) as kept, _arrays_put_back(arrays) as values, uncompiled(student.module):
         for t, (_, batch, terms, _) in enumerate(passes):
-            try:
-                with hooks, no_parametrization_cache():
-                    train = TrainPass(student.module, student, as_it_is(batch), terms, start)
-            except Exception:
-                if t == 0:
-                    raise
-                break
+            with hooks, no_parametrization_cache(), _no_autocast_cache():
+                train = TrainPass(student.module, student, as_it_is(batch), terms, start)
             if train.float16:
                 return None
             if t == 0:
-                _check_unwritten(trained, kept)
+                check_unwritten([name for name, p in trained.items() if not torch.equal(p, kept[name])])
+                _check_arrays(arrays, values)
             _check_apart(train.losses, nodes)
             with as_written(student.device_type):
                 gradient = train.last_gradient_of(_mixed(train.losses), trained)
             params = {name: p.clone() for name, p in student.detached().items()}
             found.append(_Real(train.losses.detach(), gradient, params, tolerance_of(train.losses)))
-            if t == 0:
-                _move(trained)
+            _move(trained, seed=t)
     return found
 
 
 def _compared(one: _Pass, real: _Real, *, moved: bool) -> Tensor:
     """The losses of a virtual pass, which are those of the real one, and so is their gradient."""
     theta = leaves(real.params)
-    with blamed(f"a virtual pass over {one.what}, which the student's own pass gets through,"):
+    dtypes = "/".join(sorted({str(p.dtype) for p in theta.values()}))
+    with blamed(f"a virtual pass in {dtypes} over {one.what}, unlike the real one"):
         virtual = one.virtual(theta)
+        repeated = virtual if moved else one.virtual(theta)
     limit = max(tolerance_of(virtual), real.limit)  # virtual passes may be the finer ones
     where = f"{one.what}, with the parameters moved a little," if moved else one.what
-    check_losses(real.losses, virtual.detach(), list(one.terms), limit, where)
+    for losses in (virtual, repeated):  # what goes round in a circle may fit once
+        check_losses(real.losses, losses.detach(), list(one.terms), limit, where)
+    if moved:
+        limit = max(limit, _AT_MOVED)
     if not moved or all(bool(g.isfinite().all()) for g in real.gradient.values() if g is not None):
         found = gradients(_mixed(virtual), theta)
         check_gradients(
@@ -158,6 +158,16 @@ class _Hooks(TorchFunctionMode):
 
 
 @contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A block that finds no parameter cast by autocast before, and leaves none."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
 def _put_back(params: Params) -> Iterator[Params]:
     """A block that may write to parameters; gives their values, and puts them back with their version counters.
 
@@ -176,21 +186,47 @@ def _put_back(params: Params) -> Iterator[Params]:
 
 
 @torch.no_grad()
-def _move(params: Params) -> None:
+def _move(params: Params, seed: int) -> None:
     """Change each parameter by a share of itself; what is all zero moves by less than networks start with."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for p in params.values():
         share = _MOVED * (3 * torch.rand(p.shape, generator=generator) - 1).to(p)  # so that the norm changes, too
         p.add_(share * (p if bool(p.any()) else _MOVED**2))
 
 
-def _check_unwritten(params: Params, kept: Params) -> None:
-    if written := [name for name, p in params.items() if not torch.equal(p, kept[name])]:
+def check_unwritten(names: Sequence[str]) -> None:
+    """See that a pass wrote to none of the parameters.
+
+    Raises:
+        MetaKDError: it did; naming those of these names.
+    """
+    if names:
         raise MetaKDError(
-            f"a forward pass writes to parameters ({', '.join(written[:5])}), so that the step that is looked ahead is "
+            f"a forward pass writes to parameters ({', '.join(names[:5])}), so that the step that is looked ahead is "
             "not the one that training takes. Change them after optimizer.step() in your loop, or make them buffers; "
             "where a first pass only sets them to a start, run it once before the first call"
         )
+
+
+@contextmanager
+def _arrays_put_back(arrays: Sequence[Any]) -> Iterator[list[Any]]:
+    """A block that may write to NumPy arrays; gives their values, and puts them back."""
+    kept = [array.copy() for array in arrays]
+    try:
+        yield kept
+    finally:
+        for array, value in zip(arrays, kept, strict=True):
+            if array.flags.writeable:
+                array[...] = value
+
+
+def _check_arrays(arrays: Sequence[Any], kept: Sequence[Any]) -> None:
+    for array, value in zip(arrays, kept, strict=True):
+        if array.tobytes() != value.tobytes():
+            raise MetaKDError(
+                f"a forward pass writes to a NumPy array of {array.size} numbers, which virtual passes would change; "
+                "keep it as a buffer: module.register_buffer(name, torch.from_numpy(array), persistent=False)"
+            )
 
 
 def _check_apart(losses: Tensor, nodes: set[Any]) -> None:

@@ -169,10 +169,13 @@ class FunctionalStudent:
     def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:
         if new is None:
             return p if self._dtype is None else self.cast(p.detach())
-        return torch.view_as_complex(new) if p.is_complex() and not new.is_complex() else new
+        swap = torch.view_as_complex(new) if p.is_complex() and not new.is_complex() else new
+        vars(swap).update(vars(p))
+        swap._is_param = True  # what torch itself asks for in isinstance(swap, nn.Parameter)
+        return swap
 
     def _end(self, state: PythonState, swaps: Mapping[int, Tensor]) -> Start:
-        reals = {id(t): t for _, _, t in state.tensors}
+        reals = {id(t): t for *_, t in state.tensors}
         now = self.start()
         names = {id(swap): reals[i] for i, swap in swaps.items() if i in reals}
         return Start(now.state.translated(names), now.rng)

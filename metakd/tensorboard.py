@@ -23,17 +23,17 @@ def log(
 ) -> None:
     """Write the balancer's last step to TensorBoard, on every n-th step.
 
-    Scalars are the mean weight, loss and influence of each term, the meta loss and the norm of the hypergradient; those
-    that need a hypergradient are left out where the step took none. With `balancer.every` > 1, count steps from 1 and
-    choose a multiple of it. A step that is written waits for the device once (histograms: once more each); others
-    cost nothing.
+    Scalars are the mean weight, loss and influence of each term, the meta loss and the norm of the hypergradient. Those
+    that need a hypergradient are omitted if the step took none. With `balancer.every` > 1, count steps from 1 and
+    choose a multiple of it. A written step waits for the device once (histograms: once more each); other steps cost
+    nothing.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or whatever has its methods.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or any object with its methods.
         balancer: after the step.
         step: the number of the step.
         every: write only steps that it divides.
-        histograms: also write how each term's weights, losses and influence are distributed over the batch.
+        histograms: also write the distribution of each term's weights, losses and influence over the batch.
         prefix: of all tags.
 
     Raises:
@@ -65,7 +65,7 @@ def log(
         for term, mean in zip(balancer.terms, values.mean(0), strict=True)
     }
     scalars |= {f"{prefix}/{name}": value for name, value in alone.items() if value is not None}
-    # One tensor, so that the device is waited for once.
+    # One tensor, so one host sync.
     for tag, number in zip(scalars, torch.stack([s.float() for s in scalars.values()]).tolist(), strict=True):
         writer.add_scalar(tag, number, step)
     for name, values in by_term.items() if histograms else ():

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from metakd.batch import Batch, as_it_is
+from metakd.batch import Batch
 from metakd.calling import call
 from metakd.checked import checked_losses
 from metakd.derivatives import Gradients, gradients
@@ -16,8 +16,8 @@ from metakd.inner import as_real
 from metakd.kernels import compiled_parts
 from metakd.nest import tensors
 from metakd.precision import autocasts_to_float16, ran_in_float16
-from metakd.python_state import swapped
 from metakd.student import FunctionalStudent, Start, data_parallel
+from metakd.swapping import swapped
 from metakd.terms import Term
 
 
@@ -30,15 +30,15 @@ class TrainPass:
     Args:
         student: the module the user trains, wrappers included.
         functional: the same student as a function.
-        batch: the training batch.
+        batch: the training batch, whose tensors the pass may write to.
         terms: evaluated on the outputs.
         start: where the pass starts.
         hooked: whether the pass is known to hang hooks on activations.
 
     Attributes:
-        batch: the batch as it was before the pass, which may write to it.
         outputs: of the student.
         losses: (B, M) of the terms; they may be infinite where the pass ran in float16.
+        written: the names of parameters that the pass wrote to.
 
     Examples:
         >>> student, batch = nn.Linear(2, 1, bias=False), Batch(torch.ones(1, 2))
@@ -61,7 +61,6 @@ class TrainPass:
         *,
         hooked: bool = False,
     ) -> None:
-        self.batch = as_it_is(batch)
         self.compiled = bool(compiled_parts(student))
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
@@ -81,11 +80,13 @@ class TrainPass:
             # The wrapper for several processes has to know of a forward pass whose gradients it is to average.
             student = data_parallel(student) or functional.module
         self.float16 = autocasts_to_float16(functional.device_type)
+        versions = {name: p._version for name, p in self._variables.items()}
         with swapped(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
             # Gradients are below float16's range unless a scaler lifts them, which the user's own backward pass may.
             self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
             self.losses = checked_losses(terms, self.outputs, batch, "the batch", finite=not self.float16)
+        self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
         start.state.check_written()
 
     @property

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from metakd.batch import Batch, as_it_is
+from metakd.nest import tensors
 from metakd.python_state import PythonState
 from metakd.reach import reach
 from metakd.student import FunctionalStudent, put_back
@@ -33,11 +35,19 @@ class Snapshot:
         self._step = step
         self._contents = [(d, dict(d)) for d in (vars(step), *contents)]
         self._put_optimizer_back: Callable[[], None] | None = None
+        self._inputs: list[tuple[Tensor, int, Tensor]] = []
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
         self._weighting_state = PythonState(reach([step.weighting]))
         kept = [*step.weighting.parameters(), *step.weighting.buffers()]
         self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
+
+    def keep_batch(self, batch: Batch) -> Batch:
+        """A copy of a batch that a pass may write to."""
+        kept = as_it_is(batch)
+        pairs = zip(tensors(batch), tensors(kept), strict=True)
+        self._inputs = [(t, t._version, value) for t, value in pairs if not t.is_inference()]
+        return kept
 
     def keep_optimizer(self) -> None:
         """Copy the state of the weight model's optimizer too; called right before it steps."""
@@ -48,6 +58,9 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back, bit for bit."""
         put_back(self.start)
+        for t, version, value in self._inputs:
+            if t._version != version:
+                t.copy_(value)
         self._weighting_state.put_back()
         self._put_lazy_parts_back()
         for t, value, grad in self._values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
@@ -96,6 +97,60 @@ class ClassVariables(Variables):
 
     def __delitem__(self, name: str) -> None:
         delattr(self._owner, name)
+
+
+class Slots(MutableMapping[Any, Any]):
+    """The attributes of an object whose class has `__slots__`.
+
+    Examples:
+        >>> class Meter:
+        ...     __slots__ = ("count",)
+        >>> meter = Meter()
+        >>> len(Slots(meter))
+        0
+        >>> Slots(meter)["count"] = 3
+        >>> meter.count
+        3
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._names = owner, slots_of(owner)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self._owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if hasattr(self._owner, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def slots_of(value: Any) -> tuple[str, ...]:
+    """The names of all slots of an object, those without a value as well.
+
+    Examples:
+        >>> class Point:
+        ...     __slots__ = ("x", "y")
+        >>> slots_of(Point())
+        ('x', 'y')
+    """
+    kind: Any = type(value)  # mypy does not take a class for hashable
+    return _slots(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(name for c in kind.__mro__ for name, v in vars(c).items() if isinstance(v, types.MemberDescriptorType))
 
 
 class Scripted(MutableMapping[Any, Any]):

@@ -4,9 +4,9 @@ from typing import Any
 
 
 class Tally:
-    """A list out of reach: objects with slots are not looked into."""
+    """A list out of reach: objects of torch's own are not looked into."""
 
-    __slots__ = ("seen",)
+    __module__ = "torch"
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""What a diagnosis measures on all batches together."""
+"""The measurements of a diagnosis over all batches."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from metakd.balancer import BilevelLossBalancer
 from metakd.derivatives import norm
 from metakd.doctor.examine import Visit
 from metakd.inner import Params
-from metakd.python_state import with_parameters
+from metakd.swapping import with_parameters
 from metakd.weighting.base import output_map
 
 Twin = tuple[nn.Module, torch.optim.Optimizer | None]
 
-EDGE = 0.02  # a weight this close to an end of its range is saturated
+EDGE = 0.02  # a weight closer than this to an end of its range is saturated
 
 
 class Mean(NamedTuple):
@@ -27,12 +27,7 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """The mean of at least two values.
-
-        Examples:
-            >>> print(Mean.of([1.0, 2.0, 3.0]))
-            2 ± 0.58
-        """
+        """The mean of at least two values."""
         found = torch.tensor(values, dtype=torch.float64)
         return cls(float(found.mean()), float(found.std() / math.sqrt(len(values))))
 
@@ -41,29 +36,28 @@ class Mean(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """All that was measured; the weights' numbers are over all samples of all batches.
+    """All that was measured. Numbers of the weights are over all samples of all batches.
 
     Attributes:
         terms: names of the M terms.
         batches: how many.
-        failure: why there is no hypergradient; None where there is one.
-        hypergradient_norm: of one hypergradient, averaged.
-        signal: the norm of the hypergradients' mean over its standard error; 1 is what noise alone gives. None where no
-            parameter had a part in two of the batches.
-        needed: how many hypergradients have to be averaged until the signal is as large as the noise; None where there
-            is no signal.
+        failure: why there is no hypergradient; None if there is one.
+        hypergradient_norm: norm of a single hypergradient, averaged.
+        signal: norm of the hypergradients' mean over its standard error; noise alone gives 1. None if no parameter had
+            a gradient in two of the batches.
+        needed: how many hypergradients must be averaged for the signal to equal the noise; None without a signal.
         cosine: between the gradients of the weighted training loss and of the meta loss, before the step ahead.
         before: the meta loss before the step ahead.
-        change: by the step ahead, relative to it.
+        change: of the meta loss by the step ahead, relative.
         length: of the step ahead, relative to the student's parameters.
         mean: (M,) mean weight of each term.
         spread: (M,) standard deviation of each term's weight between samples.
-        share_spread: the largest standard deviation, between samples, of a term's share in the sample's weight.
-        at_low: (M,) fraction of each term's weights at the lower end of their range; None where it has none.
-        at_high: (M,) likewise at the upper end.
-        step: one step of the weight model, relative to its parameters.
-        weights_step: by how much it changes a weight, on average.
-        moved: by how much the weight of a sample changed since the previous diagnosis, on average; None without one.
+        share_spread: the largest standard deviation, between samples, of a term's share of the sample's weight.
+        at_low: (M,) fraction of each term's weights at the lower end of their range; None without a range.
+        at_high: (M,) the same at the upper end.
+        step: size of one step of the weight model, relative to its parameters.
+        weights_step: how much that step changes a weight, on average.
+        moved: how much a sample's weight changed since the previous diagnosis, on average; None without one.
     """
 
     terms: list[str]
@@ -107,7 +101,7 @@ def summarised(
     twin: Twin,
     previous: Params | None,
 ) -> Numbers:
-    """All visits together; the twin of weight model and optimizer takes a step along their mean hypergradient."""
+    """Combine all visits; the twin of weight model and optimizer steps along their mean hypergradient."""
     weights = torch.cat([visit.weights for visit in visits]).double().cpu()
     found = [visit.hypergradient for visit in visits if not isinstance(visit.hypergradient, str)]
     low, high = _at_the_ends(balancer.weighting, weights)
@@ -139,7 +133,7 @@ def summarised(
 def _signal(found: Sequence[Params]) -> tuple[float | None, float | None]:
     """See `Numbers.signal` and `Numbers.needed`."""
     rows = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in found]).double().cpu()
-    rows = rows[:, (rows != 0).sum(0) > 1]  # a row of a table whose sample came once says nothing of noise
+    rows = rows[:, (rows != 0).sum(0) > 1]  # a table's row with one sample tells nothing about noise
     if rows.shape[1] == 0:
         return None, None
     one = float(rows.var(0).sum())  # the noise of one hypergradient
@@ -166,7 +160,7 @@ def _step(twin: Twin, found: Sequence[Params], visits: Sequence[Visit]) -> tuple
 
 @torch.no_grad()
 def _changed(model: nn.Module, before: Params, visits: Sequence[Visit]) -> float:
-    """By how much the weights of the samples differ from those under other parameters of the model, on average."""
+    """How much the samples' weights differ from those under other parameters of the model, on average."""
     after = [model(v.features, v.batch) for v in visits]
     with with_parameters(model, before):
         changes = [(new - model(v.features, v.batch)).abs().flatten() for new, v in zip(after, visits, strict=True)]
@@ -174,7 +168,7 @@ def _changed(model: nn.Module, before: Params, visits: Sequence[Visit]) -> float
 
 
 def _at_the_ends(model: nn.Module, weights: Tensor) -> tuple[list[float] | None, list[float] | None]:
-    """The fraction of each term's weights at the ends of their range, as far as the model says what its range is."""
+    """The fraction of each term's weights at the ends of their range, if the model states its output map."""
     output = getattr(model, "output", None)
     if output not in ("sigmoid", "softplus", "softmax"):
         return None, None

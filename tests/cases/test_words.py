@@ -118,7 +118,7 @@ def test_an_exported_program_is_told_to_give_its_module():
 
 def test_an_ensemble_where_one_teacher_is_expected():
     balancer, (batch, meta_batch) = plain(seeded(mlp), ONE, teacher=[network(), bent]), data()
-    with pytest.raises(MetaKDError, match=r"list of 2 outputs, as an ensemble .*(batch\.teacher|features=)"):
+    with pytest.raises(MetaKDError, match=r"list of 2 outputs \(an ensemble .*(batch\.teacher|features=)"):
         balancer(batch, meta_batch)
 
 
@@ -169,12 +169,12 @@ def one_output() -> nn.Module:
 
 
 STUDENTS = {
-    "regression": (mlp, mean_square, r"numbers or several labels .*F\.mse_loss"),
+    "regression": (mlp, mean_square, r"regression or several labels .*F\.mse_loss"),
     "one number": (one_output, mean_square, r"single logit"),
     "several labels": (mlp, several_labels, r"several labels"),
     "soft labels": (mlp, mean_square, r"soft labels"),
     "single logit": (one_output, yes_or_no, r"binary_cross_entropy_with_logits"),
-    "dense": (Pixels, every_pixel, r"where every pixel has its own class, .*F\.cross_entropy"),
+    "dense": (Pixels, every_pixel, r"one class per pixel, .*F\.cross_entropy"),
 }
 
 

@@ -17,7 +17,7 @@ from tests.test_no_trace import assert_same
 class Trap:
     """Raises on rank 1, at a place, on the n-th visit from when it was set."""
 
-    __slots__ = ("left", "place", "rank")  # what other objects keep is put back after virtual passes
+    __module__ = "torch"  # what users' objects keep is put back after virtual passes
 
     def __init__(self, rank):
         self.rank, self.place, self.left = rank, None, 0
