@@ -76,7 +76,7 @@ def test_mappings_without_inputs_are_keyword_arguments(key):
         ("text", r"type str is not understood"),
         ({"labels": Y}, r"holds no inputs.*'inputs'"),
         ({}, r"holds no inputs"),
-        ({"inputs": X, "labels": Y}, r"\['labels'\] beside 'inputs'.*'targets'.*batch_fn="),
+        ({"inputs": X, "labels": Y}, r"\['labels'\] besides 'inputs'.*'targets'.*batch_fn="),
     ],
 )
 def test_what_is_not_understood_is_named(item, message):
@@ -136,9 +136,9 @@ def test_the_batch_size_is_that_of_the_targets_or_else_of_the_inputs(size, rank)
         ),
         (Batch(SimpleNamespace(), Record(torch.zeros(9), Y)), r"by batch.targets 9 or 4; give"),
         (Batch(SimpleNamespace(), {"ctc": (torch.zeros(9), Y)}), r"by batch.targets 2, 9 or 4; give"),
-        (Batch(X, Y, size=0), r"size=0, it must be an integer of at least 1"),
-        (Batch(X, Y, size=4.0), r"size=4.0, it must be"),
-        (Batch(X, Y, size=True), r"size=True, it must be"),
+        (Batch(X, Y, size=0), r"size=0, but must be an integer of at least 1"),
+        (Batch(X, Y, size=4.0), r"size=4.0, but must be"),
+        (Batch(X, Y, size=True), r"size=True, but must be"),
     ],
 )
 def test_batches_without_a_size_are_an_error(batch, message):

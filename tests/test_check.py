@@ -31,6 +31,7 @@ class Scaled:
         return right._replace(gradient=wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("steps", "estimator"), [(1, OneStep()), (1, OneStep("reverse")), (3, None)])
 def test_what_is_right_passes(rule, steps, estimator):
@@ -257,6 +258,7 @@ def test_a_balancer_in_float32_passes_and_stays_as_it_was(inner, optimizer, step
     assert balancer.report is report
 
 
+@pytest.mark.slow
 def test_a_balancers_own_estimator_is_checked_unless_another_is_given():
     balancer, batches, meta_batch = balancer_and_batches(3, "sgd")
     with pytest.raises(MetaKDError, match="exactly one inner step, got 3"):

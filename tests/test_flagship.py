@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cifar_lt_bikd.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -104,7 +104,7 @@ def test_resume_goes_on_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (History(("hard", "easy"), 3), "'terms' is .'hard', 'easy'., here it is .'hard', 'soft'."),
+        (History(("hard", "easy"), 3), "'terms' is .'hard', 'easy'., but here it is .'hard', 'soft'."),
         (History(TERMS, 4), "same terms, classes and points"),
         (History(TERMS, 3, points=2), "same terms, classes and points"),
     ],
@@ -168,9 +168,9 @@ def test_reading_a_report_computes_nothing():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: History(TERMS, points=5), "points is 5, it must be even"),
+        (lambda: History(TERMS, points=5), "points is 5, but must be even"),
         (lambda: History(TERMS, classes=-1), "classes is -1"),
-        (lambda: fed(History(["hard"]), reports(1)), r"the report has 2 terms, the History 1: \['hard'\]"),
+        (lambda: fed(History(["hard"]), reports(1)), r"the report has 2 terms, the History has 1: \['hard'\]"),
         (lambda: History(TERMS, 3).add(reports(1)[0][0]), "needs the labels of the step .* got None"),
         (lambda: fed(History(TERMS), reports(1)).over_time("weight"), "has no 'weight'; it has weights, losses"),
         (lambda: fed(History(TERMS), reports(1)).by_class(), r"knows the classes \[\].*classes=C"),

@@ -48,7 +48,7 @@ def installed_with(*names):
     return found
 
 
-@pytest.mark.parametrize("torchopt", ["as installed", "pure Python"])
+@pytest.mark.parametrize("torchopt", ["as installed", pytest.param("pure Python", marks=pytest.mark.slow)])
 def test_the_core_needs_torch_and_torchopt_alone(torchopt):
     known = installed_with("torch", "torchopt")
     assert {"torch", "torchopt"} <= known

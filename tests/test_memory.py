@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from metakd import MetaKDError, estimators, weighting
+from tests.slow import slow_but
 from tests.tally import Tally
 from tests.test_faults import SITUATIONS, call, fused, meta_step, real_step
 
@@ -47,7 +48,7 @@ def watched(balancer):
     return seen.seen
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", slow_but(("forward", "accumulate", "Adjoint", "Unroll"), MODES))
 def test_a_call_leaves_no_garbage(name):
     make, act = MODES[name]
     balancer, _ = make()
@@ -62,7 +63,7 @@ def test_a_call_leaves_no_garbage(name):
 
 
 @pytest.mark.parametrize("part", FAULTS)
-@pytest.mark.parametrize("name", ["forward", "Adjoint"])
+@pytest.mark.parametrize("name", slow_but(["Adjoint"], ["forward", "Adjoint"]))
 def test_an_error_leaves_no_garbage(name, part):
     make, act = MODES[name]
     balancer, fuses = make()
@@ -105,6 +106,7 @@ def test_a_loss_dies_with_its_last_reference():
         assert graph() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.filterwarnings("ignore:an operation of this model has no forward-mode derivative .boom.")
 def test_2000_iterations_take_no_memory():

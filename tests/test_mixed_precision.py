@@ -228,6 +228,7 @@ def overflowing_on_one(rank):
     return skipped, [flat(module.parameters()) for module in (student, balancer.weighting)]
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_rank_is_one_on_all(tmp_path):
     pair = Pair(tmp_path)
     try:
@@ -412,6 +413,7 @@ def test_autocast_is_what_it_was(dtype):
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_the_example_learns_which_labels_to_trust(dtype, capsys):
     pytest.importorskip("sklearn")

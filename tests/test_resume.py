@@ -261,6 +261,11 @@ DAMAGES = {
         lambda s: s["weighting_optimizer"]["param_groups"][0].pop("lr"), r"optimizer.param_groups': missing \['lr'\]"
     ),
     "terms that are none": (lambda s: s.update(terms=3), r"saved with the terms 3"),
+    "other terms": (lambda s: s.update(terms=["hard", "x"]), r"terms \['hard', 'x'\].*\['hard', 'soft'\]"),
+    "no weights": (lambda s: s.pop("weighting"), r"missing \['weighting'\]"),
+    "a foreign key": (lambda s: s.update(epoch=3), r"not known here \['epoch'\]"),
+    "no tensor": (lambda s: s["weighting"].update({"layers.0.weight": 1}), r"layers.0.weight"),
+    "pending of another": (lambda s: s.update(pending={"x": torch.ones(1)}), r"pending.*'x'|'x'.*pending"),
 }  # fmt: skip
 
 
@@ -274,6 +279,12 @@ def test_a_damage_is_named(case):
     with pytest.raises(MetaKDError, match=message):
         mine.balancer.load_state_dict(state)
     assert_same(mine.state(), before)
+
+
+@pytest.mark.parametrize("state", [None, 3, [], {}])
+def test_a_foreign_object_is_no_state(state):
+    with pytest.raises(MetaKDError, match="saved state"):
+        Training(model=mlp).balancer.load_state_dict(state)
 
 
 def test_a_state_from_another_torch_may_know_less():
@@ -293,6 +304,7 @@ TENSORS = [torch.zeros(()), torch.zeros(3, 2), torch.full((5, 2), torch.nan), to
 VALUES = st.sampled_from([*PLAIN, *TENSORS, torch.empty(0), torch.ones(2, 2, 2)])
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_whatever_is_loaded_fits_or_is_refused(data):

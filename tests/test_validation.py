@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
 from metakd.validation import validate
+from tests.slow import slow_but
 from tests.zoo import (
     CHECKPOINTS_HAVE_FORWARD_MODE,
     CLASSES,
@@ -151,7 +152,7 @@ WORKS = {
     "data_parallel": Works(lambda: nn.DataParallel(mlp(nn.Tanh())), "the wrapper", "the student (DataParallel)"),
     "batch_norm": Works(
         lambda: conv(nn.BatchNorm2d(4)),
-        "single value a channel",
+        "single value per channel",
         "1 (BatchNorm2d)",
         lambda: conv(nn.BatchNorm2d(4)).eval(),
         images,
@@ -164,7 +165,7 @@ WORKS = {
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's tracer
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", slow_but(("weight_norm", "sparse", "frozen", "data_parallel"), WORKS))
 def test_notes_are_handled(name):
     case = WORKS[name]
     (finding,) = about(case.build(), case.words)
@@ -221,7 +222,7 @@ FAILS = {
 
 
 @pytest.mark.filterwarnings("ignore:an operation of this model has no forward-mode derivative")
-@pytest.mark.parametrize("name", FAILS)
+@pytest.mark.parametrize("name", slow_but(("max_norm", "embedding_bag"), FAILS))
 def test_errors_raise_and_their_cures_work(name):
     case = FAILS[name]
     (finding,) = about(case.build(), case.words)

@@ -120,5 +120,5 @@ def test_a_meta_loader_is_begun_anew():
 
 @pytest.mark.parametrize("size", [0, 1.5, None])
 def test_a_size_is_a_positive_number(size):
-    with pytest.raises(MetaKDError, match=r"size is .*, it must be an integer of at least 1"):
+    with pytest.raises(MetaKDError, match=r"size is .*, but must be an integer of at least 1"):
         next(build().windows(loader(2), iter(loader(1)), size))

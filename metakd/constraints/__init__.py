@@ -1,7 +1,7 @@
-"""Maps from free numbers to constrained ones, for meta-parameters and anything else that is learned.
+"""Maps from free numbers to constrained ones, for meta-parameters and other learned numbers.
 
-Each is an `nn.Module` with a `forward` (free -> constrained) and a `right_inverse` (constrained -> free): call it
-inside of the inner loss, or hand it to `torch.nn.utils.parametrize.register_parametrization`.
+Each is an `nn.Module` with `forward` (free -> constrained) and `right_inverse` (constrained -> free). Call it inside
+the inner loss, or pass it to `torch.nn.utils.parametrize.register_parametrization`.
 """
 
 from metakd.constraints.bounded_eigenvalues import BoundedEigenvalues

@@ -1,4 +1,4 @@
-"""Symmetric matrices whose eigenvalues stay within bounds: covariances that stay well conditioned."""
+"""Symmetric matrices with eigenvalues within bounds, such as well-conditioned covariances."""
 
 import math
 
@@ -9,31 +9,31 @@ from metakd.errors import MetaKDError
 
 
 class BoundedEigenvalues(nn.Module):
-    r"""Symmetric positive definite matrices with eigenvalues in [low, high], so with a condition below high / low.
+    r"""Symmetric positive definite matrices with eigenvalues in (low, high), so a condition number below high / low.
 
     With $S$ the symmetric part of the free matrix, $m = \sqrt{\mathrm{low} \cdot \mathrm{high}}$ and
     $r = \log(\mathrm{high} / \mathrm{low}) / 2$,
 
     $$\Sigma = m \exp\big(r \tanh(S / r)\big),$$
 
-    functions of matrices: the eigenvectors stay, an eigenvalue $s$ becomes $m \exp(r \tanh(s / r))$. Well inside of the
-    bounds $\Sigma$ is close to $m \exp(S)$. A function of the eigenvalues through `eigh` has infinite or wrong
-    derivatives where two of them meet; this one takes matrix exponentials and solves only, and has derivatives of any
-    order everywhere, in forward and reverse mode.
+    with functions of matrices: the eigenvectors stay, an eigenvalue $s$ becomes $m \exp(r \tanh(s / r))$. Far from the
+    bounds $\Sigma$ is close to $m \exp(S)$. The derivatives of `eigh` are infinite or wrong where two eigenvalues meet.
+    This map uses matrix exponentials and solves only, and has derivatives of any order everywhere, in forward and
+    reverse mode.
 
-    Shapes: `(..., n, n)`; a variance is `(..., 1, 1)`. Rounding is of the order of the arithmetic's precision times
-    `high`: use float64 where `high / low` is above 1e5.
+    Shapes: `(..., n, n)`; a variance is `(..., 1, 1)`. Rounding errors are of the order of the dtype's precision times
+    `high`: use float64 if `high / low` is above 1e5.
 
-    Source: the constraints are those of Qadri, Manchester, Kaess (arXiv 2309.09718); the map into them, with which any
-    optimizer without constraints will do, is ours.
+    Source: the constraints are those of Qadri, Manchester, Kaess (arXiv 2309.09718). The map is ours; it makes any
+    unconstrained optimizer applicable.
 
     Args:
-        low: eigenvalues are above this.
-        high: and below this.
+        low: lower bound of the eigenvalues, exclusive.
+        high: upper bound, exclusive.
 
     Raises:
-        MetaKDError: not 0 < low < high; when called, matrices that are not square or not finite; `right_inverse` of a
-            matrix that is not symmetric, or has eigenvalues out of bounds.
+        MetaKDError: not 0 < low < high; in a call, matrices are not square or not finite; in `right_inverse`, the
+            matrix is not symmetric or has eigenvalues out of bounds.
 
     Examples:
         >>> bounded = BoundedEigenvalues(0.01, 100.0)
@@ -58,7 +58,7 @@ class BoundedEigenvalues(nn.Module):
         return self._middle * exponential
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the symmetric free matrices that `value` comes from, same shape."""
+        """Return the symmetric free matrices that `forward` maps to `value`, same shape."""
         _check_square(value)
         if not torch.allclose(value, value.mT):
             raise MetaKDError("BoundedEigenvalues cannot start at a matrix that is not symmetric; use (a + a.mT) / 2")
@@ -67,7 +67,7 @@ class BoundedEigenvalues(nn.Module):
             raise MetaKDError(
                 f"BoundedEigenvalues({self.low:g}, {self.high:g}) cannot start at eigenvalues from "
                 f"{eigenvalues.min().item():g} to {eigenvalues.max().item():g}: they must be strictly inside; widen "
-                "the bounds, or start elsewhere"
+                "the bounds, or choose another start"
             )
         free = self._reach * ((eigenvalues / self._middle).log() / self._reach).atanh()
         found: Tensor = (vectors * free.unsqueeze(-2)) @ vectors.mT
@@ -79,10 +79,10 @@ class BoundedEigenvalues(nn.Module):
 
 
 def _tanh(matrix: Tensor) -> Tensor:
-    """The hyperbolic tangent of symmetric matrices.
+    """Hyperbolic tangent of symmetric matrices.
 
-    Of a matrix halved until it is small, then tanh(2x) = 2 tanh(x) / (1 + tanh(x)^2) as often: no exponential
-    overflows, and no small eigenvalue drowns beside a large one.
+    Halves the matrix until it is small, then applies tanh(2x) = 2 tanh(x) / (1 + tanh(x)^2). So no exponential
+    overflows, and small eigenvalues keep their digits beside large ones.
     """
     one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     norm = float(torch.linalg.matrix_norm(matrix.detach()).max()) if matrix.numel() else 0.0
@@ -91,14 +91,14 @@ def _tanh(matrix: Tensor) -> Tensor:
     found: Tensor = torch.linalg.solve(exponential + one, exponential - one)
     for _ in range(halvings):
         found = torch.linalg.solve(one + found @ found, 2 * found)
-    return (found + found.mT) / 2  # rounding leaves it a little off
+    return (found + found.mT) / 2  # removes rounding errors
 
 
 def _check_square(matrix: Tensor) -> None:
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise MetaKDError(
             f"BoundedEigenvalues takes square matrices (..., n, n), got {tuple(matrix.shape)}; "
-            "give a variance as (..., 1, 1)"
+            "pass a variance as (..., 1, 1)"
         )
     if not bool(matrix.isfinite().all()):
         raise MetaKDError("BoundedEigenvalues got entries that are NaN or infinite; lower the outer learning rate")

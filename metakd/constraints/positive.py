@@ -1,4 +1,4 @@
-"""Positive numbers whose logarithm is free."""
+"""Positive numbers, by their logarithm."""
 
 from torch import Tensor, nn
 
@@ -6,15 +6,15 @@ from metakd.errors import MetaKDError
 
 
 class Positive(nn.Module):
-    """Positive numbers, `exp(free)`: a step of an optimizer changes them by a factor.
+    """Positive numbers, `exp(free)`: a step of an optimizer multiplies them by a factor.
 
-    Meant for what spans orders of magnitude: variances, learning rates, decays. For weights near one see the output
-    map `"softplus"` of the weight models.
+    For quantities that span orders of magnitude: variances, learning rates, decays. For weights near one, prefer the
+    weight models' output map `"softplus"`.
 
     Shapes: any, elementwise.
 
     Raises:
-        MetaKDError: `right_inverse` of a number that is not positive, or not finite.
+        MetaKDError: `right_inverse` of a number that is not positive and finite.
 
     Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -30,7 +30,7 @@ class Positive(nn.Module):
         return free.exp()
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the free numbers that `value` comes from, same shape."""
+        """Return the free numbers that `forward` maps to `value`, same shape."""
         if not bool(((value > 0) & value.isfinite()).all()):
             raise MetaKDError(
                 f"Positive cannot start at a tensor whose smallest entry is {value.min().item():g} and largest "

@@ -7,17 +7,17 @@ from metakd.errors import MetaKDError
 
 
 class Simplex(nn.Module):
-    r"""Positive numbers that sum to one over a dimension: softmax of the free ones.
+    """Positive numbers that sum to one over a dimension: the softmax of free numbers.
 
-    A constant added to the free numbers changes nothing; `right_inverse` gives those whose exponentials sum to one.
+    Adding a constant to the free numbers changes nothing; `right_inverse` returns those whose exponentials sum to one.
 
     Shapes: any.
 
     Args:
-        dim: what is summed over.
+        dim: the dimension that sums to one.
 
     Raises:
-        MetaKDError: `right_inverse` of numbers that are not positive, or do not sum to one.
+        MetaKDError: `right_inverse` of numbers that are not positive or do not sum to one.
 
     Examples:
         >>> shares = Simplex()
@@ -36,13 +36,13 @@ class Simplex(nn.Module):
         return free.softmax(self.dim)
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return free numbers that `value` comes from, same shape."""
+        """Return free numbers that `forward` maps to `value`, same shape."""
         total = value.sum(self.dim)
         tolerance = 10 * torch.finfo(value.dtype).eps ** 0.75
         if not bool((value > 0).all()) or not bool(((total - 1).abs() <= tolerance).all()):
             raise MetaKDError(
                 f"Simplex cannot start at a tensor with smallest entry {value.min().item():g} and sums from "
                 f"{total.min().item():g} to {total.max().item():g} over dim {self.dim}: entries must be positive and "
-                "sum to one; give it a softmax, or value / value.sum(dim, keepdim=True)"
+                "sum to one; use a softmax, or value / value.sum(dim, keepdim=True)"
             )
         return value.log()

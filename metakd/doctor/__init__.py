@@ -1,4 +1,4 @@
-"""`diagnose`: is the weight model learning, and what from?"""
+"""`diagnose`: is the weight model learning, and what?"""
 
 import copy
 from collections.abc import Iterable
@@ -27,28 +27,28 @@ def diagnose(
     number: int = 10,
     previous: Diagnosis | None = None,
 ) -> Diagnosis:
-    """Look at a balancer as it is now: is it learning, what from, and if not, why not?
+    """Examine a balancer in its current state: is it learning, what, and if not, why?
 
-    On each of several batches it takes what a call takes, the hypergradient of one step ahead, and beside it the plain
-    gradients of the training and the meta loss; nothing is stepped. From all of them it sees whether the hypergradients
-    point anywhere in common, whether the weights tell samples apart, and how fast they move. It leaves no trace on
-    student, optimizer, weight model and global random generators; a loader with a generator of its own moves on in it.
+    For each batch it takes the hypergradient of one step ahead, as a call does, and the plain gradients of the training
+    and the meta loss. Nothing is stepped. Together they show whether the hypergradients have a direction in common,
+    whether the weights differ between samples, and how fast the weights move. Student, optimizer, weight model and
+    global random generators are left without a trace; a loader's own generator advances.
 
-    It costs about four calls of the balancer a batch, so it is for every few epochs, not for every step.
+    It costs about four calls of the balancer per batch: use it every few epochs, not at every step.
 
     Args:
         balancer: at any time of the training; the student in train mode, as in the loop.
-        batches: training batches; as the loader yields them, for the noise between them is part of the answer.
-        meta_batches: meta batches, begun anew where they end.
-        number: how many of the batches to look at.
-        previous: an earlier diagnosis, to learn how far the weights have moved since.
+        batches: training batches, as the loader yields them: the noise between them is measured.
+        meta_batches: meta batches, restarted when they end.
+        number: how many of the batches to use.
+        previous: an earlier diagnosis, to measure how far the weights have moved since.
 
     Returns:
         The numbers, and findings in plain English, each with its cure; `print` it.
 
     Raises:
         MetaKDError: the weight model has no parameters or has not seen a batch yet, there are fewer than two batches,
-            or whatever a call of the balancer would raise before it comes to the hypergradient.
+            or anything that a call of the balancer raises before the hypergradient.
 
     Examples:
         >>> import torch
@@ -62,21 +62,21 @@ def diagnose(
     """
     if not any(p.requires_grad for p in balancer.weighting.parameters()):
         raise MetaKDError(
-            f"{type(balancer.weighting).__name__} has no trainable parameters, so it learns nothing that could be "
-            "diagnosed; look at balancer.report.influence"
+            f"{type(balancer.weighting).__name__} has no trainable parameters, so there is no learning to diagnose; "
+            "look at balancer.report.influence"
         )
     if any(map(is_lazy, balancer.weighting.parameters())):
         raise MetaKDError("the weight model has not seen a batch yet; call the balancer once before diagnose()")
-    # The optimizer of the copy steps the parameters of the copy: what a step would do, without one.
+    # Copied together, so that the copied optimizer steps the copied parameters.
     twin = copy.deepcopy((balancer.weighting, balancer.weighting_optimizer))
     devices = {t.device for t in chain(balancer.student.parameters(), balancer.weighting.parameters())}
-    generators = RngState.capture(devices)  # a loader draws from them
+    generators = RngState.capture(devices)  # loaders draw from them
     try:
         with explained():
             meta = endless(meta_batches)
             visits = [examine(balancer, batch, next(meta), devices) for batch in islice(batches, number)]
             if len(visits) < 2:
-                raise MetaKDError(f"diagnose needs two batches to tell signal from noise, got {len(visits)}; give more")
+                raise MetaKDError(f"diagnose needs two batches to tell signal from noise, got {len(visits)}; pass more")
             numbers = summarised(balancer, visits, twin, None if previous is None else previous.parameters)
     finally:
         generators.restore()

@@ -8,17 +8,17 @@ from metakd.doctor.numbers import Numbers
 from metakd.inner import Params
 from metakd.validation.finding import Finding
 
-CLEAR = 2.0  # the signal, in units of the noise, from which on it is taken for one
+CLEAR = 2.0  # a signal of at least this many times the noise counts as one
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; print it for a summary.
+    """The result of `diagnose`; print it for a summary.
 
     Attributes:
         numbers: all that was measured.
-        parameters: the weight model's, copied, for a later diagnosis to compare with.
-        findings: what is to be said about the numbers, each with its cure, the most important first.
+        parameters: a copy of the weight model's parameters, for comparison by a later diagnosis.
+        findings: what the numbers mean, each with its cure, the most important first.
 
     Examples:
         >>> import torch
@@ -38,7 +38,7 @@ class Diagnosis:
 
     @property
     def learning(self) -> str:
-        """A line: is the weight model learning now?"""
+        """Whether the weight model is learning now, in one line."""
         n = self.numbers
         if n.failure is not None:
             return "No: there is no hypergradient"
@@ -52,7 +52,7 @@ class Diagnosis:
 
     @property
     def learned(self) -> str:
-        """A line: what has it learned so far?"""
+        """What it has learned so far, in one line."""
         n = self.numbers
         mixture = ", ".join(f"{term} {mean:.3g}" for term, mean in zip(n.terms, n.mean, strict=True))
         if n.constant:

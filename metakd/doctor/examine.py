@@ -1,4 +1,4 @@
-"""What a diagnosis measures on one training batch and one meta batch."""
+"""The measurements of a diagnosis on one training batch and one meta batch."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ from metakd.rng import RngState
 
 
 class Visit(NamedTuple):
-    """One training batch and one meta batch.
+    """The measurements on one training batch and one meta batch.
 
     Attributes:
-        hypergradient: in the weight model's parameters, by name; or the reason why there is none.
-        cosine: between the gradients of the weighted training loss and of the meta loss, both before the step.
+        hypergradient: by name of the weight model's parameter; or the reason why there is none.
+        cosine: between the gradients of the weighted training loss and of the meta loss, before the step.
         before: the meta loss before the step ahead.
-        after: and after it.
+        after: the meta loss after it.
         length: of the step ahead, relative to the student's parameters.
         features: what the weight model saw.
-        batch: likewise.
+        batch: what the weight model saw.
         weights: (B, M).
     """
 
@@ -41,9 +41,9 @@ class Visit(NamedTuple):
 
 
 def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices: Iterable[torch.device]) -> Visit:
-    """What a call of the balancer on these batches would see; of it no trace is left but in the devices' generators.
+    """Measure what a call of the balancer on these batches would compute, on this process's samples.
 
-    In a training of several processes it is what this one sees of its own batches.
+    It leaves a trace in the devices' random generators only.
     """
     with first_answer(balancer.weighting) as seen, balancer.problem([batch], meta_batch) as problem:
         theta = problem.params
@@ -71,6 +71,6 @@ def examine(balancer: BilevelLossBalancer, batch: Any, meta_batch: Any, devices:
 
 
 _ZERO = (
-    "it is exactly zero: the meta loss does not feel the step ahead (an inner learning rate of 0, a meta loss that is "
-    "flat here), or the weights do not feel the weight model (its output is saturated)"
+    "it is exactly zero: either the meta loss does not depend on the step ahead (an inner learning rate of 0, a flat "
+    "meta loss), or the weights do not depend on the weight model (a saturated output)"
 )

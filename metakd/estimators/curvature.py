@@ -57,5 +57,10 @@ def _is_right(loss: Tensor, seen: set[Any] | None) -> bool:
     for node in graph_nodes(loss, seen):
         if node.name() == "WeightNormInterfaceBackward0":
             return False
+        if node.name() == "SparseCooTensorWithDimsAndTensorsBackward0":
+            raise NoSecondDerivative(
+                "torch's second derivative of a sparse COO tensor in its values is wrong; make the dense one, or "
+                "take tensor.to_sparse(), which is right"
+            )
         reject_marked(node)
     return True

@@ -1,5 +1,6 @@
 """`Unroll`: the exact hypergradient of K inner steps by autograd through all of them."""
 
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.problem import NO_BATCHES, Problem
 from metakd.estimators.result import Hypergradient
+from metakd.graph import graph_nodes
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Unroll:
             loss = twice_differentiable(partial(problem.inner_loss, params, meta, t), seen)
             g = graph_gradients(loss, params)
             params, state = problem.step(g, state, params, meta)
+            for p in params.values():  # the gradient's own graph is torch's, and right where the loss's is
+                deque(graph_nodes(p, seen), maxlen=0)
         outer_loss, v, total = problem.outer_gradients(params)
         through_params, in_start = slope(params, v), dict.fromkeys(start)
         if through_params is not None:

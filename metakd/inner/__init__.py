@@ -1,9 +1,9 @@
-"""The differentiable inner optimizer: the only door to TorchOpt.
+"""The differentiable inner optimizer, and the only door to TorchOpt.
 
 An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
-student's torch optimizers (`optimizers`, `param_groups`, `learning_rate` read them), `inner_optimizer` chooses,
-`repaired` mends what TorchOpt gets wrong in its own, `apply` takes one differentiable step. `conjugate_gradient` and
-`neumann_series` solve linear systems.
+student's torch optimizers (`optimizers`, `param_groups` and `learning_rate` read them), `inner_optimizer` chooses
+between them, `repaired` fixes errors of TorchOpt's transformations, and `apply` takes one differentiable step.
+`conjugate_gradient` and `neumann_series` solve linear systems.
 """
 
 from torchopt.base import GradientTransformation

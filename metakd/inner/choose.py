@@ -1,4 +1,4 @@
-"""The inner optimizer a user asks for by name, or brings along."""
+"""The choice of the inner optimizer."""
 
 from torchopt.base import GradientTransformation
 
@@ -11,20 +11,20 @@ from metakd.inner.repaired import repaired
 
 
 def inner_optimizer(choice: str | GradientTransformation, optimizer: Optimizers, params: Params) -> InnerOptimizer:
-    """The differentiable optimizer of the virtual steps.
+    """Build the differentiable optimizer of the virtual steps.
 
     Args:
-        choice: `"sgd"` (`plain_sgd`), `"mirror"` (`mirror`) or a TorchOpt transformation, which starts from its
-            initial state and is repaired.
+        choice: `"sgd"` (`plain_sgd`), `"mirror"` (`mirror`) or a TorchOpt transformation, which is repaired and starts
+            from its initial state.
         optimizer: the student's own torch optimizer, or several that hold its parameters together.
-        params: the student's trainable parameters, the very tensors the optimizer holds.
+        params: the student's trainable parameters, the very tensors that the optimizer holds.
 
     Returns:
-        The optimizer and the state it starts from.
+        The optimizer and its initial state.
 
     Raises:
-        MetaKDError: another choice, an optimizer that does not hold `params`, two that hold the same, or one that
-            the choice cannot follow.
+        MetaKDError: the choice is unknown or cannot follow the optimizer, the optimizer does not hold `params`, or a
+            parameter is held twice.
 
     Examples:
         >>> import torch
@@ -35,7 +35,7 @@ def inner_optimizer(choice: str | GradientTransformation, optimizer: Optimizers,
         metakd.errors.MetaKDError: inner='mirror' cannot follow Rprop; it supports ...
     """
     if isinstance(choice, GradientTransformation):
-        held_groups(optimizer, params)  # it is asked for nothing, but must be the student's
+        held_groups(optimizer, params)  # raises unless it is the student's
         transformation = repaired(choice)
         return InnerOptimizer(transformation, transformation.init({n: as_real(p.detach()) for n, p in params.items()}))
     if choice == "mirror":

@@ -1,4 +1,4 @@
-"""The torch optimizers that train a student together, and their groups of parameters."""
+"""The student's torch optimizers and their parameter groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 class Held(NamedTuple):
-    """A group of an optimizer and the names of the student's parameters in it."""
+    """A group of an optimizer, with the names of the student's parameters in it."""
 
     optimizer: torch.optim.Optimizer
     number: int
@@ -22,18 +22,18 @@ class Held(NamedTuple):
 
 
 def optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """The user's own torch optimizers, one or several, without wrappers.
+    """Return the user's torch optimizers, one or several, without wrappers.
 
-    Wrappers that keep an optimizer as `.optimizer`, as Accelerate's and Lightning's do, are looked through.
+    A wrapper keeps its optimizer as `.optimizer`, as in Accelerate and Lightning.
 
     Args:
-        optimizer: a torch optimizer, or a list or tuple of such.
+        optimizer: a torch optimizer, or a list or tuple of them.
 
     Returns:
         The optimizers, in order.
 
     Raises:
-        MetaKDError: something else, or an empty sequence.
+        MetaKDError: `optimizer` is anything else, or empty.
 
     Examples:
         >>> w, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
@@ -55,10 +55,10 @@ def optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def param_groups(optimizer: Optimizers) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
-    """All groups of parameters, each with its optimizer.
+    """Return all parameter groups, each with its optimizer.
 
     Args:
-        optimizer: a torch optimizer, or a list or tuple of such; wrappers are looked through.
+        optimizer: a torch optimizer, or a list or tuple of them, with or without wrappers.
 
     Returns:
         (optimizer, group) for each group: the very dicts that the optimizers hold.
@@ -76,13 +76,13 @@ def param_groups(optimizer: Optimizers) -> list[tuple[torch.optim.Optimizer, dic
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | None:
-    """The learning rate of a group of parameters, or None where the optimizer finds its own.
+    """Return the learning rate of a parameter group, or None if the optimizer sets its own.
 
     Args:
         group: one of an optimizer's `param_groups`.
 
     Returns:
-        Its `lr` as a number; None where it has none, or none that is a number, as in Hugging Face's Adafactor.
+        Its `lr` as a number; None if it has none or no number, as in Hugging Face's Adafactor.
 
     Examples:
         >>> learning_rate({"lr": torch.tensor(0.5)}), learning_rate({"lr": None}), learning_rate({})
@@ -95,11 +95,7 @@ def learning_rate(group: Mapping[str, Any]) -> float | None:
 
 
 def held_groups(optimizer: Optimizers, params: Params) -> list[Held]:
-    """The groups that hold any of the parameters, with their names.
-
-    Raises:
-        MetaKDError: a parameter is in no optimizer, or in two; see `optimizers`.
-    """
+    """Return the groups that hold the parameters; raise if a parameter is in no group or in several."""
     every = [(one, number, group) for one in optimizers(optimizer) for number, group in enumerate(one.param_groups)]
     places: dict[int, list[int]] = {}
     for place, (_, _, group) in enumerate(every):
@@ -108,8 +104,8 @@ def held_groups(optimizer: Optimizers, params: Params) -> list[Held]:
     missing = [name for name, p in params.items() if id(p) not in places]
     if missing and len(missing) == len(params):
         raise MetaKDError(
-            "the optimizer holds none of the student's trainable parameters, so it is the optimizer of another "
-            "model (or of a copy made before it); build it as torch.optim.SGD(student.parameters(), ...)"
+            "the optimizer holds none of the student's trainable parameters, so it belongs to another model (or to a "
+            "copy made earlier); build it as torch.optim.SGD(student.parameters(), ...)"
         )
     if missing:
         raise MetaKDError(
@@ -122,7 +118,7 @@ def held_groups(optimizer: Optimizers, params: Params) -> list[Held]:
         if others:
             kinds = " and ".join(type(every[i][0]).__name__ for i in places[id(p)])
             raise MetaKDError(
-                f"the parameter {name!r} is held {len(others) + 1} times, by {kinds}, and each would move it; leave it "
+                f"the parameter {name!r} is held {len(others) + 1} times, by {kinds}, and each would move it; keep it "
                 "in one group of one optimizer"
             )
         names.setdefault(place, []).append(name)
@@ -130,11 +126,7 @@ def held_groups(optimizer: Optimizers, params: Params) -> list[Held]:
 
 
 def required_rate(held: Held) -> float:
-    """The learning rate of a group.
-
-    Raises:
-        MetaKDError: it has none.
-    """
+    """Return the learning rate of a group, or raise."""
     rate = learning_rate(held.group)
     if rate is None:
         found = f"lr={held.group['lr']!r}" if "lr" in held.group else "no 'lr'"

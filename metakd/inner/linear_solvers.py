@@ -1,4 +1,4 @@
-"""Linear systems A x = b with a symmetric A that is known by its products alone, by TorchOpt's solvers."""
+"""Linear systems A x = b with a symmetric A that is known by its products, by TorchOpt's solvers."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ _POWER_ITERATIONS = 5
 
 
 def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float) -> Tensor:
-    """X of (A + damping I) x = b after at most `steps` iterations, one product each.
+    """Solve (A + damping I) x = b by conjugate gradients.
 
-    TorchOpt's solver takes any matrix; one that is not positive definite gives it numbers without meaning, or a
-    division by zero. Here it is an error. It stops early where rounding leaves nothing to gain.
+    If the matrix is not positive definite, TorchOpt's solver returns meaningless numbers or divides by zero; this
+    function raises. It stops early at the precision of the dtype.
 
     Args:
         matvec: v -> A v, vectors.
         b: (N,).
-        steps: the most iterations.
+        steps: the largest number of iterations, one product each.
         damping: added to the diagonal.
 
     Returns:
@@ -39,13 +39,13 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float)
 
     def checked(v: Tensor) -> Tensor:
         if not bool(v.any()):
-            return torch.zeros_like(v)  # the solver asks for A x0 at its start, x0 = 0
+            return torch.zeros_like(v)  # the solver starts at A x0 with x0 = 0
         product = matvec(v)
         curvature = float(v @ product) / float(v @ v)
         if not curvature + damping > 0:
             raise MetaKDError(
                 f"conjugate gradients met curvature {curvature:.3g} (damping {damping:.3g}): the inner loss has no "
-                f"minimum there. Give a damping above {abs(curvature):.3g}, or take more inner steps first"
+                f"minimum there. Set a damping above {abs(curvature):.3g}, or take more inner steps first"
             )
         return product
 
@@ -55,14 +55,15 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float)
 
 
 def neumann_series(matvec: MatVec, b: Tensor, *, steps: int, damping: float, step_size: float | None) -> Tensor:
-    """The sum over j = 0 ... steps of a (I - a (A + damping I))^j b, which tends to (A + damping I)^-1 b.
+    """Approximate (A + damping I)^-1 b by the sum over j = 0 ... steps of a (I - a (A + damping I))^j b.
 
     Args:
         matvec: v -> A v, vectors.
         b: (N,).
         steps: products with A.
         damping: added to the diagonal.
-        step_size: a; None for one over the norm of A + damping I, by a few more products (power iteration from b).
+        step_size: a; None for one over the norm of A + damping I, estimated by a few more products (power iteration
+            from b).
 
     Returns:
         The sum, (N,).
@@ -80,12 +81,12 @@ def neumann_series(matvec: MatVec, b: Tensor, *, steps: int, damping: float, ste
         step_size = 1.0 / _largest_curvature(matvec, b, damping)
 
     def checked(term: Tensor) -> Tensor:
-        # With 0 < a (A + damping I) < 2 no term is longer than the one before.
+        # If 0 < a (A + damping I) < 2, the norms of the terms do not grow.
         if not float(torch.linalg.vector_norm(term)) <= 1.001 * norm:
             raise MetaKDError(
                 f"the Neumann series with step_size={step_size:.3g} and damping={damping:.3g} diverges: the inner loss "
-                "has no minimum there (give more damping, or take more inner steps first), or its curvature is above "
-                "2 / step_size (give a smaller one)"
+                "has no minimum there (set a larger damping, or take more inner steps first), or its curvature is "
+                "above 2 / step_size (set a smaller one)"
             )
         return matvec(term)
 
@@ -100,5 +101,5 @@ def _largest_curvature(matvec: MatVec, b: Tensor, damping: float) -> float:
         v = matvec(v) + damping * v
         norm = float(torch.linalg.vector_norm(v))
         if not norm > 0:
-            raise MetaKDError("the inner loss is flat along the outer gradient; give a damping above 0")
+            raise MetaKDError("the inner loss is flat along the outer gradient; set a damping above 0")
     return norm

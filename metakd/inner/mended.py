@@ -1,4 +1,4 @@
-"""The transformations of TorchOpt 0.7.3 that are wrong or have no derivative at zero, written anew; states alike."""
+"""Replacements for transformations of TorchOpt 0.7.3 that are wrong or not differentiable at zero; states are alike."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ from metakd.inner.updates import (
 )
 
 Mend = Callable[[GradientTransformation, dict[str, Any]], GradientTransformation]
-"""(TorchOpt's own transformation, the settings in its closure) -> one to use in its place."""
+"""(TorchOpt's transformation, the settings in its closure) -> its replacement."""
 
 
 class MomentumState(NamedTuple):
-    """TorchOpt's `TraceState` with what it lacks: whether each buffer has seen a gradient yet."""
+    """TorchOpt's `TraceState`, plus whether each buffer has seen a gradient yet."""
 
     trace: Any
     started: Any
@@ -43,7 +43,7 @@ def _momentum(original: GradientTransformation, settings: dict[str, Any]) -> Gra
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         if not isinstance(state, MomentumState):
-            # TorchOpt's own state cannot say whether it has started; a buffer that has is hardly all zero.
+            # TorchOpt's own state does not say whether it has started; a started buffer is hardly all zero.
             state = MomentumState(state.trace, pytree.tree_map(lambda b: bool(b.any()), state.trace))
         return each(updates, state)
 
@@ -103,10 +103,7 @@ def _scale_by_rss(original: GradientTransformation, settings: dict[str, Any]) ->
 
 
 def _each(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, Any]]:
-    """The update that takes `step` for each tensor: (gradient, its part of each tree of the state) -> what is new.
-
-    A gradient of None leaves its part of the state as it is.
-    """
+    """Lift `step`, (gradient, its leaf of each state tree) -> new values, to whole trees; None keeps the state."""
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
@@ -128,7 +125,7 @@ def _clip(original: GradientTransformation, settings: dict[str, Any]) -> Gradien
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """The leaves of a tree, None among them."""
+    """The leaves of a tree, including None."""
     return pytree.tree_leaves(tree, none_is_leaf=True)
 
 

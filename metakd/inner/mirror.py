@@ -15,10 +15,10 @@ from metakd.inner.state import numbers_off_device, started
 
 
 class InnerOptimizer(NamedTuple):
-    """A differentiable optimizer and the state it starts from.
+    """A differentiable optimizer and its initial state.
 
     Attributes:
-        transformation: its `init` and `update`, as TorchOpt has them.
+        transformation: a TorchOpt transformation: `init` and `update`.
         state: of the parameters it was built for.
 
     Examples:
@@ -34,19 +34,20 @@ class InnerOptimizer(NamedTuple):
 
 
 def plain_sgd(optimizer: Optimizers, params: Params) -> InnerOptimizer:
-    """Gradient descent at the optimizer's current learning rates, one a group; no momentum, no decay.
+    """Gradient descent at each group's current learning rate, without momentum or weight decay.
 
     This is the lookahead of BiKD and of Meta-Weight-Net: theta' = theta - lr * g.
 
     Args:
-        optimizer: the student's own optimizer, or several that hold its parameters together; read, never written.
-        params: the student's trainable parameters, the very tensors the optimizer holds.
+        optimizer: the student's own optimizer, or several that hold its parameters together; read only.
+        params: the student's trainable parameters, the very tensors that the optimizer holds.
 
     Returns:
         The optimizer; its state is empty.
 
     Raises:
-        MetaKDError: the optimizer does not hold all of `params`, two hold the same, or a group has no learning rate.
+        MetaKDError: the optimizer does not hold all of `params`, a parameter is held twice, or a group has no learning
+            rate.
 
     Examples:
         >>> import torch
@@ -67,25 +68,25 @@ def plain_sgd(optimizer: Optimizers, params: Params) -> InnerOptimizer:
 
 
 def mirror(optimizer: Optimizers, params: Params) -> InnerOptimizer:
-    """The optimizer's own update rule, hyper-parameters and present state, made differentiable.
+    """Make the optimizer's own update rule, hyper-parameters and current state differentiable.
 
-    Supported are `torch.optim.SGD`, `Adam`, `AdamW`, `RMSprop`, `Adagrad`, `NAdam`, `RAdam` and `Muon`, with all of
-    their flags and any number of parameter groups; of several optimizers each moves its own parameters. K steps of the
-    mirror are K steps of the optimizer, to rounding: that of bfloat16 for Muon, whose iteration torch rounds so, and
-    which runs here in the gradient's own dtype, in float32 at least. Like torch.optim, the mirror knows a complex
-    parameter as its real view (`metakd.inner.as_real`): gradients, parameters and states are those of the views.
+    Supports `torch.optim.SGD`, `Adam`, `AdamW`, `RMSprop`, `Adagrad`, `NAdam`, `RAdam` and `Muon`, with all of
+    their flags and any number of parameter groups. With several optimizers, each moves its own parameters. K steps of
+    the mirror equal K steps of the optimizer up to rounding. For Muon that is bfloat16 rounding: torch rounds its
+    iteration to bfloat16, while the mirror uses the gradient's dtype, float32 or finer. As in torch.optim, a complex
+    parameter is represented by its real view (`metakd.inner.as_real`), in gradients, parameters and states.
 
     Args:
-        optimizer: the student's own optimizer, or several that hold its parameters together; read, never written.
-        params: the student's trainable parameters, the very tensors the optimizer holds.
+        optimizer: the student's own optimizer, or several that hold its parameters together; read only.
+        params: the student's trainable parameters, the very tensors that the optimizer holds.
 
     Returns:
-        The optimizer, and the present state of each parameter by torch's own names. It shares memory with that of
-        `optimizer`, whose next step ends its use.
+        The optimizer, and the current state of each parameter by torch's own names. The state shares memory with the
+        state of `optimizer`: use it before that optimizer's next step.
 
     Raises:
-        MetaKDError: another optimizer, an unsupported flag, a group without a learning rate, an optimizer that does
-            not hold all of `params`, or two that hold the same.
+        MetaKDError: the optimizer or one of its flags is not supported, a group has no learning rate, the optimizer
+            does not hold all of `params`, or a parameter is held twice.
 
     Examples:
         >>> import torch

@@ -1,17 +1,17 @@
-"""Complex tensors as torch.optim sees them: as two real numbers an entry."""
+"""Complex tensors as torch.optim treats them: as pairs of real numbers."""
 
 import torch
 from torch import Tensor
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The real view of a complex tensor, real and imaginary parts in a last dimension of 2; a real tensor itself.
+    """Return a complex tensor's real view, whose last dimension holds real and imaginary parts; real tensors unchanged.
 
     Args:
         tensor: complex (...) or real (...).
 
     Returns:
-        (..., 2) for a complex tensor, sharing its memory; else the tensor itself.
+        (..., 2) for a complex tensor, sharing its memory; otherwise the tensor itself.
 
     Examples:
         >>> as_real(torch.tensor([1 + 2j]))

@@ -1,4 +1,4 @@
-"""TorchOpt's own transformations, with what TorchOpt 0.7.3 gets wrong in them mended."""
+"""TorchOpt's transformations with the errors of TorchOpt 0.7.3 fixed."""
 
 import inspect
 from typing import Any
@@ -14,20 +14,20 @@ from metakd.inner.mended import MENDED, leaves_of
 
 
 def repaired(transformation: GradientTransformation) -> GradientTransformation:
-    """The same transformation with the flaws of TorchOpt 0.7.3 mended; states keep their layout.
+    """Fix the errors of TorchOpt 0.7.3 in a transformation; states keep their layout.
 
-    Mended are `trace` (whether a buffer has started lived in a closure, not in the state), `scale_by_adam` (bias
-    correction in float32, NaN derivatives at zero gradients, the approximate fused operator), `scale_by_rms`,
-    `scale_by_stddev`, `scale_by_rss` and `scale_by_radam` (NaN derivatives at zero gradients) and `clip_grad_norm` (the
-    clip factor was a constant to autograd), wherever they stand in a chain: RMSprop, Adagrad and RAdam are made of
-    them. A gradient of None gives no update; in these it leaves the state as it is, and in all other transformations
-    it counts as zero for the state.
+    Fixes `trace` (a closure, not the state, knew whether a buffer had started), `scale_by_adam` (bias correction in
+    float32, NaN derivatives at zero gradients, the approximate fused operator), `scale_by_rms`, `scale_by_stddev`,
+    `scale_by_rss` and `scale_by_radam` (NaN derivatives at zero gradients) and `clip_grad_norm` (autograd treated the
+    clip factor as a constant), anywhere in a chain. RMSprop, Adagrad and RAdam are made of these. A gradient of None
+    gives no update. In these transformations it leaves the state unchanged; for the state of all others it counts as
+    zero.
 
     Args:
-        transformation: TorchOpt's, or a chain of such.
+        transformation: TorchOpt's, or a chain of them.
 
     Returns:
-        The mended one; one that needs no repair comes back as it is.
+        The repaired transformation; one that needs no repair is returned unchanged.
 
     Examples:
         >>> import torchopt
@@ -55,10 +55,10 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
 
 
 def own(transformation: GradientTransformation) -> GradientTransformation:
-    """Mark a transformation as one that needs no repair and understands gradients of None.
+    """Mark a transformation as correct: it needs no repair and handles gradients of None.
 
     Args:
-        transformation: of your own; `update` gets None for a parameter without a gradient, and answers None.
+        transformation: your own; for a parameter without a gradient `update` gets None and returns None.
 
     Returns:
         The same transformation.

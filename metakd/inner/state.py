@@ -1,4 +1,4 @@
-"""The state that a torch optimizer keeps of its parameters, as an update rule takes it."""
+"""The state of a torch optimizer, as the update rules take it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from metakd.inner.rules import Group, Rule, State
 
 
 def started(p: Tensor, found: Mapping[str, Any], rule: Rule, group: Group) -> State:
-    """The state of a real tensor: what the torch optimizer has, and the rule's start where that has nothing."""
+    """The state of a real tensor: the torch optimizer's, or the rule's initial value where that has none."""
     state = {}
     for name, start in rule.start(group).items():
         value = found.get(name)
@@ -24,10 +24,7 @@ def started(p: Tensor, found: Mapping[str, Any], rule: Rule, group: Group) -> St
 
 
 def numbers_off_device(states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The same states with counts as integers, and no number on a device, where fused kernels keep them.
-
-    One transfer brings all of them, as each would wait for all that the device still has to do.
-    """
+    """Copy the states with counts as integers and all numbers on the CPU, by one transfer instead of one sync each."""
     numbers = {
         (at, name): torch.as_tensor(state[name]).detach()
         for at, state in states.items()

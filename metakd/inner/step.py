@@ -8,7 +8,7 @@ from metakd.derivatives import Gradients, Params
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:
-    """One step, differentiable in gradients, state and parameters: theta' = theta + update(g, state, theta).
+    """Take one step, differentiable in gradients, state and parameters: theta' = theta + update(g, state, theta).
 
     A parameter whose gradient is None keeps its value and its state, as in torch.optim.
 

@@ -1,6 +1,6 @@
 """Long-tailed images: splits, data sets, small networks, accuracy by group, plots and exact resumption.
 
-Needs the extra ``examples``: torchvision, torchmetrics, scikit-learn and matplotlib, each imported when used.
+Needs the extra ``examples``: torchvision, torchmetrics, scikit-learn and matplotlib, each imported when it is used.
 """
 
 from metakd.longtail import plots

@@ -1,9 +1,8 @@
-"""The one place where torchvision is imported.
+"""The only place that imports torchvision.
 
-torchvision wheels built for CUDA cannot load their compiled operators beside a CPU-only torch; the plain
-import then fails with ``operator torchvision::nms does not exist``, although datasets, transforms and models
-need none of these operators. Declaring the two schemas that the import looks for makes everything but the
-detection operators work.
+Torchvision wheels built for CUDA cannot load their compiled operators beside a CPU-only torch. Their import then fails
+with ``operator torchvision::nms does not exist``, although datasets, transforms and models need none of these
+operators. Declaring the two schemas that the import looks up makes everything but the detection operators work.
 """
 
 from __future__ import annotations
@@ -16,34 +15,23 @@ import torch
 
 from metakd.errors import MetaKDError
 
-# What torchvision/csrc registers; only the schemas, no kernels: calling one of them still fails.
+# The schemas that torchvision/csrc registers, without kernels: calling one still fails.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _SYMPTOM = "torchvision::nms does not exist"
-# A torch.library.Library takes its declarations back when it is collected.
+# A torch.library.Library revokes its declarations when it is garbage-collected.
 _declared: list[torch.library.Library] = []
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, mending the ``torchvision::nms`` failure of mismatched wheels.
-
-    Returns:
-        The module ``torchvision``.
-
-    Raises:
-        MetaKDError: If torchvision is not installed.
-
-    Examples:
-        >>> import_torchvision().__name__
-        'torchvision'
-    """
+    """Import torchvision, working around the ``torchvision::nms`` failure of mismatched wheels, or raise."""
     try:
         return _import()
     except ImportError as error:
         raise MetaKDError(
-            f"torchvision is needed here and could not be imported ({error}); "
+            f"this needs torchvision, which could not be imported ({error}); "
             'install it with `pip install "metakd[examples]"`'
         ) from error
     except RuntimeError as error:
@@ -62,6 +50,6 @@ def _import() -> ModuleType:
 
 
 def _forget_half_imported() -> None:
-    """Drop the submodules that a failed import leaves behind, so that the next one starts afresh."""
+    """Drop the submodules that a failed import leaves behind, so that the next import starts afresh."""
     for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
         del sys.modules[name]

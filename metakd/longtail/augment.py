@@ -1,7 +1,7 @@
-"""Random crop, flip and normalisation of a whole batch at once, with its own draw for every image.
+"""Random crop, flip and normalisation of a whole batch, with a separate draw for every image.
 
-torchvision's transforms draw one crop for a whole batch tensor; drawing per image there means one call per
-image. Here a single gather moves every image of the batch by its own offset.
+A torchvision transform draws one crop for a whole batch tensor, so it needs one call per image. Here a single gather
+shifts every image by its own offset.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
     """Shift every image by its own random offset (zero padding) and mirror it with probability one half.
 
-    The same as padding by ``padding`` on all sides and cropping at random to the old size, then flipping
-    horizontally.
+    This equals padding by ``padding`` on all sides, a random crop to the old size, and a random horizontal flip.
 
     Args:
         images: (B, C, H, W), any dtype.
@@ -43,16 +42,16 @@ def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.
     padded = F.pad(images, (padding,) * 4)
     which = torch.arange(batch, device=images.device)
     picked = padded.permute(0, 2, 3, 1)[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)  # in the channels_last memory format, the faster one for convolutions
+    return picked.permute(0, 3, 1, 2)  # channels_last, which is faster for convolutions
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a batch of raw images before the network sees it.
+    """Augmentation and normalisation of a batch of raw images.
 
     Attributes:
         mean: mean per channel, on the scale of the raw images divided by ``scale``.
-        std: standard deviation per channel, likewise.
+        std: standard deviation per channel, on the same scale.
         padding: largest random shift in pixels.
         flip: whether to mirror at random. Not for digits: a mirrored digit is none.
         scale: the raw images' largest value.
@@ -72,7 +71,7 @@ class Augment:
 
     @classmethod
     def fitted(cls, images: Tensor, *, padding: int, flip: bool, scale: float) -> Augment:
-        """With the mean and standard deviation of ``images`` (N, C, H, W); give it training images only."""
+        """With the mean and standard deviation of ``images`` (N, C, H, W), which should be training images only."""
         values = images.to(torch.float32).div_(scale)
         mean = values.mean((0, 2, 3))
         std = values.std((0, 2, 3)).clamp_min(1e-3)
@@ -85,7 +84,7 @@ class Augment:
         return self.normalise(images)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise only: what validation and test images get."""
+        """Normalise without augmentation, for validation and test images."""
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images.to(torch.float32) / self.scale - mean) / std

@@ -1,4 +1,4 @@
-"""Batches of images that lie in memory: shuffled and augmented, a whole batch at a time."""
+"""Batches of images in memory, shuffled and augmented a batch at a time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from metakd.longtail.splits import Split, long_tailed_split
 
 @dataclass(frozen=True)
 class Batches:
-    """A loader of images in memory, whose order and augmentation are a function of (seed, epoch) alone.
+    """A loader of images in memory, whose order and augmentation depend on (seed, epoch) alone.
 
-    An interrupted run that is resumed at an epoch therefore sees the very batches it would have seen.
+    So a run resumed at an epoch sees the same batches as an uninterrupted one.
 
     Attributes:
         images: (N, C, H, W) raw images.
         targets: (N,) labels.
         augment: turns raw images into the network's input.
-        batch_size: images a batch; the last incomplete one is dropped unless there is no other.
+        batch_size: images per batch; an incomplete last batch is dropped unless it is the only one.
         seed: of the order and of the augmentation.
-        stream: tells loaders of the same seed apart.
+        stream: distinguishes loaders of the same seed.
 
     Examples:
         >>> from metakd.longtail import load_images
@@ -44,24 +44,25 @@ class Batches:
     stream: int = 0
 
     def __len__(self) -> int:
-        """Batches an epoch."""
         return max(len(self.targets) // self.batch_size, 1)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches (inputs, targets, index) of one epoch, every image at most once."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
-        yield from self._once(generator)
+        yield from self._once(self._generator(epoch))
 
     def endless(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches without end for one epoch of another loader, reshuffled whenever the images are used up."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
+        """Batches without end for one epoch of another loader, reshuffled after every pass."""
+        generator = self._generator(epoch)
         while True:
             yield from self._once(generator)
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All images in order, normalised but not augmented: for evaluation."""
+        """All images in order, normalised but not augmented, for evaluation."""
         for index in torch.arange(len(self.targets)).split(500):
             yield self.augment.normalise(self.images[index]), self.targets[index], index
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
 
     def _once(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = torch.randperm(len(self.targets), generator=generator)
@@ -76,7 +77,7 @@ class LongTailed:
 
     Attributes:
         train: the long-tailed training images.
-        validation: balanced images that are no training images; a bilevel method's meta batches.
+        validation: balanced images, disjoint from the training images; the meta batches of a bilevel method.
         test: the test images.
         counts: training images per class.
         classes: class names.
@@ -117,7 +118,7 @@ class LongTailed:
             images: the whole data set.
             imbalance: largest class over smallest class; None keeps the data's own class sizes.
             batch_size: of training and validation batches.
-            validation_per_class: default: 1000 / C images a class, as in the CIFAR-LT protocol, but at most
+            validation_per_class: default: 1000 / C images per class, as in the CIFAR-LT protocol, but at most
                 three quarters of the smallest class.
             seed: of the split, the batches' order and the augmentation.
             device: where the batches go.

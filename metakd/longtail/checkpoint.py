@@ -1,4 +1,4 @@
-"""Checkpoints from which an interrupted run continues to the very same numbers."""
+"""Checkpoints that an interrupted run resumes from with the same numbers as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Stateful(Protocol):
         """The state as plain tensors, numbers and containers."""
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Take up a state."""
+        """Load a state."""
 
 
 class Checkpoint:
-    """One training run's file: the states of its parts, its history, the random state and the settings.
+    """The file of one training run: the states of its parts, its history, the random state and the settings.
 
-    Written to a temporary file that then replaces the old one, so that a run killed at any moment leaves a
-    whole checkpoint behind. Read with ``weights_only=True``: a checkpoint cannot run code.
+    A save writes a temporary file that replaces the old one, so a run killed at any moment leaves a whole checkpoint.
+    Loading uses ``weights_only=True``: a checkpoint cannot run code.
 
     Args:
         path: the file.
-        settings: everything that decides the run's numbers; a checkpoint of other settings is refused.
-        parts: what has a state, by name; None for parts that this run does not have.
+        settings: everything that decides the run's numbers; a checkpoint with other settings is refused.
+        parts: objects with a state, by name; None for parts that this run does not have.
 
     Examples:
         >>> import tempfile
@@ -69,12 +69,12 @@ class Checkpoint:
         write_atomically(self.path, lambda temporary: torch.save(content, temporary))
 
     def load(self) -> list[dict[str, Any]]:
-        """Take up the saved state: all of it, or nothing where an error says what does not fit.
+        """Load the saved state, all of it or, if an error is raised, nothing.
 
-        What a process that was killed while writing has left behind is taken away.
+        Also removes temporary files of processes that were killed while writing.
 
         Returns:
-            The history, one entry an epoch; empty if there is no checkpoint.
+            The history, one entry per epoch; empty if there is no checkpoint.
 
         Raises:
             MetaKDError: the file cannot be read, belongs to a run with other settings, or holds other parts.
@@ -111,7 +111,7 @@ class Checkpoint:
         return content["history"]  # type: ignore[no-any-return]
 
     def _take_up(self, states: Mapping[str, Any], random: RngState) -> None:
-        # Before any part is changed: some take up a foreign state without a word, and keep what it left behind.
+        # Check all before changing any: some parts load a foreign state silently, in part.
         check_keys(states, self.parts, "the training", "parts")
         for name, part in self.parts.items():
             state, where = states[name], f"the training's {name}"
@@ -134,11 +134,11 @@ class Checkpoint:
             for key, kind in (("settings", dict), ("history", list), ("random", dict), ("parts", dict)):
                 if not isinstance(content[key], kind):
                     raise TypeError(f"its {key!r} is {type(content[key]).__name__}")
-        except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        except Exception as error:  # a damaged pickle may raise anything
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise MetaKDError(
                 f"the checkpoint {self.path} cannot be read ({type(error).__name__}: {first_line}); "
-                "delete it to start this part of the run over, or choose another --output"
+                "delete it to restart this part of the run, or choose another --output"
             ) from error
         return content
 
@@ -148,13 +148,13 @@ def _random_state() -> RngState:
 
 
 def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results.json") -> None:
-    """Make a folder ready for a run that starts anew.
+    """Prepare a folder for a new run.
 
-    Takes away the checkpoints ``<name>.pt`` and the record of an earlier run that was finished, so that
-    nothing of it is mistaken for the new run's; an unfinished run's are hours of work and stay.
+    Removes the checkpoints ``<name>.pt`` and the record of a finished earlier run, so that they are not mistaken for
+    the new run's. An unfinished run is kept and refused.
 
     Args:
-        folder: of the run; made if missing.
+        folder: of the run; created if missing.
         names: of the run's checkpoints.
         finished: the file that a run writes last.
 
@@ -182,18 +182,13 @@ def fresh_folder(folder: Path, names: Iterable[str], *, finished: str = "results
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then put that file in ``path``'s place.
-
-    Args:
-        path: the file that is to be written whole or not at all.
-        write: called with the temporary path.
-    """
+    """Call ``write`` with a temporary path, then move that file to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a power failure may leave the new name with nothing behind it
+            os.fsync(file.fileno())  # otherwise a power failure may leave an empty file
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Image classification data sets, loaded once into memory, and cut to a long tail."""
+"""Image classification data sets, loaded into memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ class Images:
     """A labelled image data set as four tensors.
 
     Attributes:
-        title: which data set, in a word or two.
-        name: which data set, in words fit for a report.
-        classes: class names, in label order; for a long tail this order decides which are head and which
-            tail.
+        title: the data set in a word or two.
+        name: the data set in words fit for a report.
+        classes: class names, in label order, which is also the order from head to tail.
         train: (N, C, H, W) raw training images, uint8.
         train_targets: (N,) labels.
         test: (M, C, H, W) raw test images, uint8.
@@ -58,16 +57,16 @@ def load_images(dataset: str, root: str | Path | None = None, *, size: int = 32)
 
     Args:
         dataset: ``"digits"`` (scikit-learn's bundled 8x8 handwritten digits, no network needed),
-            ``"cifar10"`` or ``"cifar100"`` (through torchvision, downloaded where missing), or ``"folder"``
-            (a tree ``train/<class>/*``, ``test/<class>/*`` of pictures).
+            ``"cifar10"`` or ``"cifar100"`` (through torchvision, downloaded if missing), or ``"folder"``
+            (pictures in ``train/<class>/*`` and ``test/<class>/*``).
         root: folder of the data; default for CIFAR: ``data``.
-        size: height and width to which a folder's pictures are brought.
+        size: height and width to which a folder's pictures are resized.
 
     Returns:
-        Training and test images, raw.
+        Raw training and test images.
 
     Raises:
-        MetaKDError: the data are not there and could not be downloaded, or the tree is not as described.
+        MetaKDError: the data are missing and could not be downloaded, or the folder is not as described.
 
     Examples:
         >>> images = load_images("digits")
@@ -80,7 +79,7 @@ def load_images(dataset: str, root: str | Path | None = None, *, size: int = 32)
         return _cifar(dataset, Path(root or "data"))
     if dataset == "folder":
         if root is None:
-            raise MetaKDError("the data set 'folder' needs to know where it is: give --data-root (root=)")
+            raise MetaKDError("the data set 'folder' needs its location: pass --data-root (root=)")
         return _folder(Path(root), size)
     raise MetaKDError(f"there is no data set named {dataset!r}; there are: {', '.join(DATASETS)}")
 
@@ -90,13 +89,13 @@ def _digits(test_per_class: int = 60) -> Images:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MetaKDError(
-            f"the digits come with scikit-learn, which could not be imported ({error}); "
+            f"the digits need scikit-learn, which could not be imported ({error}); "
             'install it with `pip install "metakd[examples]"`'
         ) from error
     bunch: Any = load_digits()
     images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
     targets = torch.from_numpy(bunch.target.astype(np.int64))
-    # One fixed test set whatever the seed, so that runs of different seeds are comparable.
+    # One test set for all seeds, so that their runs are comparable.
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     test = torch.cat([shuffled[targets[shuffled] == c][:test_per_class] for c in range(10)])
     rest = torch.ones(len(targets), dtype=torch.bool)
@@ -122,7 +121,7 @@ def _cifar(dataset: str, root: Path) -> Images:
     kind: Callable[..., Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     try:
         parts = [kind(str(root), train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # no network; or a broken download
+    except (OSError, RuntimeError) as error:  # no network, or a broken download
         raise MetaKDError(
             f"{dataset} is not in {root.resolve()} and could not be downloaded ({error}). Either put "
             f"{getattr(kind, 'filename', 'its archive')} (from {getattr(kind, 'url', 'its site')}) into that "
@@ -140,14 +139,14 @@ def _folder(root: Path, size: int) -> Images:
         if not (root / part).is_dir():
             raise MetaKDError(
                 f"there is no folder {root / part}; --data-root must name a folder that holds "
-                "train/<class>/* and test/<class>/*, one picture a file"
+                "train/<class>/* and test/<class>/*, one picture per file"
             )
     train, train_targets, classes = _image_folder(root / "train", size)
     test, test_targets, test_classes = _image_folder(root / "test", size)
     if classes != test_classes:
         raise MetaKDError(
             f"the folders below train and test in {root} differ: {sorted(set(classes) ^ set(test_classes))} "
-            "are in one of them only; give both the same classes"
+            "are in only one of them; give both the same classes"
         )
     return Images(root.name, f"the images in the folder {root.name}", classes, train, train_targets, test, test_targets)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
+from metakd.teacher import in_eval_mode
 from metakd.terms.counts import thirds
 
 _FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"
@@ -18,10 +19,10 @@ _THIRDS_RULE = "many, medium, few: the 33/34/33 % of classes with the most, midd
 
 
 class Groups(NamedTuple):
-    """Classes by the number of their training images.
+    """Classes by their number of training images.
 
     Attributes:
-        rule: how the groups were made, in words.
+        rule: how the groups were formed, in words.
         many: classes with many training images.
         medium: classes in between.
         few: classes with few training images.
@@ -39,17 +40,16 @@ class Groups(NamedTuple):
 
 
 def group_classes(counts: Sequence[int]) -> Groups:
-    """Sort classes into many, medium and few.
+    """Group classes into many, medium and few.
 
-    By the rule of the field (Liu et al., *OLTR*, 2019; over 100, 20 to 100, under 20 training images) where
-    that gives every group at least two classes, else by thirds of the classes (33/34/33 %) in order of their
-    counts, as LTKD does.
+    Uses the rule of the field (Liu et al., *OLTR*, 2019; over 100, 20 to 100, under 20 training images) if it
+    puts at least two classes into every group. Otherwise it splits the classes 33/34/33 % by count, as LTKD does.
 
     Args:
         counts: training images per class.
 
     Returns:
-        The groups, and the rule by which they were made.
+        The groups, and the rule used.
 
     Raises:
         MetaKDError: there are fewer than three classes.
@@ -70,7 +70,7 @@ def group_classes(counts: Sequence[int]) -> Groups:
 
 
 class Scores(NamedTuple):
-    """How well a network does on a test set; all in percent but the loss.
+    """A network's scores on a test set, in percent except for the loss.
 
     Attributes:
         overall: share of all images classified correctly.
@@ -99,7 +99,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], groups: Groups) -> Scores:
-    """Evaluate a network in eval mode; its train/eval flags are put back afterwards.
+    """Evaluate a network in eval mode; afterwards its modules have their previous modes.
 
     Args:
         model: (B, ...) inputs to (B, C) logits.
@@ -118,33 +118,29 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]],
         100.0
     """
     with contextlib.suppress(MetaKDError):
-        import_torchvision()  # torchmetrics imports it where it is installed, and would meet its failure
+        import_torchvision()  # first, since torchmetrics imports it plainly if it is installed
     try:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
     except ImportError as error:
         raise MetaKDError(
-            f"accuracies are computed by torchmetrics, which could not be imported ({error}); install it "
-            "with "
-            '`pip install "metakd[examples]"`'
+            f"scores need torchmetrics, which could not be imported ({error}); "
+            'install it with `pip install "metakd[examples]"`'
         ) from error
     classes = len(groups.many) + len(groups.medium) + len(groups.few)
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     overall = MulticlassAccuracy(classes, average="micro", validate_args=False)
     per_class = MulticlassAccuracy(classes, average="none", validate_args=False)
     calibration = MulticlassCalibrationError(classes, n_bins=15, validate_args=False)
     loss, seen = torch.zeros((), dtype=torch.float64), 0
-    for inputs, targets, _ in batches:
-        logits = model(inputs)
-        loss = loss.to(logits.device) + nn.functional.cross_entropy(logits, targets, reduction="sum")
-        seen += len(targets)
-        calibration.to(logits.device).update(logits.softmax(1), targets)
-        for metric in (overall, per_class):
-            metric.to(logits.device).update(logits.argmax(1), targets)
-    for module, flag in flags:
-        module.training = flag
+    with in_eval_mode(model):
+        for inputs, targets, _ in batches:
+            logits = model(inputs)
+            loss = loss.to(logits.device) + nn.functional.cross_entropy(logits, targets, reduction="sum")
+            seen += len(targets)
+            calibration.to(logits.device).update(logits.softmax(1), targets)
+            for metric in (overall, per_class):
+                metric.to(logits.device).update(logits.argmax(1), targets)
     accuracy = 100 * per_class.compute().double().cpu()
     many, medium, few = (round(float(accuracy[list(group)].mean()), 4) for group in groups[1:])
-    rounded = tuple(round(value, 4) for value in accuracy.tolist())  # float32 gives no more digits
+    rounded = tuple(round(value, 4) for value in accuracy.tolist())  # float32 has no more digits
     top, ece = (round(100 * float(metric.compute()), 4) for metric in (overall, calibration))
     return Scores(top, many, medium, few, rounded, float(loss) / max(seen, 1), ece)

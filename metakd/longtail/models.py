@@ -14,13 +14,7 @@ _NAMES = "resnet<6n+2>[x<widening>][s<stride of the stem>] (resnet8, resnet8x4, 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (He et al., 2016); a 1x1 convolution where the shape changes.
-
-    Args:
-        inputs: input channels.
-        outputs: output channels.
-        stride: stride of the first convolution.
-    """
+    """Two 3x3 convolutions with a shortcut (He et al., 2016), which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -49,7 +43,7 @@ class CifarResNet(nn.Module):
         stride: of the stem; 2 makes everything after it four times cheaper.
 
     Raises:
-        MetaKDError: if the depth is not 6n + 2, there are not four widths, or the stride is not 1 or more.
+        MetaKDError: the depth is not 6n + 2, there are not four widths, or the stride is below 1.
 
     Examples:
         >>> import torch
@@ -60,11 +54,11 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, widths: Sequence[int], classes: int, channels: int = 3, stride: int = 1) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise MetaKDError(f"depth is {depth}, a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 26, 32, ...")
+            raise MetaKDError(f"depth is {depth}, but a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 26, 32, ...")
         if len(widths) != 4:
             raise MetaKDError(f"a CIFAR ResNet has four widths, of the stem and of three stages, got {len(widths)}")
         if stride < 1:
-            raise MetaKDError(f"stride is {stride}, the stem's must be at least 1")
+            raise MetaKDError(f"stride is {stride}, but must be at least 1")
         stem, *stages = widths
         blocks: list[nn.Module] = []
         inputs = stem
@@ -114,12 +108,12 @@ def convnet(width: int, classes: int, channels: int = 1) -> nn.Sequential:
 def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -> nn.Module:
     """Build a network by name.
 
-    ``resnet20`` has widths 16-16-32-64, ``resnet8x4`` 32-64-128-256 (the stem twice, the stages four times
-    as wide: the usual teacher and student of distillation papers), ``resnet8s2`` has a stem of stride 2;
-    ``mlp64`` and ``mlp64-32`` are perceptrons, ``convnet16`` two convolutions.
+    ``resnet20`` has widths 16-16-32-64. ``resnet8x4`` has 32-64-128-256: the stem twice, the stages four times
+    as wide, as the usual students of distillation papers. ``resnet8s2`` has a stem of stride 2. ``mlp64`` and
+    ``mlp64-32`` are perceptrons, ``convnet16`` has two convolutions.
 
     Args:
-        name: see above; depth, widening, stride and widths may be any number that fits.
+        name: see above; depth, widening, stride and widths may be other numbers.
         classes: number of classes.
         channels: channels of the images.
         size: height and width of the images (perceptrons only).
@@ -128,7 +122,7 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
         The network, (B, channels, size, size) images to (B, classes) logits.
 
     Raises:
-        MetaKDError: if there is no such network.
+        MetaKDError: there is no such network.
 
     Examples:
         >>> sum(p.numel() for p in build_model("resnet20", classes=10).parameters())

@@ -1,4 +1,4 @@
-"""Figures that compare the methods of a run; what a balancer learned is drawn by `metakd.plots`."""
+"""Figures that compare the methods of a run. `metakd.plots` draws what a balancer learned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metakd.plots._drawing import draw_by_class, draw_counts, finish, name_class
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision. One colour a method in all figures.
+# Okabe and Ito's palette, distinguishable with any colour vision; one colour per method in all figures.
 STYLES = {
     "ce": ("CE", "#E69F00", "o", ":"),
     "kd": ("KD", "#0072B2", "s", "--"),
@@ -22,11 +22,11 @@ _SPARE = (("#56B4E9", "v"), ("#CC79A7", "P"), ("#000000", "X"), ("#999999", "*")
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, title: str) -> Figure:
-    """Draw training loss, test loss and test accuracy over the epochs, one line a method.
+    """Draw training loss, test loss and test accuracy over the epochs, one line per method.
 
     Args:
-        histories: method -> one entry an epoch with ``train_loss``, ``test_loss`` and ``test_accuracy``.
-        path: the picture to write.
+        histories: method -> one entry per epoch with ``train_loss``, ``test_loss`` and ``test_accuracy``.
+        path: the file to write.
         title: above the figure.
 
     Returns:
@@ -68,13 +68,13 @@ def class_accuracy(
     *,
     title: str,
 ) -> Figure:
-    """Draw the test accuracy of every class by method, below the number of its training images.
+    """Draw the test accuracy of every class by method, below the class's number of training images.
 
     Args:
         accuracy: method -> accuracy of each class in percent.
         counts: training images of each class.
         classes: names of the classes.
-        path: the picture to write.
+        path: the file to write.
         title: above the figure.
 
     Returns:

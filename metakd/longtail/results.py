@@ -1,4 +1,4 @@
-"""The record of a run: what was run with what on what, the figures, and the table that ends it."""
+"""The record of a run: its settings, versions and hardware, the figures, and the final table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     """One network's training.
 
     Attributes:
-        history: one entry an epoch; ``seconds`` of training, ``train_loss``, and where it was evaluated
+        history: one entry per epoch: ``seconds`` of training, ``train_loss``, and, if it was evaluated,
             ``test_loss``, ``test_accuracy`` and ``validation_accuracy``.
         scores: test scores after the last epoch.
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Training alone, without evaluation."""
+        """Seconds of training, without evaluation."""
         return float(sum(entry["seconds"] for entry in self.history))
 
 
@@ -87,8 +87,8 @@ def write_report(
     Args:
         folder: where to.
         runs: name -> run; one named ``teacher`` is in the record, but not in the figures.
-        data: what was trained on.
-        arguments: the settings of the runs; ``seed`` among them.
+        data: the data trained on.
+        arguments: the settings of the runs, including ``seed``.
         learned: the weights that a bilevel method learned.
 
     Returns:
@@ -151,11 +151,11 @@ def write_report(
 
 
 def summary(runs: Mapping[str, Run], data: LongTailed) -> str:
-    """The table of a run: overall, many, medium and few accuracy, and the seconds of training.
+    """The final table of a run: overall, many, medium and few accuracy, and the seconds of training.
 
     Args:
         runs: name -> run.
-        data: what was trained on.
+        data: the data trained on.
 
     Returns:
         The title, the table and the rule of the groups, as text.
@@ -177,7 +177,7 @@ def summary(runs: Mapping[str, Run], data: LongTailed) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A plain-text table of numbers, one row a name.
+    """A plain-text table of numbers, one row per name.
 
     Args:
         rows: name -> column -> number; all rows with the same columns.

@@ -12,7 +12,7 @@ from metakd.errors import MetaKDError
 
 
 class Split(NamedTuple):
-    """Positions of the images of a long-tailed split in the full training set.
+    """Positions of a long-tailed split's images in the full training set.
 
     Attributes:
         train: (N,) long tensor, long-tailed; classes in order.
@@ -45,7 +45,7 @@ def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
         The counts, from the largest class to the smallest.
 
     Raises:
-        MetaKDError: if an argument is out of range, or the smallest class would be left without an image.
+        MetaKDError: an argument is out of range, or the smallest class would have no image.
 
     Examples:
         >>> long_tail_counts(4, n_max=100, imbalance=8)
@@ -61,14 +61,14 @@ def long_tail_counts(classes: int, n_max: int, imbalance: float) -> list[int]:
     counts = [int(n_max * imbalance ** (-c / max(classes - 1, 1))) for c in range(classes)]
     if counts[-1] < 1:
         raise MetaKDError(
-            f"with n_max={n_max} and imbalance={imbalance:g} the smallest class is left without a single "
-            f"image; use an imbalance of at most {n_max}"
+            f"with n_max={n_max} and imbalance={imbalance:g} the smallest class has no image; "
+            f"use an imbalance of at most {n_max}"
         )
     return counts
 
 
 def largest_n_max(available: Sequence[int], imbalance: float) -> int:
-    """Largest ``n_max`` for which every class has as many images as the long tail wants of it.
+    """The largest ``n_max`` for which every class has as many images as the long tail needs.
 
     Args:
         available: images per class that may be used for training, in class order.
@@ -98,16 +98,16 @@ def long_tailed_split(
 ) -> Split:
     """Cut a labelled training set to a long tail, after setting balanced validation images aside.
 
-    Within each class the images are shuffled (a function of ``seed`` and the class alone), the first
-    ``validation_per_class`` become validation images and the next ``n_c`` training images. ``n_max`` is
-    counted after the validation images are taken, as BiKD (arXiv 2605.17839) does. The classes' own order
-    decides which are head and which are tail. With one seed, the training images of a larger imbalance are a
+    Within each class the images are shuffled (depending on ``seed`` and the class alone). The first
+    ``validation_per_class`` become validation images, the next ``n_c`` training images. ``n_max`` is
+    counted after the validation images are taken, as in BiKD (arXiv 2605.17839). The order of the labels
+    decides which classes are head and tail. With the same seed, the training images of a larger imbalance are a
     subset of those of a smaller one.
 
     Args:
         targets: (N,) class labels 0..C-1, every class present.
         imbalance: largest class over smallest class, or None to keep every image that is not a validation
-            image (for data with a long tail of its own).
+            image (for naturally long-tailed data).
         validation_per_class: validation images per class.
         n_max: training images of the largest class; default: as many as the classes allow.
         seed: which images are chosen.
@@ -116,7 +116,7 @@ def long_tailed_split(
         Positions of training and validation images, and the training images per class.
 
     Raises:
-        MetaKDError: if a class has too few images, a label is missing, or the imbalance is below 1.
+        MetaKDError: a class has too few images, a label is missing, or the imbalance is below 1.
 
     Examples:
         >>> split = long_tailed_split(torch.arange(400) % 4, 8, validation_per_class=10)
@@ -125,8 +125,8 @@ def long_tailed_split(
     """
     if imbalance is not None and not 1 <= imbalance < float("inf"):
         raise MetaKDError(
-            f"an imbalance of {imbalance} has no meaning: it is the largest class over the smallest, at least 1 "
-            "(None, in the example --imbalance 0, keeps the classes as they are)"
+            f"imbalance is {imbalance}, but it is the largest class over the smallest, at least 1 "
+            "(None, in the example --imbalance 0, keeps the class sizes)"
         )
     sizes = torch.bincount(targets).tolist()
     if 0 in sizes or not sizes:
@@ -135,9 +135,9 @@ def long_tailed_split(
     smallest = min(range(len(sizes)), key=sizes.__getitem__)
     if available[smallest] < 1:
         raise MetaKDError(
-            f"class {smallest} has {sizes[smallest]} images: too few for {validation_per_class} validation "
+            f"class {smallest} has {sizes[smallest]} images, too few for {validation_per_class} validation "
             f"images and at least one training image; ask for at most {sizes[smallest] - 1} validation "
-            "images a class"
+            "images per class"
         )
     counts = available if imbalance is None else _cut(available, imbalance, n_max)
     train, validation = [], []
@@ -157,6 +157,6 @@ def _cut(available: list[int], imbalance: float, n_max: int | None) -> list[int]
         if wanted > has:
             raise MetaKDError(
                 f"class {c} has {has} images left for training, but an imbalance of {imbalance:g} with "
-                f"n_max={n_max} wants {wanted}; use n_max of at most {feasible}, or leave it out"
+                f"n_max={n_max} needs {wanted}; use n_max of at most {feasible}, or leave it out"
             )
     return counts

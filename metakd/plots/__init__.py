@@ -1,10 +1,10 @@
 """Figures of what a balancer learns: by class, over time, by loss.
 
-Each function returns a matplotlib `Figure`, drawn without pyplot: no display, no global state. Needs the extra `plots`
-(matplotlib), imported when a figure is drawn.
+Each function returns a matplotlib `Figure` drawn without pyplot, so it needs no display and keeps no global state. It
+needs the extra `plots` (matplotlib), which is imported when a figure is drawn.
 
-In all of them `axes` are axes of your own to draw in, as many as the function would make; `path` is a file to write the
-figure to, by the suffix of its name; `title` stands above the figure.
+In all functions, `axes` are your own axes to draw in, as many as the function would create; `path` is a file to write
+the figure to, in the format of its suffix; `title` stands above the figure.
 """
 
 from metakd.plots.by_class import influence_by_class, weights_by_class

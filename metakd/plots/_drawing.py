@@ -1,4 +1,4 @@
-"""What the figures share: colours, axes, legends, and panels over the classes."""
+"""Shared by the figures: colours, axes, legends, and panels over the classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     OwnAxes = Axes | Sequence[Axes] | None
 
-# Okabe and Ito's palette, told apart with any colour vision.
+# Okabe and Ito's palette, distinguishable with any colour vision.
 TERMS = ("#000000", "#CC79A7", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#E69F00")
 GROUPS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^v<>PX"
@@ -28,12 +28,12 @@ _COUNTS = "#BBBBBB"
 def new_figure(
     rows: int, columns: int, size: tuple[float, float], title: str | None, **options: Any
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a title and quiet axes."""
+    """Create a figure with a title and light axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MetaKDError(
-            f"figures are drawn by matplotlib, which could not be imported ({error}); "
+            f"figures need matplotlib, which could not be imported ({error}); "
             'install it with `pip install "metakd[plots]"`'
         ) from error
     figure = Figure(figsize=size, layout="constrained")
@@ -48,17 +48,13 @@ def new_figure(
 def panels(
     axes: OwnAxes, count: int, size: tuple[float, float], title: str | None, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A row of axes: the user's own, or those of a new figure.
-
-    Raises:
-        MetaKDError: there are more or fewer of them than there is to draw.
-    """
+    """Return a row of axes: the user's own if they are as many as needed, or those of a new figure."""
     if axes is None:
         figure, grid = new_figure(1, count, size, title, **options)
         return figure, grid[0]
     own: list[Any] = list(getattr(axes, "flat", axes if isinstance(axes, Sequence) else [axes]))
     if len(own) != count:
-        raise MetaKDError(f"this figure has {count} panel(s) and got {len(own)} axes; give {count}, or none")
+        raise MetaKDError(f"this figure has {count} panel(s), but got {len(own)} axes; pass {count}, or none")
     for axis in own:
         _quiet(axis)
     if title:
@@ -73,7 +69,7 @@ def _quiet(axis: Axes) -> None:
 
 
 def finish(figure: Figure, labelled: Axes, path: str | Path | None, *, own: bool = False) -> Figure:
-    """Add the legend, below the figure or inside of the user's own axes, and write the file."""
+    """Add the legend, below the figure or inside the user's own axes, and write the file."""
     handles, labels = labelled.get_legend_handles_labels()
     if own and labels:
         labelled.legend(frameon=False, fontsize="small")
@@ -89,7 +85,7 @@ def finish(figure: Figure, labelled: Axes, path: str | Path | None, *, own: bool
 
 
 def draw_counts(panel: Axes, counts: Sequence[int]) -> None:
-    """Bars of training samples per class."""
+    """Draw bars of the training samples per class."""
     bars = panel.bar(range(len(counts)), counts, color=_COUNTS)
     panel.set(ylabel="training\nsamples", yscale="log", ylim=(max(0.5, min(counts) / 2), max(counts) * 3))
     plain_log_ticks(panel)
@@ -99,13 +95,13 @@ def draw_counts(panel: Axes, counts: Sequence[int]) -> None:
 
 
 def draw_by_class(panel: Axes, values: Sequence[float], name: str, colour: str, marker: str, dash: str) -> None:
-    """One line over the classes; dots and a running mean where there are many."""
+    """Draw one line over the classes; for more than 20 classes, dots and a running mean."""
     positions = range(len(values))
     if len(values) <= 20:
         panel.plot(positions, values, dash, marker=marker, color=colour, label=name, markersize=6, linewidth=1.6)
         return
     panel.plot(positions, values, linestyle="", marker=marker, color=colour, markersize=3, alpha=0.35)
-    window = 2 * (len(values) // 24) + 1  # so many classes are read by their running mean
+    window = 2 * (len(values) // 24) + 1
     padded = F.pad(torch.tensor(values).view(1, 1, -1), (window // 2, window // 2), mode="replicate")
     means = padded.unfold(2, window, 1).nanmean(-1).flatten()
     panel.plot(positions, means.tolist(), dash, color=colour, label=name, linewidth=2)
@@ -122,7 +118,7 @@ def name_classes(panel: Axes, classes: Sequence[str], axis: str = "class") -> No
 
 
 def plain_log_ticks(panel: Axes) -> None:
-    """Ticks at 1, 2, 5, 10, ... in plain numbers."""
+    """Set ticks at 1, 2, 5, 10, ... in plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))

@@ -39,23 +39,23 @@ def weights_by_class(
     axes: Axes | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw the mean weight of each term by class, below the number of the class's training samples.
+    """Draw the mean weight of each term by class, below the class's number of training samples.
 
     Args:
-        weights: a history that tells classes apart, or (C, M) mean weights.
-        terms: names of the M terms; those of the history.
+        weights: a history with classes, or (C, M) mean weights.
+        terms: names of the M terms; default the history's.
         classes: names of the C classes; default their numbers.
-        counts: training samples of each class; with `axes` not drawn.
-        last: the share of the history's steps to take the mean over.
+        counts: training samples of each class; not drawn in your own `axes`.
+        last: the share of the history's last steps to average.
         title: above the figure.
         axes: to draw in.
-        path: the picture to write.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: numbers and names that do not fit, or matplotlib is missing.
+        MetaKDError: numbers and names do not fit, or matplotlib is missing.
 
     Examples:
         >>> figure = weights_by_class(torch.tensor([[0.2, 0.4], [0.9, 0.5]]), terms=["hard", "soft"])
@@ -83,20 +83,20 @@ def influence_by_class(
     r"""Draw the mean influence of each term by class: below zero, more weight would lower the meta loss.
 
     Args:
-        influence: a history that tells classes apart, or (C, M) means.
-        terms: names of the M terms; those of the history.
+        influence: a history with classes, or (C, M) means.
+        terms: names of the M terms; default the history's.
         classes: names of the C classes; default their numbers.
-        counts: training samples of each class; with `axes` not drawn.
-        last: the share of the history's steps to take the mean over.
+        counts: training samples of each class; not drawn in your own `axes`.
+        last: the share of the history's last steps to average.
         title: above the figure.
         axes: to draw in.
-        path: the picture to write.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: numbers and names that do not fit, or matplotlib is missing.
+        MetaKDError: numbers and names do not fit, or matplotlib is missing.
 
     Examples:
         >>> figure = influence_by_class(torch.tensor([[-0.2], [0.1]]), terms=["hard"], classes=["ant", "bee"])
@@ -119,7 +119,7 @@ def _by_class(
     title: str | None,
     axes: Axes | None,
 ) -> tuple[Figure, Axes, Tensor]:
-    """A line a term over the classes; also the numbers drawn."""
+    """Draw one line per term over the classes; also return the numbers drawn."""
     if isinstance(values, History):
         terms, values = terms or values.terms, values.by_class(quantity, last=last)
     means, names = torch.as_tensor(values).detach().cpu(), list(terms or ())
@@ -129,7 +129,8 @@ def _by_class(
     if not known or list(means.shape) * 2 != [sizes[key] for key in ("classes", "terms", "counts", "terms")]:
         raise MetaKDError(
             f"{quantity} by class needs numbers of shape (classes, terms), got {tuple(means.shape)}, {known} of them "
-            f"known, beside {sizes}; give a name for each class and term and a count a class, and feed a History first"
+            f"finite, with {sizes}; pass one name per class and term and one count per class, and add steps to a "
+            "History first"
         )
     if counts is None or axes is not None:
         figure, (panel,) = panels(axes, 1, (9.5, 4.2), title)

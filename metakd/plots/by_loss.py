@@ -1,4 +1,4 @@
-"""Weights as a function of what the weight model sees, the losses of a sample."""
+"""Weights as a function of a sample's losses."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def weights_by_loss(
     axes: Axes | Sequence[Axes] | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw each term's weight over the losses of student and teacher, or over the one or two features there are.
+    """Draw each term's weight over the losses of student and teacher, or over the weight model's one or two features.
 
-    Two features make a map a term, one feature a line a term. The picture is the one of the BiKD paper
-    (arXiv 2605.17839).
+    With two features the figure has one map per term, with one feature one line per term. The maps are those of the
+    BiKD paper (arXiv 2605.17839).
 
     Args:
         model: a balancer, or a weight model (features (B, F), batch) -> (B, M) of one or two features.
-        samples: (N, F) features of real samples, drawn as dots, as `learned_weights` gives them.
-        terms: names of the M terms; the balancer's.
-        features: names of the F features; with a balancer's default features theirs.
-        limits: the upper end of each feature's axis; by default nearly all samples fit in, without samples 3.
+        samples: (N, F) features of real samples, drawn as dots; `learned_weights` returns them.
+        terms: names of the M terms; default the balancer's.
+        features: names of the F features; default the names of the balancer's default features.
+        limits: the upper end of each feature's axis; by default nearly all samples fit in, or 3 without samples.
         title: above the figure.
-        axes: to draw in; with two features one a term.
-        path: the picture to write.
+        axes: to draw in; with two features one per term.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: the weight model sees more than two features, or what they are is not known; a model that looks at
-            more than the features; numbers and names that do not fit; matplotlib is missing.
+        MetaKDError: the weight model has more than two or unknown features, or needs more than the features; numbers
+            and names do not fit; matplotlib is missing.
 
     Examples:
         >>> from metakd.weighting import LossMLP
@@ -71,8 +71,8 @@ def weights_by_loss(
     width = len(features) if features is not None else samples.shape[1] if samples is not None else 0
     if width not in (1, 2) or (samples is not None and (samples.ndim != 2 or samples.shape[1] != width)):
         raise MetaKDError(
-            f"weights are drawn over one or two features, here are {width} names and samples of shape "
-            f"{None if samples is None else tuple(samples.shape)}; give features=[...], or for a model of more "
+            f"weights are drawn over one or two features, got {width} names and samples of shape "
+            f"{None if samples is None else tuple(samples.shape)}; pass features=[...], or for a model of more "
             "features a function of two: lambda x, batch: model(torch.cat([x, others.expand(len(x), -1)], 1), batch)"
         )
     labels = list(features or [f"feature {k + 1}" for k in range(width)])
@@ -85,7 +85,7 @@ def weights_by_loss(
     names = list(terms if terms is not None else [f"{k + 1}." for k in range(weights.shape[1])])
     if len(names) != weights.shape[1]:
         raise MetaKDError(
-            f"the weight model answers with {weights.shape[1]} weights a sample, terms are {names}; name each"
+            f"the weight model returns {weights.shape[1]} weights per sample, but the terms are {names}; name each"
         )
     if width == 1:
         figure, (panel,) = panels(axes, 1, (7, 4.2), title)
@@ -101,7 +101,7 @@ def weights_by_loss(
 
 
 def _names(balancer: BilevelLossBalancer) -> list[str] | None:
-    """What the default features are called."""
+    """Names of the default features."""
     if balancer.features is student_and_teacher:
         return ["student's cross-entropy (nats)", "teacher's cross-entropy (nats)"]
     return [f"loss of the {term} term" for term in balancer.terms] if balancer.features is own_losses else None
@@ -111,13 +111,13 @@ def _ends(samples: Tensor | None, width: int) -> list[float]:
     if samples is None:
         return [3.0] * width
     top = torch.quantile(samples, 0.98, dim=0)
-    # A teacher that knows its training samples by heart would leave a flat strip.
+    # Without a lower bound, a teacher that has memorised its training samples would leave a flat strip.
     return [float(end) for end in top.clamp_min(0.25 * float(top.max())).clamp_min(0.1)]
 
 
 @torch.no_grad()
 def _evaluated(model: WeightModel, points: Tensor) -> Tensor:
-    """The weights at some points, on the CPU."""
+    """The weights at the points, on the CPU."""
     if not isinstance(model, nn.Module):
         return model(points, Batch(points)).float().cpu()
     moved = points.to(next(model.parameters(), points).device)
@@ -136,7 +136,7 @@ def _lines(panel: Axes, x: Tensor, weights: Tensor, names: Sequence[str]) -> Non
 def _maps(
     figure: Figure, grids: Sequence[Axes], grid: Tensor, surface: Tensor, names: Sequence[str], samples: Tensor | None
 ) -> None:
-    """A map a term on one scale of colours, with the samples as dots."""
+    """Draw one map per term on a common colour scale, with the samples as dots."""
     low, high = float(surface.min()), float(surface.max())
     colours: Mapping[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": max(high, low + 1e-3)}
     across, up = grid.T.tolist()

@@ -29,21 +29,21 @@ def weights_over_time(
 ) -> Figure:
     """Draw the mean weight of each term over the steps.
 
-    The shade is one standard deviation between samples to either side: none means that the weight model does not tell
-    samples apart.
+    The shade is one standard deviation between samples to either side. No shade means that the weight model gives all
+    samples the same weight.
 
     Args:
         history: of the training.
-        groups: name -> classes, for a panel a term with a line a group in place of one panel.
+        groups: name -> classes, for one panel per term with one line per group.
         title: above the figure.
-        axes: to draw in; with groups one a term.
-        path: the picture to write.
+        axes: to draw in; with groups one per term.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: the history is empty, or does not know the classes; matplotlib is missing.
+        MetaKDError: the history is empty or lacks the classes, or matplotlib is missing.
 
     Examples:
         >>> import torch
@@ -68,16 +68,16 @@ def influence_over_time(
 
     Args:
         history: of the training.
-        groups: name -> classes, for a panel a term with a line a group in place of one panel.
+        groups: name -> classes, for one panel per term with one line per group.
         title: above the figure.
-        axes: to draw in; with groups one a term.
-        path: the picture to write.
+        axes: to draw in; with groups one per term.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: no step of the history has an influence, or it does not know the classes; matplotlib is missing.
+        MetaKDError: no step of the history has an influence, the history lacks the classes, or matplotlib is missing.
 
     Examples:
         >>> import torch
@@ -97,19 +97,19 @@ def meta_loss_over_time(
     axes: Sequence[Axes] | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw the meta loss after the step ahead, and the norm of the hypergradient, over the steps.
+    """Draw the meta loss after the lookahead step and the norm of the hypergradient over the steps.
 
     Args:
         history: of the training.
         title: above the figure.
         axes: two, to draw in.
-        path: the picture to write.
+        path: the file to write.
 
     Returns:
         The figure.
 
     Raises:
-        MetaKDError: no step of the history has a hypergradient; matplotlib is missing.
+        MetaKDError: no step of the history has a hypergradient, or matplotlib is missing.
 
     Examples:
         >>> import torch
@@ -163,12 +163,12 @@ def _over_time(
 
 
 def _line(panel: Axes, history: History, name: str, values: Tensor, spread: Tensor | None = None, **style: Any) -> None:
-    """One line through the windows that have a value; a few markers tell lines on top of each other apart."""
+    """Draw one line through the windows that have a value, with a few markers to tell overlapping lines apart."""
     known = values.isfinite()
     if not bool(known.any()):
         raise MetaKDError(
-            f"no step of the history has a {name!r} to draw; call history.add(balancer.report) at every step, and "
-            "the balancer with meta batches"
+            f"no step of the history has {name!r} to draw; call history.add(balancer.report) at every step, and pass "
+            "meta batches to the balancer"
         )
     steps, values = history.at[known].numpy(), values[known]
     panel.plot(steps, values.numpy(), markevery=max(len(steps) // 8, 1), markersize=5, **style)

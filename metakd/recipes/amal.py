@@ -1,4 +1,4 @@
-"""AMAL: a table of weights, one row a training sample."""
+"""AMAL: a table of weights, one row per training sample."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def amal(
     last_layer: Sequence[str] | None = None,
     **options: Any,
 ) -> BilevelLossBalancer:
-    r"""AMAL: how much label and teacher count, learned for each training sample on its own.
+    r"""AMAL: weights of label and teacher, learned for each training sample separately.
 
     $$\frac{1}{B} \sum_i \lambda_{i1}\, \mathrm{CE}_i + \lambda_{i2}\, T^2\, \mathrm{KL}(p_i^T \,\|\, q_i^T), \qquad
       \lambda \leftarrow \mathrm{clamp}_{[0, 2]}(\lambda - \alpha \nabla_\lambda L_\mathrm{meta})$$
@@ -34,22 +34,23 @@ def amal(
     the cross-entropy of the meta batch after one plain SGD step. A row moves when its sample is in the batch.
 
     Source: Sivasubramanian et al., AMAL, "Adaptive Mixing of Auxiliary Losses in Supervised Learning" (AAAI 2023, arXiv
-    2202.03250) and its published code. Ours differs in that
+    2202.03250) and its published code. Differences:
 
-    - every call moves the rows of its batch once; theirs goes over all training samples every 10 epochs (CIFAR-100),
-      after 10 of warm-up, and takes 5 steps with three batches at a time; `balancer(batch, None)` is a warm-up step;
-    - the lookahead is of all parameters unless `last_layer` says otherwise (theirs: the last layer alone), and in the
+    - every call moves the rows of its batch once. The published code goes over all training samples every 10 epochs
+      (CIFAR-100), after 10 epochs of warm-up, and takes 5 steps with three batches at a time. `balancer(batch, None)`
+      is a warm-up step;
+    - the lookahead moves all parameters unless `last_layer` is given (theirs: the last layer alone), and runs in the
       student's own mode (theirs: eval mode);
     - all weights start at 0.5 (theirs: a uniform random share for the teacher, the rest for the label).
 
     Args:
         student: any classifier.
-        teacher: any classifier with the same classes, or a function that gives its logits; None where batches hold
+        teacher: any classifier with the same classes, or a function that returns its logits; None if batches hold
             its outputs (`Batch(teacher=...)`).
         optimizer: the student's.
-        samples: the number of training samples. Batches need each one's position: `(inputs, targets, index)`.
+        samples: the number of training samples. Batches need each sample's position: `(inputs, targets, index)`.
         temperature: T.
-        lr: $\alpha$, which is large because a weight's hypergradient holds the student's learning rate and 1/B.
+        lr: $\alpha$. It is large because a weight's hypergradient contains the student's learning rate and 1/B.
         last_layer: patterns of the names of the parameters that the lookahead moves, such as `["fc.*"]`; see
             `estimators.OneStep`. None for all.
         options: other arguments of `BilevelLossBalancer`.
@@ -58,7 +59,7 @@ def amal(
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: see `BilevelLossBalancer`, `SampleTable` and `OneStep`; also an option that the recipe decides.
+        MetaKDError: see `BilevelLossBalancer`, `SampleTable` and `OneStep`; or an option is one that the recipe sets.
 
     Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -71,7 +72,9 @@ def amal(
     parts: dict[str, Any] = {}
     if last_layer is not None:
         if isinstance(last_layer, str) or not last_layer:
-            raise MetaKDError(f"last_layer is {last_layer!r}, it must be patterns of parameter names; write ['fc.*']")
+            raise MetaKDError(
+                f"last_layer is {last_layer!r}, but must be a list of patterns of parameter names; write ['fc.*']"
+            )
         parts["estimator"] = OneStep(parameters=tuple(last_layer))
     table = beside(student, SampleTable(samples, 2, init=0.5, output="identity"))
     steps = torch.optim.SGD(table.parameters(), lr=rate(lr))

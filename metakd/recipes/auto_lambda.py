@@ -1,14 +1,16 @@
-"""Auto-lambda: one weight a task."""
+"""Auto-lambda: one weight per task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metakd.balancer import BilevelLossBalancer
+from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.recipes.base import Sum, adam, beside, configured
+from metakd.recipes.base import adam, beside, configured
 from metakd.terms import Term, named
 from metakd.weighting import TermScalars
 
@@ -22,7 +24,7 @@ def auto_lambda(
     lr: float = 1e-4,
     **options: Any,
 ) -> BilevelLossBalancer:
-    r"""Auto-lambda: how much each task should count, so that the primary ones come out well.
+    r"""Auto-lambda: one weight per task, learned so that the primary tasks improve.
 
     $$\sum_k \lambda_k L_k, \qquad \lambda \leftarrow \mathrm{Adam}\Big(\lambda, \nabla_\lambda \sum_{k \in
       \mathrm{primary}} L_k^\mathrm{meta}(\theta')\Big)$$
@@ -30,17 +32,17 @@ def auto_lambda(
     with $L_k$ the mean of term k over the batch, and $\theta'$ the student after its own optimizer's next step. The
     weights start at 0.1 and are free: nothing keeps them positive.
 
-    Source: Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships" (TMLR 2022) and its published code. Ours
-    differs in that the hypergradient is exact (theirs: central finite differences along the outer gradient), and that
-    the lookahead is the optimizer's own rule whatever it is (theirs: SGD with momentum and weight decay, for which the
-    two agree). Theirs takes the meta batch from the training data, in another order; ours is whatever the loop gives.
+    Source: Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships" (TMLR 2022) and its published code. The
+    hypergradient here is exact (theirs: central finite differences along the outer gradient). The lookahead follows the
+    rule of any optimizer (theirs: SGD with momentum and weight decay, for which both agree). The meta batch is whatever
+    the loop passes (theirs: the training data in another order).
 
     Args:
         student: any model.
         terms: one for each task.
         optimizer: the student's.
-        primary: the name of the task that matters, or several names, whose terms the meta loss sums; all of them for
-            plain multi-task learning.
+        primary: the name of the primary task, or several names, whose terms the meta loss sums. All names give plain
+            multi-task learning.
         lr: of the weights.
         options: other arguments of `BilevelLossBalancer`.
 
@@ -48,7 +50,7 @@ def auto_lambda(
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: `primary` names no term; see also `BilevelLossBalancer`; also an option that the recipe decides.
+        MetaKDError: `primary` names no term; see also `BilevelLossBalancer`; or an option is one that the recipe sets.
 
     Examples:
         >>> student = nn.Linear(4, 2)
@@ -62,7 +64,7 @@ def auto_lambda(
     tasks = named(terms)
     names = [primary] if isinstance(primary, str) else list(primary)
     if not names or not set(names) <= set(tasks):
-        raise MetaKDError(f"primary is {primary!r}, it must name one or more of the terms {', '.join(tasks)}")
+        raise MetaKDError(f"primary is {primary!r}, but must name one or more of the terms {', '.join(tasks)}")
     weighting = beside(student, TermScalars(len(tasks), init=0.1, output="identity"))
     return configured(
         "auto_lambda",
@@ -72,5 +74,19 @@ def auto_lambda(
         optimizer=optimizer,
         weighting=weighting,
         weighting_optimizer=adam(weighting, lr),
-        meta_loss=tasks[names[0]] if len(names) == 1 else Sum([tasks[name] for name in names]),
+        meta_loss=tasks[names[0]] if len(names) == 1 else _Sum([tasks[name] for name in names]),
     )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The sum of several terms, itself a term."""
+
+    terms: Sequence[Term]
+
+    @property
+    def uses_teacher(self) -> bool:
+        return any(getattr(term, "uses_teacher", True) for term in self.terms)
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        return torch.stack([term(outputs, batch) for term in self.terms]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""BiKD: two weights a sample, from the losses of student and teacher."""
+"""BiKD: two weights per sample, from the losses of student and teacher."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,40 +26,40 @@ def bikd(
     lr: float = 1e-3,
     **options: Any,
 ) -> BilevelLossBalancer:
-    r"""BiKD: how much label and teacher count for each sample, learned on a balanced meta set.
+    r"""BiKD: weights of label and teacher for each sample, learned on a balanced meta set.
 
     $$\frac{1}{B} \sum_i w_i^\mathrm{hard}\, \mathrm{CE}_i + w_i^\mathrm{soft}\, T^2\, \mathrm{KL}(p_i^T \,\|\, q_i^T),
       \qquad w_i = \sigma(\mathrm{MLP}(\mathrm{CE}_i(q), \mathrm{CE}_i(p)))$$
 
     with student $q$ and teacher $p$. The meta loss is the cross-entropy of the meta batch after one plain SGD step at
-    the current learning rate; Adam (weight decay 1e-4) steps the MLP after every `accumulate` hypergradients, with
-    their mean.
+    the current learning rate. Adam (weight decay 1e-4) steps the MLP with the mean of every `accumulate`
+    hypergradients.
 
     Source: Nguyen, Phan, Ta, "Balancing Knowledge Distillation for Imbalance Learning with Bilevel Optimization"
-    (PAKDD 2026, arXiv 2605.17839) and its published code. Ours differs in that the teacher is in eval mode (theirs
-    stays in train mode, so that its batch statistics drift), and that the weights of the real step come from the
-    losses of the same forward pass as the lookahead's. A user's scheduler that cuts the student's learning rate should
-    cut the weight model's by 0.8, as theirs does: `balancer.weighting_optimizer` is an ordinary optimizer. Their
-    CIFAR-10 command takes cross-entropy + divergence for the meta loss: pass such a term as `meta_loss`.
+    (PAKDD 2026, arXiv 2605.17839) and its published code. The teacher here is in eval mode (theirs stays in train mode,
+    so that its batch statistics drift), and the weights of the real step come from the losses of the same forward pass
+    as the lookahead's. The published code multiplies the weight model's learning rate by 0.8 at each decay of the
+    student's: attach a scheduler to `balancer.weighting_optimizer`. Their CIFAR-10 command uses cross-entropy +
+    divergence as the meta loss: pass such a term as `meta_loss`.
 
     Args:
         student: any classifier.
-        teacher: any classifier with the same classes, or a function that gives its logits; None where batches hold
+        teacher: any classifier with the same classes, or a function that returns its logits; None if batches hold
             its outputs (`Batch(teacher=...)`).
         optimizer: the student's.
         classes: their number, which decides the default of `hidden`.
         temperature: T.
         hidden: tanh layers of the MLP. Default: (64,), and (64, 64) from 100 classes on, as the authors recommend.
-        accumulate: k, the hypergradients averaged for a step of the MLP.
+        accumulate: k, the hypergradients averaged for each step of the MLP.
         lr: of the MLP.
-        options: other arguments of `BilevelLossBalancer`; the MLP takes the width of other `features` from the first
-            batch.
+        options: other arguments of `BilevelLossBalancer`. With other `features`, the MLP takes their width from the
+            first batch.
 
     Returns:
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
+        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; or an option is one that the recipe sets.
 
     Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -69,7 +69,8 @@ def bikd(
         >>> balancer.report.weights.shape
         torch.Size([8, 2])
     """
-    hidden = hidden_layers(classes) if hidden is None else hidden
+    if hidden is None:
+        hidden = (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
     weighting = beside(student, LossMLP(None if "features" in options else 2, 2, hidden))
     return configured(
         "bikd",
@@ -82,16 +83,3 @@ def bikd(
         weighting_optimizer=adam(weighting, lr, weight_decay=1e-4),
         accumulate=accumulate,
     )
-
-
-def hidden_layers(classes: int | None) -> tuple[int, ...]:
-    """Units of the MLP's tanh layers, as the authors recommend for a number of classes.
-
-    Raises:
-        MetaKDError: it is not a positive integer.
-
-    Examples:
-        >>> hidden_layers(10), hidden_layers(100)
-        ((64,), (64, 64))
-    """
-    return (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)

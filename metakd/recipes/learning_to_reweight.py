@@ -1,4 +1,4 @@
-"""Learning to Reweight: weights straight from the hypergradient."""
+"""Learning to Reweight: weights computed from the hypergradient."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,17 +19,17 @@ def learning_to_reweight(
     terms: Mapping[str, Term] | Sequence[Term] | None = None,
     **options: Any,
 ) -> BilevelLossBalancer:
-    r"""Learning to Reweight: a sample counts as much as a step on it alone would help the meta set.
+    r"""Learning to Reweight: the weight of a sample is how much a step on it alone would lower the meta loss.
 
     $$\sum_i w_i\, \mathrm{CE}_i, \qquad w_i = \frac{\max(0, -g_i)}{\sum_j \max(0, -g_j)}, \qquad
       g_i = \left. \frac{\partial}{\partial \epsilon_i} L_\mathrm{meta}\Big(\theta - \eta \nabla_\theta \sum_j
       \epsilon_j\, \mathrm{CE}_j\Big) \right|_{\epsilon = 0}$$
 
-    There is no weight model and nothing to train but the student. Where no sample helps, all weights are zero.
+    There is no weight model, and nothing but the student is trained. If no sample helps, all weights are zero.
 
-    Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (ICML 2018). Ours differs in taking
-    several terms, whose weights then sum to one together; with one term it is the paper's rule. In calls without a meta
-    batch, where the paper has no rule, all weights are equal.
+    Source: Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (ICML 2018). With one term it is the
+    paper's rule; several terms, whose weights sum to one together, are our addition. In calls without a meta batch, for
+    which the paper has no rule, all weights are equal.
 
     Args:
         student: any model.
@@ -41,7 +41,7 @@ def learning_to_reweight(
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: see `BilevelLossBalancer`; also an option that the recipe decides.
+        MetaKDError: see `BilevelLossBalancer`; or an option is one that the recipe sets.
 
     Examples:
         >>> student = nn.Linear(4, 3)

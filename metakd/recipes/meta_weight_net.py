@@ -20,7 +20,7 @@ def meta_weight_net(
     lr: float = 1e-3,
     **options: Any,
 ) -> BilevelLossBalancer:
-    r"""Meta-Weight-Net: one weight a sample, a learned function of its cross-entropy.
+    r"""Meta-Weight-Net: one weight per sample, a learned function of its cross-entropy.
 
     $$\sum_i \bar w_i\, \mathrm{CE}_i, \qquad \bar w_i = \frac{w_i}{\sum_j w_j}, \qquad
       w_i = \sigma(\mathrm{MLP}(\mathrm{CE}_i))$$
@@ -28,27 +28,27 @@ def meta_weight_net(
     with an MLP of one hidden layer of ReLU units. The meta loss is the cross-entropy of the meta batch after one plain
     SGD step.
 
-    Source: Shu et al., "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting" (NeurIPS 2019) and its
-    published code for imbalanced classes, which normalises the weights over the batch; the authors' code for noisy
-    labels does not. Ours differs in the MLP's optimizer, which is that of the code for noisy labels (Adam 1e-3, weight
-    decay 1e-4; the one for imbalanced classes takes SGD 1e-5 with momentum), and in that the loss is always detached
-    where it enters the MLP (the code for imbalanced classes lets the lookahead's gradient through it).
+    Source: Shu et al., "Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting" (NeurIPS 2019). The authors
+    published two codes. Like the one for imbalanced classes, this recipe normalises the weights over the batch; like
+    the one for noisy labels, it steps the MLP with Adam (1e-3, weight decay 1e-4; for imbalanced classes they use SGD
+    1e-5 with momentum). The loss that enters the MLP is always detached (the code for imbalanced classes lets the
+    lookahead's gradient through it).
 
-    A batch of a single sample has nothing to learn from: use `DataLoader(drop_last=True)`.
+    A batch of one sample has nothing to learn from: use `DataLoader(drop_last=True)`.
 
     Args:
         student: any classifier.
         optimizer: the student's.
         hidden: units of the MLP's hidden layer.
         lr: of the MLP.
-        options: other arguments of `BilevelLossBalancer`; the MLP takes the width of other `features` from the first
-            batch.
+        options: other arguments of `BilevelLossBalancer`. With other `features`, the MLP takes their width from the
+            first batch.
 
     Returns:
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; also an option that the recipe decides.
+        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; or an option is one that the recipe sets.
 
     Examples:
         >>> student = nn.Linear(4, 3)

@@ -1,4 +1,4 @@
-"""Per-sample losses. A term is any callable `(outputs, batch) -> (B,)` tensor; these are the usual ones."""
+"""Per-sample losses. A term is any callable `(outputs, batch) -> (B,)` tensor; the classes here are common ones."""
 
 from metakd.terms.base import Term, evaluate, named
 from metakd.terms.cross_entropy import CrossEntropy

@@ -1,4 +1,4 @@
-"""What a term is, how a collection of terms gets its names, and how one is evaluated."""
+"""The type of a term, names for terms, and their evaluation."""
 
 from __future__ import annotations
 
@@ -21,19 +21,17 @@ Term: TypeAlias = Callable[[Any, Batch], Tensor]
 def named(terms: Mapping[str, Term] | Sequence[Term]) -> dict[str, Term]:
     """Give every term a name.
 
-    A mapping keeps its names and its order. In a sequence, a term is named after its class or function in
-    snake case (`CrossEntropy()` is `cross_entropy`, a second one `cross_entropy_2`); a lambda at
-    position `i` is `term_i`.
+    A mapping keeps its names. In a sequence, a term is named after its class or function in snake case:
+    `CrossEntropy()` becomes `cross_entropy`, a second one `cross_entropy_2`, a lambda at position `i` `term_i`.
 
     Args:
-        terms: a mapping name -> term (`nn.ModuleDict` too), or a sequence of terms (`nn.ModuleList` too).
+        terms: a mapping name -> term (or `nn.ModuleDict`), or a sequence of terms (or `nn.ModuleList`).
 
     Returns:
         The terms by name, in the order given.
 
     Raises:
-        MetaKDError: no terms, a term that cannot be called, a class in place of an object, a name that is not
-            a string.
+        MetaKDError: there are no terms, a term is not callable or is a class, or a name is not a string.
 
     Examples:
         >>> from metakd.terms import CrossEntropy, named
@@ -60,14 +58,12 @@ def named(terms: Mapping[str, Term] | Sequence[Term]) -> dict[str, Term]:
             "put a single term in a list: [CrossEntropy()]"
         )
     if not result:
-        raise MetaKDError(
-            "there are no terms, the collection is empty; pass at least one, e.g. {'hard': CrossEntropy()}"
-        )
+        raise MetaKDError("there are no terms; pass at least one, such as {'hard': CrossEntropy()}")
     return result
 
 
 def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
-    """Run every term and put the losses side by side.
+    """Evaluate every term and stack the losses.
 
     Args:
         terms: name -> term, as `named` returns them; M of them.
@@ -75,12 +71,11 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
         batch: the batch of B samples.
 
     Returns:
-        The losses, shape `(B, M)`, in the order of the terms. They are not checked for NaN here.
+        The losses, shape `(B, M)`, in the order of the terms. They are not checked for NaN.
 
     Raises:
-        MetaKDError: a term raised (the exception is chained), or returned something else than a real floating
-            `(B,)` tensor, or the terms' losses are on different devices; the message names the term. Also where nothing
-            tells how many samples the batch has.
+        MetaKDError: a term raised (the exception is chained) or returned anything but a real floating `(B,)` tensor,
+            the losses are on different devices, or the batch size is unknown. The message names the term.
 
     Examples:
         >>> import torch
@@ -112,7 +107,7 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
     if len(set(devices.values())) > 1:
         listing = ", ".join(f"{name!r} on {device}" for name, device in devices.items())
         raise MetaKDError(
-            f"the terms' losses are on different devices: {listing}; move what each term computes with to "
+            f"the terms' losses are on different devices: {listing}; move all tensors that a term uses to "
             "the device of the student's outputs"
         )
     return torch.stack(columns, dim=1)
@@ -145,12 +140,12 @@ def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
         raise MetaKDError(
             f"term {name!r} returned shape {tuple(loss.shape)}, expected ({size},): one loss for each of the "
             f"{size} samples in {source}; do not average over the batch (use reduction='none'), and reduce "
-            "every other dimension with .sum(dim) or .mean(dim); where the batch has another number of samples, say so "
+            "every other dimension with .sum(dim) or .mean(dim); if the batch has another number of samples, pass it "
             "as Batch(size=...)"
         )
     if loss.is_complex():
         raise MetaKDError(
-            f"term {name!r} returned {loss.dtype}, but a loss is a real floating number; return its .abs() or its .real"
+            f"term {name!r} returned {loss.dtype}, but a loss must be real; return its .abs() or its .real"
         )
     if not loss.is_floating_point():
         raise MetaKDError(f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor")
@@ -158,10 +153,10 @@ def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
 
 
 def _other_meta_loss(name: str, term: Term) -> str:
-    # The balancer evaluates its meta loss under this name; where that is the default, nobody chose cross-entropy.
+    # The balancer evaluates its meta loss under this name. Its default is cross-entropy, which the user did not choose.
     if name != "meta_loss" or type(term) is not CrossEntropy:
         return ""
     return (
-        ". The meta loss is cross-entropy unless you pass another term, as you do for a student that is no classifier: "
+        ". The default meta loss is cross-entropy. For a student that is no classifier pass another term: "
         "meta_loss=lambda outputs, batch: ..., with one loss for each sample"
     )

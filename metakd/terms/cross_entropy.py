@@ -15,24 +15,24 @@ from metakd.terms.reading import class_indices, class_logits
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy of the student with the label of each sample.
+    """Cross-entropy of the student with the labels.
 
-    With logits `z`, label `y`, C classes and label smoothing `s`:
-    `loss_i = -sum_c t_ic log softmax(z_i)_c` where `t_ic = (1 - s) [c = y_i] + s / C`.
+    `loss_i = -sum_c t_ic log softmax(z_i)_c` with `t_ic = (1 - s) [c = y_i] + s / C`, for logits `z`, label `y`,
+    C classes and label smoothing `s`.
 
     Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
     result `(B,)`.
 
     Source: label smoothing is from Szegedy et al., "Rethinking the Inception Architecture for Computer
-    Vision" (CVPR 2016). Ours differs from `torch.nn.CrossEntropyLoss` in that it never averages over the
-    batch and has no ignored label: a label outside `[0, C)` is an error.
+    Vision" (CVPR 2016). Unlike `torch.nn.CrossEntropyLoss`, this term does not average over the batch and ignores
+    no label: a label outside `[0, C)` is an error.
 
     Args:
-        label_smoothing: the share `s` of the target spread evenly over the classes, in `[0, 1)`.
+        label_smoothing: `s`, the share of the target spread evenly over the classes, in `[0, 1)`.
 
     Raises:
-        MetaKDError: `label_smoothing` outside `[0, 1)`; when called, outputs that are no logits of two classes or
-            more, targets that are missing, are not `(B,)` integers, or are out of range.
+        MetaKDError: `label_smoothing` is outside `[0, 1)`; in a call, outputs are not logits of at least two classes,
+            or targets are missing, are not `(B,)` integers, or are out of range.
 
     Examples:
         >>> import torch
@@ -46,10 +46,9 @@ class CrossEntropy:
     uses_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the smoothing."""
         if not 0.0 <= self.label_smoothing < 1.0:
             raise MetaKDError(
-                f"label_smoothing is {self.label_smoothing}, it must be in [0, 1); 0.1 is a common choice, 0 "
+                f"label_smoothing is {self.label_smoothing}, but must be in [0, 1); 0.1 is a common choice, 0 "
                 "turns it off"
             )
 

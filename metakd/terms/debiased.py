@@ -1,4 +1,4 @@
-"""Soft targets without the teacher's own bias towards the frequent classes."""
+"""Soft targets without the teacher's bias towards frequent classes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from metakd.terms.softened import Softened, softened
 
 @dataclass(frozen=True)
 class DebiasedSoftTarget(Softened):
-    """Soft targets from the teacher's logits after the log class prior is taken off.
+    """Soft targets from the teacher's logits minus the log class prior.
 
     `loss_i = T^2 KL(p~_i || q_i)` with `p~ = softmax((z_teacher - tau log pi) / T)`, the student's
-    `q = softmax(z_student / T)` and `pi_c = n_c / sum_c n_c`. A teacher trained by plain cross-entropy on the long
-    tail holds the prior in its logits; without it they fit balanced test data, and so do the plain logits of a
-    student that learns from them.
+    `q = softmax(z_student / T)` and `pi_c = n_c / sum_c n_c`. The logits of a teacher trained with cross-entropy on
+    a long tail include the log prior. Subtracting it fits the teacher's logits, and those of its student, to
+    balanced test data.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
-    Source: the adjustment is the post-hoc one of Menon et al., "Long-tail learning via logit adjustment" (ICLR
-    2021); ours applies it to a teacher. `RebalancedSoftTarget` (BKD) weighs the softened probabilities instead, so
-    that its correction is T times as strong in the logits.
+    Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021) adjust logits this way after training;
+    here the adjustment is applied to a teacher. `RebalancedSoftTarget` (BKD) reweights the softened probabilities
+    instead, which is a T times stronger correction of the logits.
 
     Args:
-        counts: training samples of each class, C positive numbers `n_c`, of the set the teacher was trained on.
+        counts: `n_c`, C positive numbers: samples of each class in the teacher's training set.
         temperature: `T > 0`.
         tau: strength, finite and at least 0; 0 is `SoftTarget`.
 
     Raises:
-        MetaKDError: counts that are not positive finite numbers, `temperature` not positive and finite, `tau`
-            negative or not finite; when called, other than C logits, the teacher's outputs missing or of another
-            shape than the student's.
+        MetaKDError: counts are not positive finite numbers, `temperature` is not positive and finite, `tau` is
+            negative or not finite; in a call, there are not C logits, or the teacher's outputs are missing or differ
+            in shape from the student's.
 
     Examples:
         >>> import torch
@@ -54,11 +54,10 @@ class DebiasedSoftTarget(Softened):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         super().__post_init__()
         counts = positive_counts(self.counts)
         object.__setattr__(self, "counts", counts)
-        log_prior(counts, self.tau)  # raises where tau does not fit
+        log_prior(counts, self.tau)  # raises if tau is invalid
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""

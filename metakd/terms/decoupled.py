@@ -1,4 +1,4 @@
-"""Distillation in two parts: how sure of the label, and how the rest is shared among the other classes."""
+"""Distillation in two parts: the probability of the label, and the distribution over the other classes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from metakd.terms.softened import Softened, floored, log_masses, softened
 class TargetClass(Softened):
     """Target-class distillation (DKD's TCKD): divergence in the probability of the label.
 
-    `loss_i = T^2 KL(b_i^p || b_i^q)` with `b = (p_y, 1 - p_y)`, the probability of the label `y` and of all other
-    classes together, of the teacher's `p = softmax(z_teacher / T)` and the student's
-    `q = softmax(z_student / T)`. Together with `NonTargetClass`, each sample has
-    `SoftTarget = TargetClass + (1 - p_y) NonTargetClass`.
+    `loss_i = T^2 KL(b_i^p || b_i^q)` with `b = (p_y, 1 - p_y)`, the probabilities of the label `y` and of all other
+    classes together, for the teacher's `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`.
+    For each sample `SoftTarget = TargetClass + (1 - p_y) NonTargetClass`.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 2,
     `batch.targets` `(B,)` integers, result `(B,)`.
 
-    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), alpha's term. Ours
-    is this term alone, without the factor and its warm-up; it is computed from log probabilities.
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), the term with factor alpha.
+    Neither the factor nor its warm-up is included.
 
     Args:
         temperature: `T > 0`.
 
     Raises:
-        MetaKDError: `temperature` not positive and finite; when called, a single class, targets that are missing,
-            are not `(B,)` integers, or are out of range; the teacher's outputs missing or of another shape than
+        MetaKDError: `temperature` is not positive and finite; in a call, there is a single class, targets are missing,
+            are not `(B,)` integers, or are out of range, or the teacher's outputs are missing or differ in shape from
             the student's.
 
     Examples:
@@ -58,15 +57,15 @@ class NonTargetClass(Softened):
     """Non-target-class distillation (DKD's NCKD): divergence among the classes other than the label.
 
     `loss_i = T^2 KL(p^_i || q^_i)` with the teacher's `p^` and the student's `q^` the softmax of `z / T` over
-    the C - 1 classes other than the label. Ordinary distillation multiplies it by the teacher's `1 - p_y`, and
-    so drops it where the teacher is sure; see `TargetClass`.
+    the C - 1 classes other than the label. Plain distillation multiplies this by the teacher's `1 - p_y`, which
+    suppresses it where the teacher is confident; see `TargetClass`.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 2,
     `batch.targets` `(B,)` integers, result `(B,)`.
 
-    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), beta's term. Ours is
-    this term alone, without the factor and its warm-up; it leaves the label out, where the authors' code
-    lowers its logit by 1000.
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), the term with factor beta.
+    Neither the factor nor its warm-up is included. The label is left out exactly; the authors' code subtracts 1000
+    from its logit.
 
     Args:
         temperature: `T > 0`.
@@ -92,7 +91,7 @@ class NonTargetClass(Softened):
 
 
 def _target_and_rest(outputs: Any, batch: Batch, temperature: float) -> list[tuple[Tensor, Tensor]]:
-    """For student and teacher, the softened logits `(B, 1)` of the label and `(B, C - 1)` of the others."""
+    """For student and teacher, the softened logits `(B, 1)` of the label and `(B, C - 1)` of the other classes."""
     student = class_logits(outputs)
     teacher = teacher_logits(student, batch)
     labels = class_indices(student, batch)[:, None]

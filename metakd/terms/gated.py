@@ -1,4 +1,4 @@
-"""Soft targets that count more where the student is worse than the teacher."""
+"""Soft targets with a larger weight where the student is worse than the teacher."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from metakd.terms.softened import Softened, softened
 
 @dataclass(frozen=True)
 class GatedSoftTarget(Softened):
-    """Weighted soft labels (WSL): soft cross-entropy times a gate of the two networks' losses.
+    """Weighted soft labels (WSL): soft cross-entropy times a gate that compares both networks' losses.
 
     `loss_i = T^2 g_i (-sum_c p_ic log q_ic)` with the teacher's `p = softmax(z_teacher / T)`, the student's
-    `q = softmax(z_student / T)` and the gate `g_i = 1 - exp(-CE_student,i / CE_teacher,i)`, in which both
-    cross-entropies with the label are at `T = 1`. The gate is between 0 and 1 and is near 1 where the student
-    is much worse than the teacher. Where `CE_teacher` is 0 it is 1, its limit, or 0 if `CE_student` is 0 too.
+    `q = softmax(z_student / T)` and the gate `g_i = 1 - exp(-CE_student,i / CE_teacher,i)`, whose cross-entropies with
+    the label are at `T = 1`. The gate lies between 0 and 1 and is near 1 where the student is much worse than the
+    teacher. Where `CE_teacher` is 0 it is its limit 1, or 0 if `CE_student` is 0 too.
 
-    The gate is a constant to differentiation. One inner step of a bilevel problem is exact with it; through
-    several steps, the derivatives leave out how the gate of a later step follows from the earlier ones.
+    Autograd treats the gate as a constant. This is exact for one inner step. Over several steps, the hypergradient
+    omits how earlier steps change the gates of later ones.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), `batch.targets` `(B,)`
     integers, result `(B,)`.
 
     Source: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective"
-    (ICLR 2021, arXiv 2102.00650). Ours is this term alone, without the paper's cross-entropy and factor of 2.25
-    to 2.5; the authors' code adds 1e-7 to `CE_teacher`, ours takes the limit.
+    (ICLR 2021, arXiv 2102.00650). The paper adds cross-entropy and a factor of 2.25 to 2.5; this is the soft term
+    alone. The authors' code adds 1e-7 to `CE_teacher`; here the limit is taken.
 
     Args:
         temperature: `T > 0`.
 
     Raises:
-        MetaKDError: `temperature` not positive and finite; when called, targets that are missing, are not `(B,)`
-            integers, or are out of range; the teacher's outputs missing or of another shape than the student's.
+        MetaKDError: `temperature` is not positive and finite; in a call, targets are missing, are not `(B,)`
+            integers, or are out of range, or the teacher's outputs are missing or differ in shape from the student's.
 
     Examples:
         >>> import torch

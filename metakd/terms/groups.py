@@ -18,7 +18,7 @@ from metakd.terms.softened import Softened, floored, log_masses, softened
 
 
 class _Grouped(Softened):
-    """What both parts share: the counts, their check, and the logits by group."""
+    """The counts and their groups, shared by both terms."""
 
     counts: Sequence[float] | Tensor
 
@@ -26,7 +26,7 @@ class _Grouped(Softened):
         super().__post_init__()
         counts = positive_counts(self.counts)
         object.__setattr__(self, "counts", counts)
-        thirds(counts)  # raises where there are too few
+        thirds(counts)  # raises if there are too few
 
     def _by_group(self, outputs: Any, batch: Batch) -> list[tuple[Tensor, ...]]:
         """For student and teacher, the softened logits `(B, C_g)` of head, medium and tail."""
@@ -49,35 +49,33 @@ class _Grouped(Softened):
 
 @dataclass(frozen=True)
 class GroupTarget(_Grouped):
-    """Distillation between groups (LTKD): divergence of head, medium and tail masses, the teacher's rebalanced.
+    """Distillation between groups (LTKD): divergence of head, medium and tail masses, with the teacher's rebalanced.
 
     `loss_i = T^2 sum_G p~_iG log(p~_iG / q_iG)` over the three groups, with the student's mass
-    `q_iG = sum_{c in G} q_ic` and the teacher's, scaled so that every group has the same sum over the batch:
-    `p~_iG = (p_iG / S_G) / sum_H (p_iH / S_H)` with `S_G = sum_i p_iG`; `p` and `q` are the softmax at
-    temperature `T`. The groups are the 33/34/33 % of the classes with the most, middling and fewest training
-    samples.
+    `q_iG = sum_{c in G} q_ic`. The teacher's masses are scaled so that every group has the same sum over the batch:
+    `p~_iG = (p_iG / S_G) / sum_H (p_iH / S_H)` with `S_G = sum_i p_iG`. `p` and `q` are softmaxes at temperature `T`.
+    The groups are the 33/34/33 % of the classes with the most, middling and fewest training samples.
 
-    **It couples the samples of a batch**, through the teacher only: a sample's loss depends on what the teacher
-    says about the rest of the batch (but on no other output of the student), so a batch in parts gives other
-    losses than the whole, and a single sample has `p~ = (1/3, 1/3, 1/3)`. A group to which the teacher gives no
-    mass in the whole batch (masked classes; less than the smallest normal number) is not scaled up.
+    **This term couples the samples of a batch**, through the teacher only: a sample's loss depends on the teacher's
+    outputs for the other samples, but not on the student's. Splitting a batch therefore changes the losses, and a
+    batch of one sample has `p~ = (1/3, 1/3, 1/3)`. A group without teacher mass in the whole batch (masked classes) is
+    not scaled up.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 3, result `(B,)`.
 
     Source: Kim, "Distilling Balanced Knowledge from a Biased Teacher" (CVPR 2026, arXiv 2506.18496), called LTKD.
-    From the paper's abstract: the split into a part between and a part within the groups, and that the
-    teacher's group masses are calibrated. From a summary of it: equal batch sums and the 33/34/33 % groups. Our
-    own reading: the masses are renormalised in each sample after the scaling (the sums are then only nearly
-    equal), the factor `T^2`, and that of classes with equal counts the lower one comes first, in the head.
+    The split into two parts and the calibration of the teacher's group masses are from the paper's abstract, equal
+    batch sums and the 33/34/33 % groups from a summary of the paper. Renormalising each sample after the scaling
+    (which makes the sums only nearly equal), the factor `T^2` and the order of equal counts are our choices.
 
     Args:
         counts: training samples of each class, C positive numbers.
         temperature: `T > 0`.
 
     Raises:
-        MetaKDError: fewer than three counts, or some that are not positive finite numbers; `temperature` not
-            positive and finite; when called, other than C logits, the teacher's outputs missing or of another
-            shape than the student's.
+        MetaKDError: there are fewer than three counts, counts are not positive finite numbers, `temperature` is not
+            positive and finite; in a call, there are not C logits, or the teacher's outputs are missing or differ in
+            shape from the student's.
 
     Examples:
         >>> import torch
@@ -102,16 +100,15 @@ class GroupTarget(_Grouped):
 class WithinGroupTarget(_Grouped):
     """Distillation within groups (LTKD): the divergences inside head, medium and tail, equally weighted.
 
-    `loss_i = T^2 sum_G KL(p_i|G || q_i|G)` over the three groups, with the teacher's `p_i|G` and the student's
-    `q_i|G` the softmax of `z / T` over the classes of the group. Ordinary distillation weights each group by
-    the teacher's mass in it, so that the head dominates. The groups are the 33/34/33 % of the classes with the
-    most, middling and fewest training samples.
+    `loss_i = T^2 sum_G KL(p_i|G || q_i|G)` over the three groups of `GroupTarget`, with the teacher's `p_i|G` and the
+    student's `q_i|G` the softmax of `z / T` over the classes of the group. Plain distillation weights each group by
+    the teacher's mass in it, so the head dominates.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), C at least 3, result `(B,)`.
 
     Source: Kim, "Distilling Balanced Knowledge from a Biased Teacher" (CVPR 2026, arXiv 2506.18496), called LTKD.
-    From the paper's abstract: every group contributes equally. From a summary of it: the divergences are summed
-    over the 33/34/33 % groups. Our own reading: the factor `T^2`, and the order of classes with equal counts.
+    Equal contributions of the groups are from the paper's abstract, the sum over 33/34/33 % groups from a summary of
+    the paper. The factor `T^2` and the order of equal counts are our choices.
 
     Args:
         counts: training samples of each class, C positive numbers.

@@ -1,4 +1,4 @@
-"""Cross-entropies that account for how frequent each class is in training."""
+"""Cross-entropies corrected for the class prior."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metakd.terms.reading import class_indices, class_logits
 
 
 class LogitAdjusted:
-    """Cross-entropy of logits shifted by the class prior.
+    """Cross-entropy of logits shifted by the log class prior.
 
     `loss_i = CE(z_i + tau log pi, y_i)` with `pi_c = n_c / sum_c n_c`, the share of class c in the
     training set. The shift is for training only: predict with the plain logits.
@@ -22,16 +22,15 @@ class LogitAdjusted:
     Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
     result `(B,)`.
 
-    Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), the adjusted loss. Ours
-    differs in nothing but being per sample.
+    Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), the adjusted loss, per sample.
 
     Args:
         counts: training samples of each class, C positive numbers.
         tau: strength, finite and at least 0; 0 is plain cross-entropy.
 
     Raises:
-        MetaKDError: counts that are not positive finite numbers, `tau` negative or not finite; when called,
-            other than C logits, and all that `CrossEntropy` raises.
+        MetaKDError: counts are not positive finite numbers, `tau` is negative or not finite; in a call, there are not
+            C logits, or as `CrossEntropy`.
 
     Examples:
         >>> import torch
@@ -54,21 +53,19 @@ class LogitAdjusted:
         return F.cross_entropy(z + self._shift.like(z), class_indices(z, batch), reduction="none")
 
     def __repr__(self) -> str:
-        """Say how many classes there are, not every count."""
         return f"{type(self).__name__}({len(self.counts)} classes, tau={self.tau:g})"
 
 
 class BalancedSoftmax(LogitAdjusted):
-    """Balanced softmax: cross-entropy of logits shifted by the log class prior.
+    """Balanced softmax: `LogitAdjusted` with `tau = 1`.
 
-    `loss_i = CE(z_i + log pi, y_i)` with `pi_c = n_c / sum_c n_c`, which makes the plain logits fit a
-    balanced test set. It is `LogitAdjusted` with `tau = 1`, under the name of its own paper.
+    `loss_i = CE(z_i + log pi, y_i)` with `pi_c = n_c / sum_c n_c`, which fits the plain logits to a balanced test set.
 
     Shapes: outputs `(B, C)` (a tensor or an object with `.logits`), `batch.targets` `(B,)` integers,
     result `(B,)`.
 
-    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition" (NeurIPS 2020). Ours is the
-    loss alone, without the paper's meta sampler.
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition" (NeurIPS 2020), without the paper's
+    meta sampler.
 
     Args:
         counts: training samples of each class, C positive numbers.

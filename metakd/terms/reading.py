@@ -1,4 +1,4 @@
-"""How a term reads the student's outputs, the labels and the teacher's outputs, and what it checks first."""
+"""How terms read the student's outputs, the labels and the teacher's outputs, and check them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from metakd.sizes import is_integer
 
 
 def logits(outputs: Any) -> Tensor:
-    """Return the `(B, C)` logits in a model's output.
+    """Return the logits of a model's output.
 
     Args:
         outputs: a tensor, or an object with a `logits` attribute (the Hugging Face convention).
 
     Returns:
-        The logits, shape `(B, C)`. Half precision is raised to float32, since losses need its digits.
+        The logits, shape `(B, C)`. Half precision is raised to float32, because losses need the digits.
 
     Raises:
-        MetaKDError: there is no floating tensor of two dimensions to be found.
+        MetaKDError: there is no floating tensor of two dimensions.
 
     Examples:
         >>> import torch
@@ -35,7 +35,7 @@ def logits(outputs: Any) -> Tensor:
     if found is None or found.ndim != 2 or not found.is_floating_point():
         raise MetaKDError(
             f"expected logits of shape (B, C), as a floating tensor or as an object's .logits, got "
-            f"{describe(outputs)}; make the model return them, or write a term of your own{_instead(found)}"
+            f"{describe(outputs)}; let the model return them, or write a term of your own{_instead(found)}"
         )
     return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
@@ -45,20 +45,20 @@ def class_logits(outputs: Any) -> Tensor:
     found = logits(outputs)
     if found.shape[1] < 2:
         raise MetaKDError(
-            f"the student has {found.shape[1]} output, and a single logit has no cross-entropy and no divergence: its "
-            f"softmax is 1 whatever it says. For a yes/no question write a term of your own, {_YES_OR_NO}, or make "
-            "logits of both answers, so that there is another class: torch.cat([torch.zeros_like(z), z], dim=1)"
+            f"the student has {found.shape[1]} output, but cross-entropy and divergences need logits of at least two "
+            "classes: the softmax of a single logit is always 1. For binary labels write a term of your own, "
+            f"{_BINARY}, or add a logit for the other class: torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     return found
 
 
 def class_indices(student: Tensor, batch: Batch) -> Tensor:
-    """Return `batch.targets` as int64 class indices `(B,)` that fit the `(B, C)` logits, or raise."""
+    """Return `batch.targets` as int64 class indices `(B,)` in the range of the `(B, C)` logits, or raise."""
     size, classes = student.shape
     targets = batch.targets
     if targets is None:
         raise MetaKDError(
-            "the targets are missing: batch.targets is None; give the loader's labels as Batch(targets=...)"
+            "the targets are missing: batch.targets is None; pass the loader's labels as Batch(targets=...)"
         )
     if not isinstance(targets, Tensor):
         raise MetaKDError(
@@ -69,15 +69,16 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
         raise MetaKDError(
             f"batch.targets must hold integer class indices of shape ({size},), one for each row of the "
             f"logits {tuple(student.shape)}, got {targets.dtype} of shape {tuple(targets.shape)}; for "
-            "one-hot or soft labels use targets.argmax(dim=1) or a term of your own, for numbers or several labels a "
-            "sample one such as lambda outputs, batch: F.mse_loss(outputs, batch.targets, reduction='none').mean(dim=1)"
+            "one-hot or soft labels use targets.argmax(dim=1) or a term of your own; for regression or several labels "
+            "per sample use a term such as "
+            "lambda outputs, batch: F.mse_loss(outputs, batch.targets, reduction='none').mean(dim=1)"
         )
     _check_device(targets, student, "batch.targets is")
     check_range(
         targets,
         classes,
         "label",
-        f"the student has {classes} outputs: give it one a class, or mend the labels (there is no code for "
+        f"the student has {classes} outputs: give it one per class, or correct the labels (no label means "
         "'ignore': drop such samples)",
     )
     return targets.long()
@@ -89,15 +90,15 @@ def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
     if teacher.shape != student.shape:
         raise MetaKDError(
             f"the teacher's outputs have shape {tuple(teacher.shape)}, the student's {tuple(student.shape)}; "
-            "both must score the same classes of the same samples: run the teacher on this batch and give "
-            "both the same head"
+            "both must score the same classes of the same samples: run the teacher on this batch, and give "
+            "both networks the same classes"
         )
     _check_device(teacher, student, "the teacher's outputs are")
     return teacher.to(student.dtype)
 
 
 def the_teachers_logits(batch: Batch) -> Tensor:
-    """Return the detached logits of the one teacher, whatever its classes, or raise."""
+    """Return the detached logits of a single teacher, with any number of classes, or raise."""
     if batch.teacher is None:
         raise MetaKDError(
             "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
@@ -105,8 +106,8 @@ def the_teachers_logits(batch: Batch) -> Tensor:
         )
     if isinstance(batch.teacher, tuple | list):
         raise MetaKDError(
-            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs, as an ensemble of "
-            "teachers has them, and here one teacher's logits are needed; pick or average them in a term of your own: "
+            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs (an ensemble of "
+            "teachers), but this needs the logits of one teacher; pick or average them in a term of your own: "
             "lambda outputs, batch: SoftTarget()(outputs, batch._replace(teacher=batch.teacher[0])), or "
             "teacher=torch.stack(batch.teacher).mean(dim=0)"
         )
@@ -114,10 +115,10 @@ def the_teachers_logits(batch: Batch) -> Tensor:
 
 
 def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
-    """Raise where an index is outside `[0, size)`.
+    """Raise if an index is outside `[0, size)`.
 
-    That takes a look at the values, so it is skipped where none can be taken: while a CUDA graph is captured,
-    under `torch.compile`, on the meta device.
+    The check reads the values. It is skipped where that is impossible: during CUDA graph capture, under `torch.compile`
+    and on the meta device.
     """
     capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
@@ -128,13 +129,13 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """Return the tensor that a value is or carries as `.logits`, or None."""
+    """Return the tensor that a value is or has as `.logits`, or None."""
     found = value if isinstance(value, Tensor) else getattr(value, "logits", None)
     return found if isinstance(found, Tensor) else None
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what a value is: type, shape and dtype."""
+    """Describe a value by type, shape and dtype."""
     found = tensor_in(value)
     if found is None:
         return type(value).__name__
@@ -142,22 +143,22 @@ def describe(value: Any) -> str:
     return f"{kind} of shape {tuple(found.shape)} and {found.dtype}"
 
 
-_YES_OR_NO = (
+_BINARY = (
     "lambda outputs, batch: F.binary_cross_entropy_with_logits(outputs.flatten(), batch.targets.float(), "
     "reduction='none')"
 )
 
 
 def _instead(found: Tensor | None) -> str:
-    """A term for outputs that are no logits of classes."""
+    """The term to write instead for such outputs."""
     if found is None:
-        return " that picks them out: lambda outputs, batch: CrossEntropy()(outputs[0], batch)"
+        return " that selects them: lambda outputs, batch: CrossEntropy()(outputs[0], batch)"
     if found.is_complex():
         return " that takes their .abs() or .real: lambda outputs, batch: CrossEntropy()(outputs.abs(), batch)"
     if found.ndim < 2:
-        return f"; where an output is the single logit of a yes/no question, {_YES_OR_NO}"
+        return f"; for a single binary logit per sample, {_BINARY}"
     return (
-        "; where every pixel has its own class, lambda outputs, batch: F.cross_entropy(outputs, batch.targets, "
+        "; for one class per pixel, lambda outputs, batch: F.cross_entropy(outputs, batch.targets, "
         "reduction='none').flatten(1).mean(dim=1)"
     )
 

@@ -1,4 +1,4 @@
-"""Divergences between the teacher's and the student's softened class probabilities."""
+"""Divergences between the softened class probabilities of teacher and student."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ class SoftTarget(Softened):
 
     `loss_i = T^2 KL(p_i || q_i) = T^2 sum_c p_ic (log p_ic - log q_ic)` with the teacher's
     `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. The factor `T^2` keeps
-    the size of the gradient when `T` changes. It covers every class the teacher gives mass to. With a
-    `power` `a` other than 1, `p^a` renormalised, which is `softmax(a z_teacher / T)`, stands in for `p`:
-    below 1 it moves the teacher's mass towards the classes it seldom predicts.
+    the gradient's size when `T` changes. A `power` `a` replaces `p` by `p^a`, renormalised, which is
+    `softmax(a z_teacher / T)`. A power below 1 moves mass towards classes that the teacher seldom predicts. No
+    gradient flows into the teacher.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015). Ours differs in that
-    it is the divergence, not the cross-entropy (same gradient, and zero where the student equals the
-    teacher), and that no gradient ever flows into the teacher. The power is that of He, Wu, Wei, DiVE (ICCV
-    2021, arXiv 2103.15042), who use `power=0.5`, `temperature=3`.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), who use the cross-entropy. The
+    divergence has the same gradient and is zero where the student equals the teacher. The power is that of He, Wu,
+    Wei, DiVE (ICCV 2021, arXiv 2103.15042), who use `power=0.5` and `temperature=3`.
 
     Args:
         temperature: `T > 0`.
-        power: `a > 0`, of the teacher's probabilities.
+        power: `a > 0`.
 
     Raises:
-        MetaKDError: `temperature` or `power` not positive and finite; when called, the teacher's outputs
-            missing or of another shape than the student's.
+        MetaKDError: `temperature` or `power` is not positive and finite; in a call, the teacher's outputs are missing
+            or differ in shape from the student's.
 
     Examples:
         >>> import torch
@@ -52,18 +51,16 @@ class SoftTarget(Softened):
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check temperature and power."""
         super().__post_init__()
         if not (self.power > 0.0 and math.isfinite(self.power)):
             raise MetaKDError(
-                f"power is {self.power}, it must be positive and finite; 1 leaves the teacher's probabilities as "
+                f"power is {self.power}, but must be positive and finite; 1 leaves the teacher's probabilities as "
                 "they are, 0.5 flattens them as DiVE does"
             )
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         student = class_logits(outputs)
-        # A power of probabilities is a lower temperature: p^a, renormalised, is softmax(a z / T).
         teacher = softened(teacher_logits(student, batch), self.temperature / self.power)
         return self._divergence(of=teacher, given=softened(student, self.temperature))
 
@@ -73,21 +70,18 @@ class ReverseSoftTarget(Softened):
     """Reverse divergence: of the teacher from the student, both softened.
 
     `loss_i = T^2 KL(q_i || p_i) = T^2 sum_c q_ic (log q_ic - log p_ic)` with the teacher's
-    `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. It punishes mass the
+    `p = softmax(z_teacher / T)` and the student's `q = softmax(z_student / T)`. It punishes mass that the
     student puts where the teacher has none.
 
     Shapes: outputs and `batch.teacher` `(B, C)` (tensors or objects with `.logits`), result `(B,)`.
 
     Source: one of the two divergences that Amara et al., BD-KD (2022, arXiv 2212.12965), balance.
-    Ours differs in that the balance between them is no part of the term, and that no gradient ever flows into
-    the teacher.
 
     Args:
         temperature: `T > 0`.
 
     Raises:
-        MetaKDError: `temperature` not positive; when called, the teacher's outputs missing or of another
-            shape than the student's.
+        MetaKDError: as `SoftTarget`.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What the distillation terms share: softened probabilities, their divergence, and the mass of parts of the classes."""
+"""Helpers of the distillation terms: softened probabilities, their divergence, and the mass of groups of classes."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ class Softened:
     uses_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the temperature."""
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise MetaKDError(
-                f"temperature is {self.temperature}, it must be positive and finite; 1 leaves the "
+                f"temperature is {self.temperature}, but must be positive and finite; 1 leaves the "
                 "probabilities as they are, 4 is a common choice for distillation"
             )
 
     def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        """`T^2 KL(of || given)` of each row, both as log probabilities."""
+        """`T^2 KL(of || given)` of each row; both are log probabilities."""
         return self.temperature**2 * F.kl_div(given, of, reduction="none", log_target=True).sum(dim=1)
 
 
 def softened(z: Tensor, temperature: float = 1.0) -> Tensor:
-    """`log softmax(z / T)` of each row, never below the smallest finite number."""
-    # Log probabilities of -inf (masked classes, overflow) would make 0 * inf = NaN in the divergence.
+    """`log softmax(z / T)` of each row, clamped at the smallest finite number."""
+    # A log probability of -inf (masked class, overflow) would give 0 * inf = NaN in the divergence.
     return F.log_softmax(z / temperature, dim=1).clamp(min=torch.finfo(z.dtype).min)
 
 
 def floored(z: Tensor) -> Tensor:
-    """The logits with the smallest finite number for -inf, so that a part where every class is masked has no NaN."""
+    """The logits with -inf replaced by the smallest finite number, so that a fully masked group gives no NaN."""
     return z.clamp(min=torch.finfo(z.dtype).min)
 
 
 def log_masses(parts: Sequence[Tensor]) -> Tensor:
-    """The log probability of each part `(B, P)`, from the logits `(B, C_p)` of the classes in each."""
+    """The log probability of each group `(B, P)`, from the logits `(B, C_p)` of its classes."""
     return softened(torch.stack([part.logsumexp(dim=1) for part in parts], dim=1))

@@ -7,7 +7,7 @@ from torch import nn
 from metakd.estimators import Estimator
 from metakd.inner.groups import Optimizers
 from metakd.validation import layers, processes, setup
-from metakd.validation.finding import Finding, Subject
+from metakd.validation.finding import Finding, Subject, by_severity
 
 __all__ = ["Finding", "validate"]
 
@@ -35,17 +35,17 @@ _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 def validate(
     student: nn.Module, optimizer: Optimizers | None = None, estimator: Estimator | None = None
 ) -> list[Finding]:
-    """What is known about a student before its first step, in plain English, with the cure.
+    """List what is known about a student before its first step, in plain English, with the cure.
 
-    Nothing is run and nothing is changed; so what a forward pass calls besides its layers is not seen.
+    Nothing is run and nothing is changed. So only modules are seen, not what else a forward pass calls.
 
     Args:
         student: the student, wrappers included.
         optimizer: the student's own optimizer, or several that hold its parameters together; None to leave it out.
-        estimator: how its hypergradients are to be taken; None for any estimator that is exact.
+        estimator: the estimator of its hypergradients; None for any exact one.
 
     Returns:
-        The findings, errors first; the same thing in several modules is one finding.
+        The findings, errors first; the same finding for several modules is listed once.
 
     Examples:
         >>> import torch
@@ -53,8 +53,7 @@ def validate(
         >>> for finding in validate(student, torch.optim.SGD(student.parameters(), lr=0.1)):
         ...     print(f"[{finding.level}] {finding}")
         [error] 0 (EmbeddingBag): torch has neither forward mode nor second derivatives for it. Use ...
-        [note] 1 (BatchNorm1d): in train mode it raises on a batch with a single value a channel. Where ...
+        [note] 1 (BatchNorm1d): in train mode it raises on a batch with a single value per channel. If ...
     """
     subject = Subject.of(student, optimizer, estimator)
-    found = [finding for check in _CHECKS for finding in check(subject)]
-    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
+    return by_severity(finding for check in _CHECKS for finding in check(subject))

@@ -1,8 +1,8 @@
-"""`Finding`, and what the checks look at."""
+"""`Finding`, and the subject of the checks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
@@ -20,12 +20,12 @@ class Finding:
     """One thing to know about a student before it is trained.
 
     Attributes:
-        level: `"error"`: it will raise in use; `"warning"`: it works, but costs time or is not what one may think;
-            `"note"`: handled, or only worth knowing.
+        level: `"error"`: it will raise in use; `"warning"`: it works, but costs time or may surprise; `"note"`:
+            handled, or only worth knowing.
         where: the modules, parameters or groups concerned.
         problem: what about them.
         cure: what to do, if anything.
-        forward_mode: False where it rules out forward-mode derivatives.
+        forward_mode: False if it rules out forward-mode derivatives.
 
     Examples:
         >>> print(Finding("note", "2 of 8 parameters", "they are frozen", "Nothing to do"))
@@ -42,11 +42,16 @@ class Finding:
         return f"{self.where}: {self.problem}. {self.cure}."
 
 
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings, errors first."""
+    return sorted(findings, key=lambda finding: get_args(Level).index(finding.level))
+
+
 Named = Sequence[tuple[str, nn.Module]]
 
 
 class Subject(NamedTuple):
-    """What is validated, the student looked through its wrappers."""
+    """What is validated: the student without its wrappers, and its optimizer and estimator."""
 
     student: nn.Module
     optimizer: Optimizers | None
@@ -56,7 +61,7 @@ class Subject(NamedTuple):
 
     @classmethod
     def of(cls, student: nn.Module, optimizer: Optimizers | None, estimator: Estimator | None) -> "Subject":
-        """The subject with its modules and parameters by name; shared ones once."""
+        """The subject with its modules and parameters by name, shared ones once."""
         bare = unwrap(student)
         return cls(student, optimizer, estimator, list(bare.named_modules()), dict(bare.named_parameters()))
 
@@ -65,30 +70,20 @@ class Subject(NamedTuple):
         return [(name, module) for name, module in self.modules if isinstance(module, types)]
 
     def training(self, *types: type[nn.Module]) -> Named:
-        """Those of them that are in train mode."""
+        """The modules of these types that are in train mode."""
         return [(name, module) for name, module in self.layers(*types) if module.training]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that ask for gradients."""
+        """The parameters that require gradients."""
         return {name: p for name, p in self.params.items() if p.requires_grad}
 
 
 def places(modules: Named) -> str:
-    """Where some modules are, and what they are.
-
-    Examples:
-        >>> places([(f"layers.{i}", nn.Tanh()) for i in range(5)])
-        'layers.0, layers.1, layers.2 and 2 more (Tanh)'
-    """
+    """Names and types of some modules, such as 'layers.0, layers.1, layers.2 and 2 more (Tanh)'."""
     kinds = dict.fromkeys(type(module).__name__ for _, module in modules)
     return f"{listed([name or 'the student' for name, _ in modules])} ({', '.join(kinds)})"
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of some names.
-
-    Examples:
-        >>> listed(["a", "b"])
-        'a, b'
-    """
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

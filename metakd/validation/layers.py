@@ -1,4 +1,4 @@
-"""What is special about a student's layers."""
+"""Findings about a student's layers."""
 
 import sys
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from metakd.estimators import FiniteDifference, OneStep
 from metakd.kernels import compiled_parts
 from metakd.student import unwrap
 from metakd.validation.finding import HANDLED, Finding, Subject, places
+from metakd.validation.processes import world_size
 
 
 def wrappers(subject: Subject) -> Iterator[Finding]:
@@ -36,15 +37,15 @@ def compiled(subject: Subject) -> Iterator[Finding]:
             yield Finding("note", places(found), problem, HANDLED)
         else:
             cure = "Use torch 2.6 or later, or compile the student as a whole"
-            yield Finding("error", places(found), f"{problem}, which this torch cannot", cure)
+            yield Finding("error", places(found), f"{problem}, which this version of torch cannot do", cure)
     random = [(name, m) for name, m in subject.training(_DropoutNd) if m.p]
     inductor = sys.modules.get("torch._inductor.config")
     if compiled_parts(subject.student) and random and not getattr(inductor, "fallback_random", False):
         yield Finding(
             "warning",
             places(random),
-            "code compiled by inductor drops other units than the virtual step of the same batch, so that the "
-            "hypergradient is not exact for either",
+            "code compiled by inductor drops other units than the virtual step on the same batch, so the hypergradient "
+            "is exact for neither",
             "Set torch._inductor.config.fallback_random = True before the first step",
         )
 
@@ -56,8 +57,8 @@ def attention(subject: Subject) -> Iterator[Finding]:
             "note",
             places(found),
             "fused attention has neither forward mode nor second derivatives, so virtual steps run the math kernel, "
-            "which holds batch x heads x length x length numbers a layer",
-            "Where memory runs out, use smaller batches or shorter sequences",
+            "which holds batch x heads x length x length numbers per layer",
+            "If memory runs out, use smaller batches or shorter sequences",
         )
 
 
@@ -68,7 +69,7 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             "note",
             places(found),
             "oneDNN's and cuDNN's recurrent kernels have neither forward mode nor second derivatives, so virtual steps "
-            "run torch's own",
+            "run torch's own kernels",
             HANDLED,
         )
     gated = subject.layers(nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
@@ -84,7 +85,7 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
 
 
 def weight_norm(subject: Subject) -> Iterator[Finding]:
-    """The parametrization and the older hook."""
+    """Weight norm, by parametrization or by the older hook."""
     if found := _reparametrised(subject, "WeightNorm"):
         yield Finding(
             "note",
@@ -96,14 +97,14 @@ def weight_norm(subject: Subject) -> Iterator[Finding]:
 
 
 def spectral_norm(subject: Subject) -> Iterator[Finding]:
-    """The parametrization and the older hook, where they iterate."""
+    """Spectral norm in train mode, by parametrization or by the older hook."""
     found = [(name, m) for name, m in _reparametrised(subject, "SpectralNorm") if m.training and _learns(m)]
     if found:
         yield Finding(
             "warning",
             places(found),
-            "in train mode every gradient of spectral norm holds the singular vectors of its power iteration fixed, "
-            "and so does the hypergradient: check_hypergradient sees the difference",
+            "in train mode every gradient of spectral norm treats the singular vectors of its power iteration as "
+            "constants, and so does the hypergradient: check_hypergradient reports the difference",
             "Nothing to do in training; in eval mode it is exact",
         )
 
@@ -126,23 +127,22 @@ def batch_norm(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "note",
             places(found),
-            "in train mode it raises on a batch with a single value a channel",
-            "Where a last batch may have size 1, use DataLoader(drop_last=True)",
+            "in train mode it raises on a batch with a single value per channel",
+            "If the last batch may have size 1, use DataLoader(drop_last=True)",
         )
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    several = several and torch.distributed.get_world_size() > 1
+    several = world_size() > 1
     if (found := subject.training(nn.SyncBatchNorm)) and not isinstance(subject.estimator, FiniteDifference):
         yield Finding(
             "error" if several else "note",
             places(found),
-            "among several processes its kernels have neither forward mode nor second derivatives",
-            "In several processes use BatchNorm, or estimators.FiniteDifference()",
+            "in several processes its kernels have neither forward mode nor second derivatives",
+            "There, use BatchNorm or estimators.FiniteDifference()",
             forward_mode=not several,
         )
 
 
 def twice_differentiable(subject: Subject) -> Iterator[Finding]:
-    """Layers that can be differentiated once only."""
+    """Layers without second derivatives."""
     found = [(name, m) for name, m in subject.layers(nn.EmbeddingBag) if _learns(m)]
     found += subject.layers(nn.CrossMapLRN2d)
     if found and not isinstance(subject.estimator, FiniteDifference):
@@ -159,8 +159,8 @@ def embeddings(subject: Subject) -> Iterator[Finding]:
     """Flags of embeddings."""
     tables = subject.layers(nn.Embedding, nn.EmbeddingBag)
     for flag, problem, value in (
-        ("max_norm", "the forward pass rewrites the weight, so that virtual steps would change the student", None),
-        ("scale_grad_by_freq", "the gradient is not the loss's derivative, so that no hypergradient is exact", False),
+        ("max_norm", "the forward pass rewrites the weight, so virtual steps would change the student", None),
+        ("scale_grad_by_freq", "the gradient is not the loss's derivative, so no hypergradient is exact", False),
     ):
         if found := [(name, m) for name, m in tables if getattr(m, flag)]:
             yield Finding("error", places(found), f"with {flag} {problem}", f"Use {flag}={value}")
@@ -169,7 +169,7 @@ def embeddings(subject: Subject) -> Iterator[Finding]:
 
 
 def checkpointing(subject: Subject) -> Iterator[Finding]:
-    """Activation checkpointing with re-entry, by torch's wrapper and in Hugging Face's style."""
+    """Re-entrant activation checkpointing, by torch's wrapper or in Hugging Face's style."""
     if found := [(name, m) for name, m in subject.training(nn.Module) if _reenters(vars(m))]:
         yield Finding(
             "error",

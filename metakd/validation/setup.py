@@ -1,4 +1,4 @@
-"""What can be wrong with a student's parameters and its optimizer."""
+"""Findings about a student's parameters and its optimizer."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from metakd.validation.finding import HANDLED, Finding, Subject, listed
 
 
 def frozen_parameters(subject: Subject) -> Iterator[Finding]:
-    """Some, or all."""
+    """Some or all parameters are frozen."""
     count, frozen = len(subject.params), [name for name, p in subject.params.items() if not p.requires_grad]
     if len(frozen) == count:
         problem = f"none of its {count} parameters is trainable"
@@ -21,7 +21,7 @@ def frozen_parameters(subject: Subject) -> Iterator[Finding]:
 
 
 def lazy_parameters(subject: Subject) -> Iterator[Finding]:
-    """Parameters that wait for a first batch."""
+    """Parameters without a shape before the first batch."""
     if names := [name for name, p in subject.params.items() if is_lazy(p)]:
         yield Finding(
             "error",
@@ -32,7 +32,7 @@ def lazy_parameters(subject: Subject) -> Iterator[Finding]:
 
 
 def held_parameters(subject: Subject) -> Iterator[Finding]:
-    """The optimizer's parameters against the student's."""
+    """The optimizer's parameters and the student's differ."""
     if subject.optimizer is None:
         return
     owners: dict[int, list[str]] = {}
@@ -45,8 +45,8 @@ def held_parameters(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "error",
             "the optimizer",
-            "it holds none of the student's trainable parameters, so it is the optimizer of another model (or of a "
-            "copy made before it)",
+            "it holds none of the student's trainable parameters, so it belongs to another model (or to a copy made "
+            "earlier)",
             "Build it as torch.optim.SGD(student.parameters(), ...)",
         )
         return
@@ -71,12 +71,12 @@ def held_parameters(subject: Subject) -> Iterator[Finding]:
             "warning",
             "the optimizer",
             f"{others} of its {len(owners)} parameters are not the student's, and virtual steps do not move them",
-            "If the losses depend on them, make them part of the student: a module that holds both",
+            "If the losses depend on them, make them part of the student, in a module that holds both",
         )
 
 
 def learning_rates(subject: Subject) -> Iterator[Finding]:
-    """Groups that do not move, or have no rate to move by."""
+    """Groups with a learning rate of zero, or without one."""
     groups = [] if subject.optimizer is None else param_groups(subject.optimizer)
     rates = [learning_rate(group) for _, group in groups]
     still = [i for i, rate in enumerate(rates) if rate == 0.0]
@@ -84,8 +84,8 @@ def learning_rates(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "note",
             "the optimizer",
-            "its learning rate is 0, so that no weight can matter: until it is not, the balancer's calls take no "
-            "hypergradient (report.skipped says so)",
+            "its learning rate is 0, so no weight matters: while it is 0, the balancer's calls take no hypergradient "
+            "(see report.skipped)",
             HANDLED,
         )
     elif still:
@@ -96,7 +96,7 @@ def learning_rates(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"group(s) {listed([str(i) for i in without])} of the optimizer ({', '.join(kinds)})",
-            "the learning rate is no number (lr=None, or no lr), and inner='sgd' and inner='mirror' need one",
+            "the learning rate is not a number (lr=None, or no lr), but inner='sgd' and inner='mirror' need one",
             "Set a number, or pass a torchopt GradientTransformation as inner=",
         )
 
@@ -109,7 +109,7 @@ def mirrored_rule(subject: Subject) -> Iterator[Finding]:
         params = [p for p in group["params"] if id(p) in mine]
         if not params or learning_rate(group) is None:
             continue
-        try:  # one parameter of each group tells as much as all, and costs less
+        try:  # one parameter of each group suffices, and the smallest costs least
             mirror(optimizer, {"": min(params, key=Tensor.numel)})
         except MetaKDError as error:
             problem = str(error).split(";")[0]

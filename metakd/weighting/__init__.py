@@ -1,4 +1,4 @@
-"""Weight models: any `nn.Module` `(features (B, F), batch) -> (B, M)`; these are the usual ones."""
+"""Weight models. A weight model is any `nn.Module` `(features (B, F), batch) -> (B, M)`; these are common ones."""
 
 from metakd.weighting.class_aware import ClassAware
 from metakd.weighting.entropy_gate import EntropyGate, entropies

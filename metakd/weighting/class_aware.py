@@ -1,4 +1,4 @@
-"""What a weight model has to see to tell a rare class from a hard sample."""
+"""Features that tell a rare class from a hard sample."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from metakd.weighting.entropy_gate import entropy
 
 
 class ClassAware:
-    """Features for long-tailed data: losses and entropies of student and teacher, and how rare the label's class is.
+    """Features for long-tailed data: losses and entropies of student and teacher, and the rarity of the label's class.
 
     `x_i = (CE_i(q), CE_i(p), H(q_i), H(p_i), log(n_max / n_{y_i}))` with student `q`, teacher `p`, entropies `H` in
-    nats, `n_c` training samples of class c, and `n_max` of the most frequent one. Where the batch has no teacher's
-    outputs, `x_i = (CE_i(q), H(q_i), log(n_max / n_{y_i}))`.
+    nats, `n_c` training samples of class c, and `n_max` of the most frequent class. Without teacher outputs,
+    `x_i = (CE_i(q), H(q_i), log(n_max / n_{y_i}))`.
 
     Shapes: outputs and `batch.teacher` `(B, C)`, `batch.targets` `(B,)`, result `(B, 5)`, without a teacher `(B, 3)`.
 
-    Source: BiKD (PAKDD 2026, arXiv 2605.17839) for the two losses, its weight model's whole input. Ours adds the rest:
-    from the losses alone a rare class looks like a hard sample.
+    Source: the two losses are the input of BiKD's weight model (PAKDD 2026, arXiv 2605.17839). The rest is our
+    addition: from the losses alone a rare class looks like a hard sample.
 
     Args:
         counts: training samples of each class, in label order.
 
     Raises:
-        MetaKDError: counts that are not positive finite numbers; when called, outputs that are no logits or have other
-            than one column a count, the teacher's of another shape, or targets that are no labels of them.
+        MetaKDError: counts are not positive finite numbers; in a call, outputs are not logits with one column per
+            count, the teacher's differ in shape, or targets are not labels in range.
 
     Examples:
         >>> import torch

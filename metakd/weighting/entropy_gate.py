@@ -1,4 +1,4 @@
-"""Forward against reverse divergence, decided for each sample by who is less certain: teacher or student."""
+"""A fixed gate between forward and reverse divergence, by the entropies of teacher and student."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from metakd.terms.reading import class_logits, teacher_logits
 
 
 def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
-    """Entropy of the student's and of the teacher's class probabilities, in nats: the features of `EntropyGate`.
+    """Entropies of the student's and the teacher's class probabilities, in nats: the features of `EntropyGate`.
 
     `H(p) = -sum_c p_c log p_c`. Shapes: outputs and `batch.teacher` `(B, C)`, result `(B, 2)`, the student first.
 
     Args:
-        losses: not looked at.
+        losses: not used.
         outputs: the student's logits.
-        batch: with the teacher's.
+        batch: with the teacher's logits.
 
     Returns:
         The entropies.
 
     Raises:
-        MetaKDError: outputs that are no logits, or the teacher's missing or of another shape.
+        MetaKDError: outputs are not logits, or the teacher's are missing or differ in shape.
 
     Examples:
         >>> import torch
@@ -41,37 +41,31 @@ def entropies(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
 
 
 def entropy(z: Tensor) -> Tensor:
-    """Entropy of the class probabilities of logits `(B, C)`, in nats, shape `(B,)`.
-
-    Examples:
-        >>> import torch
-        >>> entropy(torch.zeros(1, 2))
-        tensor([0.6931])
-    """
+    """Return the entropy of each row of logits `(B, C)`, in nats."""
     found: Tensor = torch.special.entr(z.softmax(dim=1)).sum(dim=1)
     return found
 
 
 class EntropyGate(nn.Module):
-    """More of the reverse divergence where the student is less certain than the teacher, else more of the forward one.
+    """A larger weight for reverse divergence where the student is less certain than the teacher, else for forward.
 
     Three terms (hard, soft, reverse) get the weights `(1, low, high)` where the student's entropy is above the
-    teacher's, and `(1, high, low)` elsewhere. It has no parameters, so nothing is learned: use `balancer.loss(batch)`.
+    teacher's, and `(1, high, low)` elsewhere. The gate has no parameters and learns nothing: use
+    `balancer.loss(batch)`.
 
-    Shapes: features `(B, 2)`, the entropies of student and teacher as `entropies` gives them; result `(B, 3)`.
+    Shapes: features `(B, 2)`, the entropies of student and teacher as `entropies` returns them; result `(B, 3)`.
 
     Source: Amara et al., BD-KD (2022, arXiv 2212.12965), whose student minimises
-    `CE + T^2 (nu_i KL(p || q) + delta_i KL(q || p))` with `nu_i` and `delta_i` chosen for each sample by comparing the
-    entropies of teacher `p` and student `q`. That much is known from the abstract and from summaries of the paper.
-    Ours: the direction (a less certain student gets more of the reverse divergence, which pulls it to the teacher's
-    mode), the two values, and entropies without a temperature. The paper's teacher learns too; here it is fixed.
+    `CE + T^2 (nu_i KL(p || q) + delta_i KL(q || p))`, where a comparison of the entropies of teacher `p` and student
+    `q` sets `nu_i` and `delta_i`. This much is taken from the abstract and from summaries of the paper. The direction
+    of the gate, its two values and entropies without a temperature are our choices. The paper also trains the teacher.
 
     Args:
-        low: the smaller of the two divergences' weights, not negative.
-        high: the larger.
+        low: the smaller weight of the two divergences, not negative.
+        high: the larger one.
 
     Raises:
-        MetaKDError: not `0 <= low <= high`; when called, features that are not `(B, 2)`.
+        MetaKDError: not `0 <= low <= high`; in a call, features are not `(B, 2)`.
 
     Examples:
         >>> import torch

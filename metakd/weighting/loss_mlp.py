@@ -1,4 +1,4 @@
-"""A small network that answers a sample's losses with its weights."""
+"""A small network from a sample's losses to its weights."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from metakd.weighting.base import output_map, positive_int
 
 
 class LossMLP(nn.Module):
-    """Weights of a sample as a function of its features, by default of its losses.
+    """Weights as a learned function of a sample's features, by default of its losses.
 
-    `w_i = map(W_L tanh(... tanh(W_1 x_i + b_1) ...) + b_L)`: a multilayer perceptron shared by all samples,
-    so that it also answers for samples it has never seen.
+    `w_i = map(W_L tanh(... tanh(W_1 x_i + b_1) ...) + b_L)`: one multilayer perceptron for all samples,
+    which therefore also weights samples it has not been trained on.
 
     Shapes: features `(B, F)`, result `(B, M)`.
 
     Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose weight model has tanh layers of 64 units and
-    independent sigmoids, with no sum-to-one constraint; the idea of a network from losses to weights is Shu
-    et al., "Meta-Weight-Net" (NeurIPS 2019). Ours differs in offering other output maps; `Normalised` normalises
-    the weights over the batch.
+    independent sigmoids, with no sum-to-one constraint. The idea of a network from losses to weights is from Shu
+    et al., "Meta-Weight-Net" (NeurIPS 2019). The other output maps are our addition; `Normalised` normalises the
+    weights over the batch.
 
-    The features are taken in the parameters' dtype and outside of autocast: the model is tiny, and its
-    hypergradient needs the digits.
+    The model runs in its parameters' dtype, outside of autocast: it is tiny, and its hypergradient needs the digits.
 
     Args:
-        features: F, or None to find it in the first batch.
-        terms: M, the number of weights a sample.
+        features: F, or None to read it off the first batch.
+        terms: M, the number of weights per sample.
         hidden: units of each hidden layer; empty for a linear model.
-        output: the map to weights: `"sigmoid"`, `"softplus"`, `"softmax"` over the terms, or
-            `"identity"`.
+        output: the map to weights: `"sigmoid"` (each in (0, 1)), `"softplus"` (each positive), `"softmax"` (positive,
+            with sum one over the terms) or `"identity"`.
         activation: class of the module after each hidden layer, such as `nn.Tanh` or `nn.ReLU`.
 
     Raises:
-        MetaKDError: a size that is not a positive integer, an unknown output map, or an activation that is no
-            class of modules; when called, features that are not `(B, F)`.
+        MetaKDError: a size is not a positive integer, the output map is unknown, or the activation is not a class of
+            modules; in a call, features are not `(B, F)`.
 
     Examples:
         >>> import torch
@@ -64,9 +63,9 @@ class LossMLP(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise MetaKDError(f"hidden is {hidden!r}, it must be a sequence of layer sizes; write hidden=(64,)")
+            raise MetaKDError(f"hidden is {hidden!r}, but must be a sequence of layer sizes; write hidden=(64,)")
         if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
-            raise MetaKDError(f"activation is {activation!r}, it must be a class of modules; write activation=nn.ReLU")
+            raise MetaKDError(f"activation is {activation!r}, but must be a class of modules; write activation=nn.ReLU")
         self.terms = positive_int(terms, "terms")
         self.output = output
         output_map(output)
@@ -85,13 +84,13 @@ class LossMLP(nn.Module):
             raise MetaKDError(
                 f"the features have shape {tuple(features.shape)}, expected (B, {known or 'F'}); build the "
                 f"model as LossMLP(features={features.shape[-1] if features.ndim == 2 else 'F'}, ...) or "
-                "change the features function to return a row of numbers for each sample"
+                "change the features function to return one row of numbers per sample"
             )
         with torch.autocast(features.device.type, enabled=False), self._quiet_first_batch(features):
             return output_map(self.output).apply(self.layers(features.to(first.weight.dtype)))
 
     def _quiet_first_batch(self, features: Tensor) -> AbstractContextManager[None]:
-        # A lazy layer draws its weights in the first batch; the training's random numbers must not notice.
+        # A lazy layer draws its weights in the first batch. That must not change the training's random numbers.
         if not is_lazy(next(self.parameters())):
             return nullcontext()
         return torch.random.fork_rng([features.device] if features.is_cuda else [])
@@ -101,6 +100,6 @@ def _first(features: int | None, units: int) -> nn.Module:
     if features is not None:
         return nn.Linear(positive_int(features, "features"), units)
     with warnings.catch_warnings():
-        # Older versions of torch announce at every use that lazy layers are new.
+        # Older torch warns at every use that lazy layers are new.
         warnings.filterwarnings("ignore", message="Lazy modules are a new feature")
         return nn.LazyLinear(units)

@@ -10,25 +10,24 @@ from metakd.weighting.base import shares
 
 
 class Normalised(nn.Module):
-    """Another model's weights, scaled so that those of a batch sum to its size.
+    """Another model's weights, scaled so that the weights of a batch sum to its size.
 
-    `w_ik = B m_ik / sum_jl m_jl` with the model's weights `m`: the balancer's `(1/B) sum_ik w_ik l_ik` then weights
-    its losses with numbers that sum to one. Where all the model's weights are zero, so are these.
+    `w_ik = B m_ik / sum_jl m_jl` with the model's weights `m`. The coefficients in the balancer's
+    `(1/B) sum_ik w_ik l_ik` then sum to one. If all the model's weights are zero, so are these.
 
-    A sample's weight depends on the batch it is in, and the hypergradient goes through the sum. A batch of one sample
-    and one term has the weight one whatever the model says, so there is nothing to learn from it: use
-    `DataLoader(drop_last=True)`.
+    A sample's weight depends on its batch, and the hypergradient goes through the sum. In a batch of one sample
+    with one term the weight is always one and there is nothing to learn: use `DataLoader(drop_last=True)`.
 
     Shapes: features `(B, F)`, result `(B, M)`.
 
-    Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), whose published code for imbalanced classes normalises so.
-    Ours differs in taking any model and several terms.
+    Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), whose code for imbalanced classes normalises this way. Here
+    any model may be wrapped, with several terms.
 
     Args:
-        model: a weight model, any `nn.Module` `(features, batch) -> (B, M)` with no negative weights.
+        model: a weight model, any `nn.Module` `(features, batch) -> (B, M)` without negative weights.
 
     Raises:
-        MetaKDError: `model` is no module; when called, one of its weights is negative.
+        MetaKDError: `model` is not a module; in a call, one of its weights is negative.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""One learned weight a term, the same for every sample."""
+"""One learned weight per term."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from metakd.weighting.base import output_map, positive_int, starting_point
 
 
 class TermScalars(nn.Module):
-    """One weight a term, the same for every sample.
+    """One weight per term, the same for every sample.
 
-    `w_ik = map(a_k)` with a free number `a_k` a term.
+    `w_ik = map(a_k)` with one free number `a_k` per term.
 
     Shapes: features `(B, F)` (only B is used), result `(B, M)`.
 
-    Source: Liu et al., "Auto-lambda: Disentangling Dynamic Task Relationships" (TMLR 2022), which learns one
-    scalar a task by the same one-step lookahead: `recipes.auto_lambda`. Ours differs in that an output map keeps
-    the weights in range, where theirs are free numbers.
+    Source: Liu et al., "Auto-lambda: Disentangling Dynamic Task Relationships" (TMLR 2022), who learn one free number
+    per task by the same one-step lookahead (`recipes.auto_lambda`). Here an output map keeps the weights in range.
 
     Args:
         terms: M, the number of terms.
-        init: the weight each term starts with; without effect with `"softmax"`, which starts uniform.
-        output: the map to weights: `"softplus"`, `"sigmoid"`, `"softmax"` over the terms, or
-            `"identity"`.
+        init: the initial weight of each term; ignored with `"softmax"`, which starts uniform.
+        output: the map to weights, see `LossMLP`.
 
     Raises:
-        MetaKDError: `terms` not a positive integer, an unknown output map, or a start that it cannot give.
+        MetaKDError: `terms` is not a positive integer, the output map is unknown or cannot give `init`.
 
     Examples:
         >>> import torch

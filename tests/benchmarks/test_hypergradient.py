@@ -13,7 +13,9 @@ from benchmarks import hypergradient_report
 from benchmarks.common.measure import ROOT, time_cell
 from benchmarks.common.methods import METHODS, ONE_STEP
 from tests.benchmarks.problems import task
+from tests.slow import slow_but
 
+CASES = ("convnet4", "resnet20", "transformer", "lstm")
 EXACT = ("Unroll", "Adjoint", "TorchOpt MetaSGD", "higher")
 TIMED = ["--preset", "smoke", "--steps", "2", "--methods", "Adjoint", "by hand", "--threads", "1"]
 
@@ -27,13 +29,13 @@ def off(name, case, steps=2):
     return float((hypergradient(name, case, steps) - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("case", ["convnet4", "resnet20", "transformer", "lstm"])
+@pytest.mark.parametrize("case", slow_but(["convnet4"], CASES))
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_methods_agree_with_the_double_backward_by_hand(name, case):
     assert off(name, case) < 1e-9
 
 
-@pytest.mark.parametrize("case", ["convnet4", "transformer", "lstm"])
+@pytest.mark.parametrize("case", slow_but(["convnet4"], ["convnet4", "transformer", "lstm"]))
 def test_approximations_are_near_and_those_of_one_step_exact(case):
     assert 0 < off("FiniteDifference", case) < 0.05
     assert off("IdentityJacobian", case) > 1e-5  # by hand does feel the inner Hessian
@@ -42,7 +44,7 @@ def test_approximations_are_near_and_those_of_one_step_exact(case):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("case", ["convnet4", "lstm"])
+@pytest.mark.parametrize("case", slow_but(["convnet4"], ["convnet4", "lstm"]))
 def test_every_call_solves_the_same_problem(name, case):
     start = task(case, 1 if name in ONE_STEP else 2)
     before = {key: value.clone() for key, value in start.student.state_dict().items()}
@@ -55,6 +57,7 @@ def test_every_call_solves_the_same_problem(name, case):
     assert all(p.is_leaf for p in start.student.parameters())
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_named_and_the_others_go_on():
     def broken(problem):
         def call():
@@ -73,6 +76,7 @@ def test_a_method_that_fails_is_named_and_the_others_go_on():
     assert cell["errors"]["Adjoint"] < 1e-9
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_call_is_what_it_took():
     code = (
         "import torch; from benchmarks.common.measure import peak_memory as p; print(p(lambda: torch.ones(25_000_000)))"
@@ -117,6 +121,7 @@ def run(output, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     first = run(tmp_path)

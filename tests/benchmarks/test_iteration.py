@@ -16,6 +16,7 @@ from benchmarks.common import markdown, methods
 from benchmarks.common.loops import METHODS, PERIOD, WINDOWS, by_peer
 from benchmarks.common.measure import ROOT
 from tests.benchmarks.problems import task
+from tests.slow import slow_but
 
 PEERS = ("published way", "by hand", "TorchOpt MetaSGD", "higher")
 SMOKE = ["--preset", "smoke", "--threads", "1", "--methods", "accumulate=1", "every=5", "8 terms"]
@@ -40,7 +41,7 @@ def trained(start, loop, calls):
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("case", ["convnet4", "resnet20", "transformer", "lstm"])
+@pytest.mark.parametrize("case", slow_but(["convnet4"], ["convnet4", "resnet20", "transformer", "lstm"]))
 def test_all_loops_make_the_same_student_and_weight_model(case, teacher):
     start = task(case, 2, teacher=teacher)
     ours = trained(start, METHODS["accumulate=1"], 3)
@@ -136,6 +137,7 @@ def test_examples_of_the_report_hold():
     assert doctest.testmod(markdown) == (0, 5)
 
 
+@pytest.mark.slow
 def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "benchmarks/iteration.py", *SMOKE, "--output", str(tmp_path)]

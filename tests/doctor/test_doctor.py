@@ -212,7 +212,7 @@ CASES = {
     "long step ahead": (lambda: build(lr=100.0), {}, "warning", "raises the meta loss.* it is too long"),
     "against": (unbiased, {"flipped": True}, "warning", "points away from the meta gradient"),
     "small weights": (lambda: build(weighting.ClassTable(3, 2, init=0.01)), {}, "warning", "as if at 0.02 times its"),
-    "large weights": (lambda: build(weighting.ClassTable(3, 2, init=9.0)), {}, "warning", "add up to 18 on average"),
+    "large weights": (lambda: build(weighting.ClassTable(3, 2, init=9.0)), {}, "warning", "is 18 on average"),
     "noise": (unbiased, {"noise": 1.0, "size": 2}, "note", "noise alone gives 1"),
     "together": (one_weight, {}, "note", "same proportions in every sample"),
 }  # fmt: skip

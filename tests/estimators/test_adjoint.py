@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.function import once_differentiable
 
-from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, hypergradient, terms, weighting
+from metakd import BilevelLossBalancer, MetaKDError, estimators, hypergradient, terms, weighting
 from metakd.batch import tensors
 from tests.estimators.problems import RULES, Bilevel, most_kept
 from tests.zoo import meet
@@ -50,12 +50,11 @@ def test_adjoint_is_unroll(mode, **drawn):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_adjoint_is_double_backward_and_finite_differences(rule, mode):
+def test_adjoint_is_double_backward(rule, mode):
     problem = Bilevel(steps=4, rule=rule, unused=True)
     expected = torch.cat([g.flatten() for g in problem.double_backward().gradient.values()])
     found = flat(by(problem, estimators.Adjoint(mode)))
     assert (found - expected).norm() <= 1e-10 * expected.norm()
-    check_hypergradient(*problem.arguments(), optimizer=problem.torchopt(), estimator=estimators.Adjoint(mode))
 
 
 @given(rule=st.sampled_from(sorted(RULES)), seed=st.integers(0, 1000))

@@ -69,7 +69,7 @@ class MovesAll(OneStep):
         return OneStep()(problem)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["momentum", "clip, adam"])
 def test_finite_differences_agree(rule):
     problem = Bilevel(rule=rule, seed=3)
     estimator = OneStep(parameters=["w10.weight", "scale"])

@@ -44,6 +44,7 @@ def test_without_noise_it_finds_the_truth(example):
     torch.testing.assert_close(x, truth)
 
 
+@pytest.mark.slow
 def test_the_estimators_agree_with_finite_differences(example):
     errors = example["agreement"](*tiny(example), steps=25)
     assert max(errors[name] for name in ("Implicit", "Unroll", "Adjoint")) < 1e-7

@@ -46,6 +46,7 @@ def test_with_a_ridge_the_decay_is_exponential_and_without_there_is_none(example
     torch.testing.assert_close(size[far > 0], size[far > 0].mean().expand(int((far > 0).sum())))
 
 
+@pytest.mark.slow
 def test_the_estimators_agree(example):
     found = example["agreement"](ridge=1.0, steps=150)
     assert len(found) == 4

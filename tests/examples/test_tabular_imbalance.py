@@ -97,6 +97,7 @@ def test_test_rows_decide_nothing(example, plain):
     assert all(records[0][key] == records[1][key] for key in ("setting", "validation"))
 
 
+@pytest.mark.slow
 def test_a_small_run(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PATH), "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)])
     example.main()

@@ -170,7 +170,7 @@ def test_a_group_without_a_learning_rate(build):
     torch.testing.assert_close(moved["2.bias"], 0.5 * params["2.bias"])
     last = validate(model, optimizer)[-1] if build is not adafactor else validate(model, optimizer)[0]
     assert (last.level, last.where) == ("note", f"group(s) 1 of the optimizer ({kind})")
-    assert "no number" in last.problem and "Set a number" in last.cure
+    assert "not a number" in last.problem and "Set a number" in last.cure
     inner_optimizer("sgd", optimizer, {name: p for name, p in params.items() if name.startswith("0")})
 
 

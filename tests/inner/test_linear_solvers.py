@@ -67,7 +67,7 @@ ONES = torch.ones(2, dtype=torch.float64)
 
 
 def test_conjugate_gradients_refuse_negative_curvature_until_it_is_damped():
-    with pytest.raises(MetaKDError, match=r"curvature -.*Give a damping above"):
+    with pytest.raises(MetaKDError, match=r"curvature -.*Set a damping above"):
         conjugate_gradient(lambda v: INDEFINITE @ v, ONES, steps=5, damping=0.0)
     assert error(conjugate_gradient(lambda v: INDEFINITE @ v, ONES, steps=5, damping=0.6), INDEFINITE, ONES, 0.6) < 1e-9
 

@@ -36,6 +36,7 @@ def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_example_says_what_it_learned_and_resumes(run_example):
     whole = run_example(EXAMPLE)
     losses = [float(x) for x in re.findall(r"meta loss ([\d.]+)", whole)]

@@ -78,6 +78,7 @@ def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_example_says_what_it_learned_and_resumes(run_example):
     whole = run_example(EXAMPLE).splitlines()[-3:]
     (right, wrong), (soft_right, soft_wrong) = (

@@ -65,6 +65,7 @@ def plain_loop(trainer, accumulate=1):
     return student, balancer
 
 
+@pytest.mark.slow
 def test_the_example_says_what_it_learned_and_resumes(run_example):
     whole = run_example(EXAMPLE).splitlines()
     right, wrong = map(float, re.match(r"weight of a label: ([\d.]+) .* ([\d.]+) where wrong", whole[-2]).groups())

@@ -96,7 +96,7 @@ def test_counts_fall_from_n_max_by_the_imbalance(classes, n_max, imbalance):
         ),
         (
             lambda: long_tailed_split(labels([50, 20, 50]), 2, validation_per_class=5, n_max=40),
-            ["class 1 has 15 images", "wants 28", "at most 22"],
+            ["class 1 has 15 images", "needs 28", "at most 22"],
         ),
         (
             lambda: long_tailed_split(torch.tensor([0, 0, 2, 2]), 2, validation_per_class=1),

@@ -73,7 +73,7 @@ def test_it_draws_into_axes_of_ones_own(name, history):
     axes = mine.subplots(1, count, squeeze=False)[0]
     assert ALL[name](history, axes=axes if count > 1 else axes[0]) is mine
     assert all(panel.has_data() for panel in axes)
-    with pytest.raises(MetaKDError, match=rf"has {count} panel.s. and got 3 axes"):
+    with pytest.raises(MetaKDError, match=rf"has {count} panel.s., but got 3 axes"):
         ALL[name](history, axes=list(mine.subplots(1, 3)))
 
 
@@ -168,13 +168,13 @@ def test_a_balancer_names_terms_and_features_and_keeps_its_modes():
     [
         (lambda h: plots.weights_by_class(h, classes=["a"]), "'classes': 1"),
         (lambda h: plots.weights_by_class(torch.rand(3, 2)), "'terms': 0"),
-        (lambda h: plots.weights_by_class(torch.rand(3), terms=["a"]), r"got \(3,\), 3 of them known"),
-        (lambda h: plots.influence_by_class(History(TERMS, classes=2)), r"0 of them known.*feed a History first"),
-        (lambda h: plots.weights_over_time(History(TERMS)), "no step of the history has a 'weights'"),
+        (lambda h: plots.weights_by_class(torch.rand(3), terms=["a"]), r"got \(3,\), 3 of them finite"),
+        (lambda h: plots.influence_by_class(History(TERMS, classes=2)), r"0 of them finite.*add steps to a Hist"),
+        (lambda h: plots.weights_over_time(History(TERMS)), "no step of the history has 'weights'"),
         (lambda h: plots.weights_over_time(h, groups={"x": [3]}), r"not \[3\]"),
-        (lambda h: plots.weights_by_loss(weighting.LossMLP(3, 1), torch.rand(4, 3)), "one or two features, here are 3"),
-        (lambda h: plots.weights_by_loss(weighting.LossMLP(2, 1)), "here are 0 names"),
-        (lambda h: plots.weights_by_loss(weighting.LossMLP(1, 1), torch.rand(4, 1), terms=TERMS), "with 1 weights"),
+        (lambda h: plots.weights_by_loss(weighting.LossMLP(3, 1), torch.rand(4, 3)), "one or two features, got 3"),
+        (lambda h: plots.weights_by_loss(weighting.LossMLP(2, 1)), "got 0 names"),
+        (lambda h: plots.weights_by_loss(weighting.LossMLP(1, 1), torch.rand(4, 1), terms=TERMS), "returns 1 weights"),
         (lambda h: plots.weights_by_loss(weighting.ClassTable(3, 1), torch.rand(4, 2)), "needs batch.targets"),
     ],
 )  # fmt: skip

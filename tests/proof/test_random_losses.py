@@ -42,14 +42,7 @@ def test_every_estimator_is_exact_or_refuses(recipe):
     assert not faults, "\n".join(faults)
 
 
-def wrong_in_torch():
-    """Sparse tensors made of values are not noticed yet."""
-    for name, operation in OPERATIONS.items():
-        if operation.wrong_in_torch:
-            yield pytest.param(name, marks=pytest.mark.xfail if name.startswith("sparse") else ())
-
-
-@pytest.mark.parametrize("name", list(wrong_in_torch()))
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.wrong_in_torch])
 def test_what_torch_gets_wrong_is_right_or_refused(name):
     found = verdicts(Recipe((Stage(name, "both"),), steps=2))
     assert not [v for v in found if v.kind in (*FAULTS, "as torch")]

@@ -22,7 +22,6 @@ RECIPES = {
     "bikd": lambda s, t, o, **k: recipes.bikd(s, t, optimizer=o, **k),
     "learning_to_reweight": lambda s, t, o, **k: recipes.learning_to_reweight(s, optimizer=o, **k),
     "meta_weight_net": lambda s, t, o, **k: recipes.meta_weight_net(s, optimizer=o, **k),
-    "rw_kd": lambda s, t, o, **k: recipes.rw_kd(s, t, optimizer=o, **k),
 }
 LEARNING = sorted({"amal", "auto_lambda", "bikd", "meta_weight_net"})
 
@@ -112,7 +111,7 @@ def test_options_reach_the_balancer(name):
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_what_the_recipe_decides_is_no_option(name):
     model = student()
-    with pytest.raises(MetaKDError, match=rf"recipes\.{name} chooses weighting itself; leave it out"):
+    with pytest.raises(MetaKDError, match=rf"recipes\.{name} sets weighting itself; leave it out"):
         RECIPES[name](model, teacher(), sgd(model), weighting=nn.Linear(1, 1))
 
 
@@ -180,7 +179,7 @@ def test_a_student_with_complex_parameters_has_real_weights(name):
     assert not any(p.is_complex() for p in balancer.weighting.parameters())
 
 
-@pytest.mark.parametrize("name", ["amal", "bikd", "rw_kd"])
+@pytest.mark.parametrize("name", ["amal", "bikd"])
 def test_a_teacher_may_be_a_function(name):
     model, guide = student(), teacher()
     weights = []

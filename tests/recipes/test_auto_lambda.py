@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from metakd import MetaKDError, recipes
-from tests.recipes.by_hand import close, student, train_batch
+from metakd.terms import CrossEntropy, SoftTarget
+from tests.recipes.by_hand import close, hard, meta_batch, soft, step_ahead, student, teacher, train_batch
 
 TASKS = {
     "left": lambda z, batch: (z[:, 0] - batch.targets) ** 2,
@@ -61,3 +62,15 @@ def test_a_primary_task_that_is_none_of_the_terms(primary):
     model = student()
     with pytest.raises(MetaKDError, match="must name one or more of the terms left, right, noise"):
         recipes.auto_lambda(model, TASKS, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), primary=primary)
+
+
+def test_primary_tasks_that_need_the_teacher():
+    model, guide = student(), teacher()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    tasks = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0)}
+    balancer = recipes.auto_lambda(model, tasks, optimizer=sgd, primary=["hard", "soft"], teacher=guide)
+    balancer(train_batch(0), meta_batch(0))
+    (x, y, _), (meta_x, meta_y) = train_batch(0), meta_batch(0)
+    inner = 0.1 * (hard(model(x), y) + soft(model(x), guide(x), 4.0)).mean()
+    z = step_ahead(model, inner, 0.1)(meta_x)
+    close(balancer.report.meta_loss, (hard(z, meta_y) + soft(z, guide(meta_x), 4.0)).mean().detach())

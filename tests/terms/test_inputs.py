@@ -180,7 +180,7 @@ SINGLE = [*LABELED[:1], *(family([1]) for family in COUNTED[:3]), *BOTH, SoftTar
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_single_logit_is_no_classifier(term, label):
     found = message(term, torch.zeros(3, 1), Batch(None, Y + label, torch.zeros(3, 1)))
-    assert "the student has 1 output, and a single logit has no cross-entropy" in found and "another class" in found
+    assert "the student has 1 output, but cross-entropy and divergences need" in found and "other class" in found
     assert "F.binary_cross_entropy_with_logits(" in found
 
 

@@ -205,7 +205,11 @@ def test_default_features_where_they_cannot_be_computed():
     for outputs, batch, why in (
         (torch.zeros(3), Batch(None, torch.zeros(3), torch.zeros(3)), "shape (3,)"),
         (torch.zeros(3, 2), Batch(None, torch.zeros(3, 2), torch.zeros(3, 2)), "torch.float32 of shape (3, 2)"),
-        (torch.zeros(3, 1), Batch(None, labels, torch.zeros(3, 1)), "a single logit has no cross-entropy"),
+        (
+            torch.zeros(3, 1),
+            Batch(None, labels, torch.zeros(3, 1)),
+            "cross-entropy and divergences need logits of at least two",
+        ),
         (torch.zeros(3, 2), Batch(None, labels, [torch.zeros(3, 2)] * 2), "a list of 2 outputs"),
         (torch.zeros(3, 2), Batch(None, labels), "batch.teacher is None"),
     ):

@@ -1,4 +1,4 @@
-"""The update rules of torch.optim, one a file, and which optimizer follows which."""
+"""The update rules of torch.optim, one per file, by optimizer class."""
 
 import torch
 from torch import Tensor
@@ -26,29 +26,17 @@ _NAMED = {
     "RAdam": RADAM,
     "Muon": MUON,
 }
-# By class and not by name, as a subclass may do anything; older torch has no Muon.
+# By class, not by name: a subclass may behave differently. Older torch has no Muon.
 _RULES = {getattr(torch.optim, name): rule for name, rule in _NAMED.items() if hasattr(torch.optim, name)}
 
 _KERNELS = {"foreach", "fused", "capturable", "differentiable"}
-"""Flags that say how an update is computed, and not what it is."""
+"""Flags that choose a kernel and do not change the update."""
 
 _ELSE = "Use inner='sgd', or pass a torchopt GradientTransformation as inner="
 
 
 def rule_of(held: Held) -> tuple[Rule, Group]:
-    """The rule that a group of parameters follows, with its settings at this moment.
-
-    Raises:
-        MetaKDError: no rule follows this optimizer, or one of its flags; or the group has no learning rate.
-
-    Examples:
-        >>> w = torch.nn.Parameter(torch.ones(1))
-        >>> rprop = torch.optim.Rprop([w])
-        >>> rule_of(Held(rprop, 0, rprop.param_groups[0], ["w"]))
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: inner='mirror' cannot follow Rprop; it supports torch.optim.SGD (lr, ...
-    """
+    """Return the rule that a group of parameters follows, with its current settings; raise if no rule fits."""
     kind = type(held.optimizer)
     rule = _RULES.get(kind)
     if rule is None:

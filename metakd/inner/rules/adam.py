@@ -29,5 +29,5 @@ _FLAGS = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgr
 
 ADAM = Rule(_FLAGS, _start, _step)
 
-# In older torch AdamW is a class of its own, whose groups do not say that their decay is decoupled.
+# In older torch AdamW is a separate class, whose groups lack this flag.
 ADAMW = Rule(_FLAGS, _start, _step, ("decoupled_weight_decay",))

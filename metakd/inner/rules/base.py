@@ -1,4 +1,4 @@
-"""What the update rules of torch.optim share."""
+"""Shared by the update rules of torch.optim."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ class Rule(NamedTuple):
 
     Attributes:
         flags: the settings that it follows.
-        start: settings -> name -> (parameter -> the value before its first step), for all that the state holds.
+        start: settings -> name -> (parameter -> initial value), for every entry of the state.
         step: (gradient, parameter, state, settings) -> (what to add to the parameter, new state). Differentiable in
             gradient, parameter and the floating-point tensors of the state; writes to none of them.
-        implied: flags that are on where a group does not hold them.
+        implied: flags that are on if a group does not have them.
     """
 
     flags: tuple[str, ...]
@@ -31,16 +31,16 @@ class Rule(NamedTuple):
 
 
 def none(p: Tensor) -> None:
-    """The start of what is not there before the first step."""
+    """The initial value of an entry that is absent before the first step."""
 
 
 def no_steps(p: Tensor) -> int:
-    """The start of a count of steps."""
+    """The initial value of a count of steps."""
     return 0
 
 
 def descent(g: Tensor, p: Tensor, group: Group) -> Tensor:
-    """The gradient to descend: its sign turned to maximize, with weight decay unless that is decoupled."""
+    """The gradient to descend: negated for maximize, with weight decay unless that is decoupled."""
     if group.get("maximize", False):
         g = -g
     if group["weight_decay"] and not group.get("decoupled_weight_decay", False):
@@ -49,10 +49,7 @@ def descent(g: Tensor, p: Tensor, group: Group) -> Tensor:
 
 
 def moved(direction: Tensor, p: Tensor, group: Group, rate: float | None = None) -> Tensor:
-    """What to add to a parameter: -rate * direction, and -lr * weight_decay * p where the decay is decoupled.
-
-    The rate is the group's lr unless it is given.
-    """
+    """What to add to a parameter: -rate * direction, by default at the group's lr, and decoupled weight decay."""
     lr = group["lr"]
     update = (-lr if rate is None else -rate) * direction
     if group["weight_decay"] and group.get("decoupled_weight_decay", False):

@@ -16,14 +16,10 @@ def orthogonalised(g: Tensor, coefficients: Sequence[float], steps: int, eps: fl
     """Muon's Newton-Schulz iteration, which brings the singular values of a matrix near 1.
 
     From X = g / max(|g|, eps), in the Frobenius norm, each step takes X to a X + (b X X^T + c (X X^T)^2) X.
-    torch rounds to bfloat16 on the way; here the iteration runs in the dtype of g, in float32 at least, so that the two
-    agree to the rounding of bfloat16. Where g is zero the derivative is that of the iteration over eps.
+    torch computes it in bfloat16. Here it runs in the dtype of g, float32 or finer, so both agree to bfloat16 rounding.
+    For g = 0 the derivative is that of the iteration over eps.
 
     Source: Keller Jordan's Muon, as in torch.optim.Muon.
-
-    Examples:
-        >>> orthogonalised(torch.diag(torch.tensor([3.0, 4.0])), (1.5, -0.5, 0.0), steps=10, eps=1e-7)
-        tensor([[1., 0.], [0., 1.]])
     """
     a, b, c = coefficients
     x: Tensor = g.to(torch.promote_types(g.dtype, torch.float32))
@@ -39,8 +35,8 @@ def orthogonalised(g: Tensor, coefficients: Sequence[float], steps: int, eps: fl
 def _start(group: Group) -> dict[str, Callable[[Tensor], Any]]:
     if group["adjust_lr_fn"] not in _RATIOS:
         raise MetaKDError(
-            f"inner='mirror' does not know Muon's adjust_lr_fn={group['adjust_lr_fn']!r}; take one of {list(_RATIOS)}, "
-            "or use inner='sgd'"
+            f"inner='mirror' does not know Muon's adjust_lr_fn={group['adjust_lr_fn']!r}; use one of {list(_RATIOS)}, "
+            "or inner='sgd'"
         )
     return {"momentum_buffer": _zero_matrix}
 
@@ -48,8 +44,8 @@ def _start(group: Group) -> dict[str, Callable[[Tensor], Any]]:
 def _zero_matrix(p: Tensor) -> Tensor:
     if p.ndim != 2:  # the real view of a complex matrix, which Muon's own step refuses
         raise MetaKDError(
-            f"inner='mirror' met a parameter in Muon that is no real matrix, but of shape {tuple(p.shape)} (the last "
-            "dimension of a complex one counts its parts); give it to another optimizer, such as AdamW"
+            f"inner='mirror' met a parameter in Muon that is no real matrix, but of shape {tuple(p.shape)} (a complex "
+            "one has its parts in the last dimension); give it to another optimizer, such as AdamW"
         )
     return torch.zeros_like(p)
 

@@ -11,7 +11,7 @@ from metakd.inner.updates import mean, mean_square, over_root
 
 
 def _one(p: Tensor) -> Tensor:
-    # In torch's own precision, whatever the parameter's, so that it is rounded alike.
+    # In the precision that torch uses for it, whatever the parameter's.
     return torch.ones((), dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)
 
 
