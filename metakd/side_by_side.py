@@ -75,7 +75,7 @@ def compare_passes(objective: Objective) -> Compared | None:
     objective = objective.opening()
     hooks = _Hooks()
     steps = enumerate(objective.batches)
-    passes = [_Pass("the training batch", batch, objective.terms, partial(objective.losses, t=t)) for t, batch in steps]
+    passes = [_Pass("the batch", batch, objective.terms, partial(objective.losses, t=t)) for t, batch in steps]
     passes.append(_Pass("the meta batch", objective.meta_batch, objective.meta_terms, objective.meta_losses))
     with objective.student.untouched() as start:
         reals = _real_passes(objective.student, passes, start, hooks)
@@ -103,9 +103,9 @@ def _real_passes(student: FunctionalStudent, passes: list[_Pass], start: Start, 
     arrays = start.state.large_arrays
     start.state.guard_iterators()
     with _put_back(trained) as kept, _arrays_put_back(arrays) as values, uncompiled(student.module):
-        for t, (_, batch, terms, _) in enumerate(passes):
+        for t, (what, batch, terms, _) in enumerate(passes):
             with hooks, no_parametrization_cache(), _no_autocast_cache():
-                train = TrainPass(student.module, student, as_it_is(batch), terms, start)
+                train = TrainPass(student.module, student, as_it_is(batch), terms, start, what=what)
             if train.float16:
                 return None
             if t == 0:

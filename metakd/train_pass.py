@@ -34,6 +34,7 @@ class TrainPass:
         terms: evaluated on the outputs.
         start: where the pass starts.
         hooked: whether the pass is known to hang hooks on activations.
+        what: the batch's name in errors.
 
     Attributes:
         outputs: of the student.
@@ -60,6 +61,7 @@ class TrainPass:
         start: Start,
         *,
         hooked: bool = False,
+        what: str = "the batch",
     ) -> None:
         self.compiled = bool(compiled_parts(student))
         self._variables = functional.trainable()
@@ -85,7 +87,7 @@ class TrainPass:
             self.outputs = call(student, batch.inputs)
             # Gradients are below float16's range unless a scaler lifts them, which the user's own backward pass may.
             self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
-            self.losses = checked_losses(terms, self.outputs, batch, "the batch", finite=not self.float16)
+            self.losses = checked_losses(terms, self.outputs, batch, what, finite=not self.float16)
         self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
         start.state.check_written()
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Tally:
-    """A list out of reach: objects of torch's own are not looked into."""
+    """A list out of reach: objects of other packages are not looked into."""
 
     __module__ = "torch"
 

@@ -16,6 +16,7 @@ from metakd.estimators.hypergradient import build_problem
 from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import LossMLP, Rectified
 from tests.estimators.problems import RULES, Bilevel, relative
+from tests.slow import slow_but
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class Scaled:
         return right._replace(gradient=wrong)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", slow_but(["momentum"], RULES))
 @pytest.mark.parametrize(("steps", "estimator"), [(1, OneStep()), (1, OneStep("reverse")), (3, None)])
 def test_what_is_right_passes(rule, steps, estimator):
     problem = Bilevel(rule=rule, steps=steps, unused=True, direct=steps == 3)
@@ -243,7 +243,7 @@ def assert_same(a, b):
         assert a == b
 
 
-@pytest.mark.parametrize("inner", ["sgd", "mirror"])
+@pytest.mark.parametrize("inner", slow_but(["mirror"], ["sgd", "mirror"]))
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize(("steps", "estimator"), [(1, OneStep()), (1, OneStep("reverse")), (3, Unroll())])
 def test_a_balancer_in_float32_passes_and_stays_as_it_was(inner, optimizer, steps, estimator):

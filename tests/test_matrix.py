@@ -17,6 +17,15 @@ from tests.slow import slow_but
 from tests.zoo import QUIET, ZOO, meet
 
 pytestmark = QUIET
+COMMON = (
+    "dropout",
+    "batch_norm",
+    "tied_embedding",
+    "lstm_dropout",
+    "multihead_attention",
+    "moving_centre",
+    "unused_and_frozen",
+)
 TERMS = {"hard": terms.CrossEntropy(), "smooth": terms.CrossEntropy(label_smoothing=0.3)}
 
 
@@ -104,7 +113,7 @@ def test_every_cell_agrees_or_says_why_not(name, rule):
             assert error <= tolerance, f"{estimator} with K = {steps}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].true_slope])
+@pytest.mark.parametrize("name", slow_but(COMMON, [name for name in ZOO if ZOO[name].true_slope]))
 def test_unroll_agrees_with_finite_differences(name):
     student, batch, meta_batch = meet(name)
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.05, eps=1e-3)
@@ -152,7 +161,7 @@ def test_one_step_falls_back_to_reverse_mode_with_one_warning():
         balancer(batch, meta_batch)
 
 
-@pytest.mark.parametrize("name", slow_but(("linear", "dropout", "batch_norm"), ZOO))
+@pytest.mark.parametrize("name", slow_but(COMMON[:3], ZOO))
 def test_both_implicit_solvers_agree(name):
     """Far from an optimum, where the damping carries the system; see test_implicit.py for optima."""
     (cg,), (neumann,) = (

@@ -17,6 +17,7 @@ from metakd import Batch, BilevelLossBalancer, MetaKDError, estimators
 from metakd.kernels import differentiable_kernels
 from metakd.terms import CrossEntropy, SoftTarget
 from tests.distributed.pair import Pair
+from tests.slow import slow_but
 from tests.tally import Tally
 from tests.zoo import CHECKPOINTS_HAVE_FORWARD_MODE, QUIET, TwoLevels
 
@@ -129,7 +130,7 @@ def test_hypergradients_are_float32s(name, dtype, lr):
 
 
 @pytest.mark.parametrize("options", [dict(accumulate=5), dict(every=2), dict(inner="mirror")], ids=str)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(["mlp"], NETS))
 def test_in_a_run_too(name, options):
     expected, found = (hypergradients(name, dtype, calls=4, **options) for dtype in (None, BF16))
     assert distance(found[0], expected[0]) < 0.1  # the students have gone apart by three steps in bfloat16
@@ -140,7 +141,7 @@ def test_in_a_run_too(name, options):
     "estimator", [estimators.Adjoint(), estimators.Unroll(), estimators.Adjoint("forward")], ids=str
 )
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(["mlp"], NETS))
 def test_through_several_steps(name, dtype, estimator):
     student, teacher, optimizer, batches = setting(name)
     balancer = build(student, teacher, optimizer, estimator=estimator)
@@ -300,7 +301,7 @@ def test_weight_models_see_float32(pure, dtype):
 
 @pytest.mark.parametrize("options", [{}, dict(accumulate=3, inner="mirror")], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(["mlp"], NETS))
 def test_half_precision_students_look_ahead_in_float32(name, dtype, options):
     student, teacher, optimizer, batches = setting(name, cast=dtype)
     options = {**options, "estimator": estimators.Adjoint()}

@@ -93,23 +93,26 @@ def assert_exact_or_refused(composed, estimator, expected):
     assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-11, estimator
 
 
+STEPS = pytest.mark.parametrize(("steps", "estimators"), [(1, ONE), pytest.param(2, SEVERAL, marks=pytest.mark.slow)])
+
+
+@STEPS
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_with_the_meta_parameters_before_it(name):
-    for steps, estimators in ((1, ONE), (2, SEVERAL)):
-        composed = Composed(name, steps=steps)
-        expected = composed.differences()
-        assert expected.any(), "nothing is tested"
-        for estimator in estimators:
-            assert_exact_or_refused(composed, estimator, expected)
+def test_every_operation_with_the_meta_parameters_before_it(name, steps, estimators):
+    composed = Composed(name, steps=steps)
+    expected = composed.differences()
+    assert expected.any(), "nothing is tested"
+    for estimator in estimators:
+        assert_exact_or_refused(composed, estimator, expected)
 
 
+@STEPS
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_with_the_meta_parameters_before_it(name):
-    for steps, estimators in ((1, ONE), (2, SEVERAL)):
-        composed = Composed(loss=name, steps=steps)
-        expected = composed.differences()
-        for estimator in estimators:
-            assert_exact_or_refused(composed, estimator, expected)
+def test_every_loss_with_the_meta_parameters_before_it(name, steps, estimators):
+    composed = Composed(loss=name, steps=steps)
+    expected = composed.differences()
+    for estimator in estimators:
+        assert_exact_or_refused(composed, estimator, expected)
 
 
 @pytest.mark.parametrize("name", sorted(ONCE))

@@ -16,6 +16,7 @@ from metakd.batch import tensors
 from metakd.estimators import OneStep, Unroll
 from metakd.estimators.subset import matching
 from tests.estimators.problems import RULES, Bilevel, problems, relative, step
+from tests.slow import slow_but
 from tests.zoo import QUIET, ZOO, meet
 
 MODES = ("auto", "forward", "reverse")
@@ -134,7 +135,7 @@ def balanced(student, estimator, **options):
 
 @pytest.mark.filterwarnings("ignore:.*no forward-mode derivative")
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("share", slow_but([0.5], [0.5, 0.8]))
 @pytest.mark.parametrize("name", ZOO)
 def test_animals_agree_with_themselves_frozen(name, share, accumulate):
     """Influences, losses and the user's gradients: those of the frozen animal, and of the whole one."""

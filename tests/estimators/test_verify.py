@@ -18,6 +18,7 @@ from metakd.estimators import (
 )
 from metakd.estimators.estimate import is_exact
 from tests.estimators.problems import RULES, Bilevel, Cube, relative
+from tests.slow import slow_but
 
 X, Y = (torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -45,7 +46,7 @@ def test_forward_mode_by_name_is_compared(dtype):
     assert relative(wrong.gradient, normalised(OneStep(), dtype=dtype).gradient) > 0.5
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", slow_but(("momentum", "clip, adam"), RULES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("verify", [None, True])
 def test_what_is_right_passes(rule, dtype, verify):
