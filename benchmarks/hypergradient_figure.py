@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.numbers import Content, entries, memory, per_step
-from metakd.plots._drawing import new_figure, plain_log_ticks
+from metakd.monitor.plots._drawing import new_figure, plain_log_ticks
 
 # Okabe and Ito's palette; metakd's methods have full lines.
 STYLES = {

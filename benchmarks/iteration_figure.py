@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.common.loops import METHODS, PERIOD
 from benchmarks.common.numbers import Content, entries, memory, per_iteration
-from metakd.plots._drawing import new_figure
+from metakd.monitor.plots._drawing import new_figure
 
 # Okabe and Ito's palette.
 PLAIN, METAKD, PEERS = "#999999", "#D55E00", "#0072B2"

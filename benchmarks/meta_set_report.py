@@ -11,7 +11,7 @@ from benchmarks.common.numbers import Content
 from benchmarks.common.quick import DIGITS
 from benchmarks.longtail import methods
 from benchmarks.longtail.fixed import Fixed
-from metakd.plots._drawing import MARKERS, TERMS, new_figure
+from metakd.monitor.plots._drawing import MARKERS, TERMS, new_figure
 
 TEXT = """\
 # How large a meta set, and how often a step

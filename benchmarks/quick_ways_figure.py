@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.common.numbers import Content, entries, find, per_iteration
 from benchmarks.common.quick import WAYS
-from metakd.plots._drawing import MARKERS, TERMS, new_figure
+from metakd.monitor.plots._drawing import MARKERS, TERMS, new_figure
 
 STYLES = {name: (TERMS[i % len(TERMS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(WAYS)}
 

@@ -1,16 +1,21 @@
 """metakd: learn, by exact meta-gradients, how much each loss term counts for each training sample."""
 
-from metakd import constraints, estimators, plots, recipes, terms, weighting
+import sys
+
+from metakd import constraints, estimators, recipes, terms, weighting
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
 from metakd.check import check_hypergradient
-from metakd.doctor import Diagnosis, diagnose
 from metakd.errors import MetaKDError
 from metakd.estimators import Hypergradient, hypergradient
-from metakd.history import History
-from metakd.learned import learned_weights
+from metakd.monitor import plots, tensorboard
+from metakd.monitor.doctor import Diagnosis, diagnose
+from metakd.monitor.history import History
+from metakd.monitor.learned_weights import learned_weights
 from metakd.report import Report
 from metakd.validation import Finding, validate
+
+sys.modules.update({f"{__name__}.plots": plots, f"{__name__}.tensorboard": tensorboard})  # as modules of their own
 
 __version__ = "0.1.0"
 
@@ -31,6 +36,7 @@ __all__ = [
     "learned_weights",
     "plots",
     "recipes",
+    "tensorboard",
     "terms",
     "validate",
     "weighting",

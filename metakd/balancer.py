@@ -12,30 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakd._basics.positive_int import positive_int
+from metakd._call.arguments import check_parts, check_teacher, default_weighting, validated
+from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
+from metakd._call.objective import Objective, weighted_mean
+from metakd._call.ranks import Ranks, checksum
+from metakd._call.read import read_batch
+from metakd._call.rollback import Snapshot, all_or_nothing
+from metakd._call.saved_state import check_balancer_state, loading
+from metakd._call.train_pass import TrainPass
+from metakd._call.weight_step import WeightingStep
+from metakd._proof.proofs import Proofs
+from metakd._virtual.functional import FunctionalStudent, Start
+from metakd._virtual.precision import as_written
+from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, as_it_is, endless
-from metakd.checked import checked_losses, evaluate_weights, not_finite
-from metakd.checkpoint import check_balancer_state, loading
-from metakd.distributed import Ranks, checksum
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import WeightedLosses, unchanged
-from metakd.features import Features, evaluate_features, own_losses, student_and_teacher
 from metakd.inner import GradientTransformation, Params, inner_optimizer, learning_rate, param_groups
 from metakd.inner.groups import Optimizers
-from metakd.objective import Objective, weighted_mean
-from metakd.parts import check_parts, check_teacher, default_weighting, validated
-from metakd.precision import as_written
-from metakd.proof import Proofs
-from metakd.reader import read_batch
 from metakd.report import Report
-from metakd.student import FunctionalStudent, Start
-from metakd.teacher import Teacher
 from metakd.terms import CrossEntropy, Term, named
-from metakd.train_pass import TrainPass
-from metakd.transaction import Snapshot, all_or_nothing
-from metakd.weighting.base import positive_int
-from metakd.weighting_step import WeightingStep
+from metakd.weighting.features import Features, evaluate_features, own_losses, student_and_teacher
 
 
 class BilevelLossBalancer:

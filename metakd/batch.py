@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from metakd._basics.nest import map_tensors, tensors
+from metakd._basics.sizes import UndecidedError, decided, described, is_integer
 from metakd.errors import MetaKDError
-from metakd.nest import map_tensors, tensors
-from metakd.sizes import UndecidedError, decided, described, is_integer
 
 __all__ = [
     "Batch",

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from metakd.batch_norm import batch_norm
+from metakd._virtual.batch_norm import batch_norm
 
 
 def tensors(shape, seed):
@@ -130,7 +130,7 @@ def test_a_single_value_a_channel_raises_as_torch_does():
 
 
 def test_virtual_passes_use_it():
-    from metakd.kernels import differentiable_kernels
+    from metakd._virtual.kernels import differentiable_kernels
 
     module = torch.nn.BatchNorm2d(2).double()
     x, tangent = tensors((3, 2, 4, 4), 0)

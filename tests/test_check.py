@@ -12,7 +12,7 @@ from torch import nn
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient
 from metakd.batch import tensors
 from metakd.estimators import OneStep, Unroll
-from metakd.estimators.hypergradient import build_problem
+from metakd.estimators.bilevel import build_problem
 from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import LossMLP, Rectified
 from tests.estimators.problems import RULES, Bilevel, relative

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from metakd.finite_differences import derivative
+from metakd.check.finite_differences import derivative
 
 NUMBER = st.floats(-3, 3)
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from metakd.graph import graph_leaves
-from metakd.handover import hand_over
+from metakd._autodiff import graph_leaves
+from metakd._call.known_gradient import hand_over
 
 
 def test_leaves_are_all_that_ask_for_gradients_each_once():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from metakd import MetaKDError
-from metakd.kernels import compiled_parts, differentiable_kernels
+from metakd._virtual.kernels import compiled_parts, differentiable_kernels
 
 BACKENDS = (torch.backends.mkldnn, torch.backends.cudnn)
 

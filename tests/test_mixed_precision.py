@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, estimators
-from metakd.kernels import differentiable_kernels
+from metakd._virtual.kernels import differentiable_kernels
 from metakd.terms import CrossEntropy, SoftTarget
 from tests.distributed.pair import Pair
 from tests.slow import slow_but

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from metakd import Batch, MetaKDError
-from metakd.nest import map_tensors, tensors
+from metakd._basics.nest import map_tensors, tensors
 
 X, Y = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 2, 0])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metakd import BilevelLossBalancer, check_hypergradient, diagnose, estimators, learned_weights, terms
-from metakd.calling import call
+from metakd._basics.module_call import call
 from tests.zoo import QUIET, ZOO, meet
 
 pytestmark = QUIET

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from metakd import Batch, MetaKDError
+from metakd._basics.module_call import call
+from metakd._call.read import read_batch
+from metakd._virtual.functional import FunctionalStudent
 from metakd.batch import as_batch
-from metakd.calling import call
-from metakd.reader import read_batch
-from metakd.student import FunctionalStudent
 from metakd.terms import CrossEntropy, SoftTarget
 
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metakd import BilevelLossBalancer, MetaKDError, estimators, weighting
-from metakd.rng import RngState
+from metakd._basics.rng import RngState
 from metakd.terms import CrossEntropy, SoftTarget
 from tests.docs.pages import execute
 from tests.test_no_trace import assert_same

@@ -8,7 +8,7 @@ import numpy
 import torch
 from hypothesis import given
 
-from metakd.rng import RngState
+from metakd._basics.rng import RngState
 
 
 def draws():

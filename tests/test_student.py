@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, terms
-from metakd.calling import call
-from metakd.student import FunctionalStudent, unwrap
+from metakd._basics.module_call import call
+from metakd._virtual.functional import FunctionalStudent, unwrap
 from tests.slow import slow_but
 from tests.tally import Tally
 from tests.zoo import CHECKPOINTS_HAVE_FORWARD_MODE, ZOO, meet

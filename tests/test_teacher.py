@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from metakd import MetaKDError
-from metakd.parts import check_teacher
-from metakd.teacher import in_eval_mode, teacher_outputs
+from metakd._call.arguments import check_teacher
+from metakd._virtual.teacher import in_eval_mode, teacher_outputs
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 

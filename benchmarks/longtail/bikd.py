@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from benchmarks.longtail.setting import Setting
 from metakd import Batch, BilevelLossBalancer, recipes
-from metakd.features import Features, student_and_teacher
 from metakd.recipes.base import hard_and_soft
 from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import ClassAware, Normalised
+from metakd.weighting.features import Features, student_and_teacher
 
 
 def bikd(*, faster: float = 1.0, **options: Any) -> Callable[[Setting], BilevelLossBalancer]:

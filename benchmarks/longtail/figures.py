@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.longtail import methods, snapshots
 from metakd import plots
-from metakd.history import History
 from metakd.longtail import group_classes
 from metakd.longtail import plots as of_longtail
+from metakd.monitor.history import History
 
 BY_CLASS = ("ce", "kd", "bskd", "mixture", "bikd", "bikd-k5-inputs", "best")
 LEARNED = ("bikd", "bikd-k5-inputs", "best")

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from benchmarks.longtail.presets import Preset
 from metakd import Batch, BilevelLossBalancer
 from metakd.recipes.base import adam, beside
-from metakd.recipes.bikd import hidden_layers
 from metakd.terms import Term
 from metakd.weighting import LossMLP
 
@@ -41,8 +40,8 @@ class Setting(NamedTuple):
         return BilevelLossBalancer(self.student, terms, weighting_optimizer=optimizer, **parts)
 
     def network(self, inputs: int) -> LossMLP:
-        """BiKD's weight model of two terms."""
-        return LossMLP(inputs, 2, hidden=hidden_layers(len(self.counts)))
+        """BiKD's weight model of two terms, with as many layers as its authors recommend."""
+        return LossMLP(inputs, 2, hidden=(64,) if len(self.counts) < 100 else (64, 64))
 
 
 class Objective(Protocol):

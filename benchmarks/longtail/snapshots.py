@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 from metakd import BilevelLossBalancer, learned_weights, plots
-from metakd.features import student_and_teacher
 from metakd.weighting import LossMLP
+from metakd.weighting.features import student_and_teacher
 
 Snapshot = Mapping[str, Any]
 

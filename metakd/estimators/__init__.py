@@ -1,8 +1,8 @@
 """Hypergradient estimators, one a file, and `hypergradient` in front of them."""
 
 from metakd.estimators.adjoint import Adjoint
+from metakd.estimators.bilevel import hypergradient
 from metakd.estimators.finite_difference import FiniteDifference
-from metakd.estimators.hypergradient import hypergradient
 from metakd.estimators.identity_jacobian import IdentityJacobian
 from metakd.estimators.implicit import Implicit
 from metakd.estimators.memory import Memory

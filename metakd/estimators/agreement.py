@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, NoSecondDerivative, filled, gradients, leaves, norm
+from metakd._autodiff import Gradients, NoSecondDerivative, filled, gradients, leaves, norm
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, checked_scalar
 from metakd.estimators.tolerance import CANCELLED, tolerance, tolerance_of

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from metakd._autodiff import Gradients, filled
 from metakd.batch import map_tensors
-from metakd.derivatives import Gradients, filled
 from metakd.errors import MetaKDError
 from metakd.estimators.links import missing_link
 from metakd.estimators.problem import Problem

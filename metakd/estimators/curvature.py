@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metakd.derivatives import NoSecondDerivative, reject_marked
-from metakd.graph import graph_nodes
+from metakd._autodiff import NoSecondDerivative, graph_nodes, reject_marked
 
 
 def twice_differentiable(loss: Callable[[], Tensor], seen: set[Any] | None = None) -> Tensor:

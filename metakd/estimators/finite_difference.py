@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, gradients, in_both, leaves
+from metakd._autodiff import Gradients, gradients, in_both, leaves
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, WeightedLosses
 from metakd.estimators.result import Hypergradient

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, added, filled, graph_gradients, leaves, second_order_gradients, slope
+from metakd._autodiff import Gradients, added, filled, graph_gradients, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable

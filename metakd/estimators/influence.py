@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metakd.derivatives import Gradients, gradients
+from metakd._autodiff import Gradients, gradients
 from metakd.errors import MetaKDError
 from metakd.estimators.dual import dual_numbers, duals
 from metakd.estimators.problem import WeightedLosses

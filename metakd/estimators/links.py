@@ -3,11 +3,10 @@
 from functools import partial
 from typing import Any
 
+from metakd._autodiff import Gradients, NoSecondDerivative, graph_gradients, graph_nodes, leaves
 from metakd.batch import tensors
-from metakd.derivatives import Gradients, NoSecondDerivative, graph_gradients, leaves
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.problem import Problem
-from metakd.graph import graph_nodes
 from metakd.inner import Params
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metakd.derivatives import (
+from metakd._autodiff import (
     Gradients,
     NoSecondDerivative,
     first_line,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, added, dense, filled, gradients, in_both, leaves
+from metakd._autodiff import Gradients, added, dense, filled, gradients, in_both, leaves
 from metakd.errors import MetaKDError
 from metakd.estimators.memory import Memory
 from metakd.estimators.result import Hypergradient

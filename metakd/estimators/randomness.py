@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from metakd.rng import RngState
+from metakd._basics.rng import RngState
 
 
 class Replay:

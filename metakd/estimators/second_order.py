@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from metakd.derivatives import (
+from metakd._autodiff import (
     Gradients,
     NoSecondDerivative,
     first_line,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metakd.graph import graph_nodes
+from metakd._autodiff import graph_nodes
 
 CANCELLED = 1 / 100
 """Of a tolerance: what is left of it where an inner product cancels, relative to the lengths of the two vectors.

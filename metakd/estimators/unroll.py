@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from metakd.derivatives import added, filled, graph_gradients, in_both, leaves, second_order_gradients, slope
+from metakd._autodiff import added, filled, graph_gradients, graph_nodes, in_both, leaves, second_order_gradients, slope
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.problem import NO_BATCHES, Problem
 from metakd.estimators.result import Hypergradient
-from metakd.graph import graph_nodes
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metakd.derivatives import Gradients, gradients, leaves, norm
+from metakd._autodiff import Gradients, gradients, leaves, norm
 from metakd.estimators.influence import influence
 from metakd.estimators.problem import Problem
 from metakd.estimators.tolerance import CANCELLED, as_share, tolerance_of

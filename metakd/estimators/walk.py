@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakd._autodiff import Gradients, added, filled, leaves
 from metakd.batch import map_tensors, tensors
-from metakd.derivatives import Gradients, added, filled, leaves
 from metakd.estimators.answer import answer
 from metakd.estimators.problem import Problem
 from metakd.estimators.result import Hypergradient

@@ -8,7 +8,7 @@ between them, `repaired` fixes errors of TorchOpt's transformations, and `apply`
 
 from torchopt.base import GradientTransformation
 
-from metakd.derivatives import Params
+from metakd._autodiff import Params
 from metakd.inner.choose import inner_optimizer
 from metakd.inner.groups import learning_rate, optimizers, param_groups
 from metakd.inner.linear_solvers import conjugate_gradient, neumann_series

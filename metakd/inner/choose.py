@@ -2,7 +2,7 @@
 
 from torchopt.base import GradientTransformation
 
-from metakd.derivatives import Params
+from metakd._autodiff import Params
 from metakd.errors import MetaKDError
 from metakd.inner.groups import Optimizers, held_groups
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metakd.derivatives import Params
+from metakd._autodiff import Params
 from metakd.errors import MetaKDError
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]

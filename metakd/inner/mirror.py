@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from metakd.derivatives import Params
+from metakd._autodiff import Params
 from metakd.inner.groups import Optimizers, held_groups, required_rate
 from metakd.inner.real import as_real
 from metakd.inner.repaired import own

@@ -4,7 +4,7 @@ from typing import Any
 
 from torchopt.base import GradientTransformation
 
-from metakd.derivatives import Gradients, Params
+from metakd._autodiff import Gradients, Params
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from metakd.checkpoint import check_keys, check_kind, check_state, loading
+from metakd._basics.rng import RngState
+from metakd._call.optimizer_state import check_optimizer_state, load_optimizer_state
+from metakd._call.saved_state import check_keys, check_kind, check_state, loading
 from metakd.errors import MetaKDError
-from metakd.optimizer_state import check_optimizer_state, load_optimizer_state
-from metakd.rng import RngState
 
 
 class Stateful(Protocol):

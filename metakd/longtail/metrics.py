@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metakd._virtual.teacher import in_eval_mode
 from metakd.errors import MetaKDError
 from metakd.longtail._torchvision import import_torchvision
-from metakd.teacher import in_eval_mode
 from metakd.terms.counts import thirds
 
 _FIELD_RULE = "many: over 100 training images, medium: 20 to 100, few: under 20"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metakd.plots._drawing import draw_by_class, draw_counts, finish, name_classes, new_figure, plain_log_ticks
+from metakd.monitor.plots._drawing import draw_by_class, draw_counts, finish, name_classes, new_figure, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

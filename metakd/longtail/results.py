@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from metakd import plots
-from metakd.learned import LearnedWeights
 from metakd.longtail.batches import LongTailed
 from metakd.longtail.checkpoint import write_atomically
 from metakd.longtail.metrics import Scores, group_classes
 from metakd.longtail.plots import class_accuracy, training_curves
+from metakd.monitor.learned_weights import LearnedWeights
 
 _PACKAGES = ("metakd", "torch", "torchopt", "torchvision", "torchmetrics", "scikit-learn")
 _COLUMNS = ("overall", "many", "medium", "few")

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from metakd._virtual.teacher import Teacher
 from metakd.balancer import BilevelLossBalancer
 from metakd.errors import MetaKDError
 from metakd.estimators import OneStep
 from metakd.recipes.base import beside, configured, hard_and_soft, rate
-from metakd.teacher import Teacher
 from metakd.weighting import SampleTable
 
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from metakd._call.arguments import weighting_dtype
 from metakd.balancer import BilevelLossBalancer
 from metakd.errors import MetaKDError
-from metakd.parts import weighting_dtype
 from metakd.terms import CrossEntropy, SoftTarget, Term
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from metakd._basics.positive_int import positive_int
+from metakd._virtual.teacher import Teacher
 from metakd.balancer import BilevelLossBalancer
-from metakd.features import student_and_teacher
 from metakd.recipes.base import adam, beside, configured, hard_and_soft
-from metakd.teacher import Teacher
 from metakd.weighting import LossMLP
-from metakd.weighting.base import positive_int
+from metakd.weighting.features import student_and_teacher
 
 
 def bikd(

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from metakd.balancer import BilevelLossBalancer
-from metakd.features import own_losses
 from metakd.recipes.base import adam, beside, configured
 from metakd.terms import CrossEntropy
 from metakd.weighting import LossMLP, Normalised
+from metakd.weighting.features import own_losses
 
 
 def meta_weight_net(

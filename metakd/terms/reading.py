@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.sizes import is_integer
 
 
 def logits(outputs: Any) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
+from metakd._virtual.functional import unwrap
 from metakd.estimators import Estimator
 from metakd.inner.groups import Optimizers
-from metakd.student import unwrap
 
 Level = Literal["error", "warning", "note"]
 

@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from metakd._virtual.functional import unwrap
+from metakd._virtual.kernels import compiled_parts
 from metakd.estimators import FiniteDifference, OneStep
-from metakd.kernels import compiled_parts
-from metakd.student import unwrap
 from metakd.validation.finding import HANDLED, Finding, Subject, places
 from metakd.validation.processes import world_size
 

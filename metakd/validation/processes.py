@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from metakd.student import data_parallel
+from metakd._virtual.functional import data_parallel
 from metakd.validation.finding import Finding, Subject, listed
 
 

@@ -1,11 +1,10 @@
-"""Shared by the weight models: maps from free numbers to weights, and checks of arguments."""
+"""Shared by the weight models: maps from free numbers to weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +56,3 @@ def shares(values: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Divide values by their sum over some dimensions; zero where the sum is zero."""
     total = values.sum(dim=dim, keepdim=True)
     return values / torch.where(total > 0, total, 1.0)
-
-
-def positive_int(value: int, name: str) -> int:
-    """Return the value if it is an integer of at least 1, or raise."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
-        raise MetaKDError(f"{name} is {value!r}, but must be an integer of at least 1")
-    return index(value)

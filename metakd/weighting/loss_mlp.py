@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakd._basics.positive_int import positive_int
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.weighting.base import output_map, positive_int
+from metakd.weighting.base import output_map
 
 
 class LossMLP(nn.Module):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metakd._basics.positive_int import positive_int
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.weighting.base import positive_int, shares
+from metakd.weighting.base import shares
 
 
 class Rectified(nn.Module):

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakd._basics.positive_int import positive_int
+from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.sizes import is_integer
 from metakd.terms.reading import check_range
-from metakd.weighting.base import output_map, positive_int, starting_point
+from metakd.weighting.base import output_map, starting_point
 
 
 class _Table(nn.Module):

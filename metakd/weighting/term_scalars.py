@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metakd._basics.positive_int import positive_int
 from metakd.batch import Batch
-from metakd.weighting.base import output_map, positive_int, starting_point
+from metakd.weighting.base import output_map, starting_point
 
 
 class TermScalars(nn.Module):

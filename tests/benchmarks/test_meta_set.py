@@ -19,7 +19,7 @@ from benchmarks.longtail import methods
 from benchmarks.longtail.setting import Setting
 from benchmarks.longtail.train import Cell, Where, data_of, network, optimizer_of
 from metakd import Batch
-from metakd.features import student_and_teacher
+from metakd.weighting.features import student_and_teacher
 
 CELL = {"seed": 0, "epochs": 1, "sizes": [1, 3], "methods": ["kd", "bikd"]}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metakd import Batch, BilevelLossBalancer
-from metakd.finite_differences import derivative
+from metakd.check.finite_differences import derivative
 from metakd.terms import CrossEntropy
 from metakd.weighting import TermScalars
 

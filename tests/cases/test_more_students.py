@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, hypergradient
-from metakd.calling import call
-from metakd.finite_differences import derivative
+from metakd._basics.module_call import call
+from metakd.check.finite_differences import derivative
 from metakd.longtail._torchvision import import_torchvision
 from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import TermScalars

@@ -19,7 +19,8 @@ ENTRY = re.compile(r"^::: (\S+)\n(?:    options:\n      members: \[([^\]]*)\])?"
 
 def public():
     """Dotted name -> object, each object once."""
-    subpackages = [f"metakd.{found.name}" for found in iter_modules(metakd.__path__) if found.ispkg]
+    found = [module.name for module in iter_modules(metakd.__path__) if module.ispkg]
+    subpackages = [f"metakd.{name}" for name in found if not name.startswith("_")]
     names = [f"{package}.{name}" for package in ("metakd", *subpackages) for name in import_module(package).__all__]
     for module in map(import_module, WITHOUT_ALL):
         own = [

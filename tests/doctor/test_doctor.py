@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metakd import BilevelLossBalancer, MetaKDError, diagnose, estimators, terms, weighting
-from metakd.doctor.numbers import _signal
+from metakd.monitor.doctor.numbers import _signal
 from tests.slow import slow_but
 from tests.test_no_trace import assert_same, set_up, trace_of
 from tests.zoo import QUIET, ZOO

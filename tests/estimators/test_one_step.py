@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakd import MetaKDError, hypergradient
 from metakd.estimators import OneStep, Unroll
-from metakd.estimators.hypergradient import build_problem
+from metakd.estimators.bilevel import build_problem
 from tests.estimators.problems import RULES, Bilevel, Cube, assert_slope, problems, relative
 from tests.zoo import NoForwardMode
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import torchopt
 
 from metakd import MetaKDError, check_hypergradient, hypergradient
+from metakd._basics.rng import RngState
 from metakd.estimators import Adjoint, FiniteDifference, IdentityJacobian, Implicit, OneStep, Truncated, Unroll
-from metakd.rng import RngState
 from tests.estimators.problems import relative
 
 DOUBLE = torch.float64

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from metakd import MetaKDError, hypergradient
 from metakd.estimators import Unroll
-from metakd.estimators.hypergradient import build_problem
+from metakd.estimators.bilevel import build_problem
 from tests.estimators.problems import RULES, Bilevel, assert_slope, problems, relative
 
 

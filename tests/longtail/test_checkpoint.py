@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR, StepLR
 
+from metakd._basics.rng import RngState
 from metakd.errors import MetaKDError
 from metakd.longtail import Checkpoint, fresh_folder
 from metakd.longtail.checkpoint import write_atomically
-from metakd.rng import RngState
 from tests.test_no_trace import assert_same
 
 

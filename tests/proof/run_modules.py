@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError
+from metakd.check.finite_differences import slope_at_zero
 from metakd.estimators import Adjoint, Estimator, OneStep, Unroll
-from metakd.finite_differences import slope_at_zero
 from tests.cases.real_steps import LR, SEED, Setup, balanced, data
-from tests.proof.modules import INGREDIENTS, Parts, walk_parts
+from tests.proof.students.all import INGREDIENTS, Parts, walk_parts
 
 FAULTS = ("wrong", "raised", "changed", "gradient", "alarm")
 

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from metakd.estimators import OneStep, Unroll
-from tests.proof import modules
 from tests.proof import run_modules as proof
-from tests.proof.modules import INGREDIENTS
 from tests.proof.run_modules import FAULTS, Recipe, drawn, verdicts
+from tests.proof.students import hooks
+from tests.proof.students.all import INGREDIENTS
 
 EXAMPLES = int(os.environ.get("METAKD_PROOF_EXAMPLES", "40"))
 REFUSED = (
@@ -33,8 +33,8 @@ REFUSED = (
 @pytest.fixture(autouse=True)
 def no_hook_of_all_modules_stays():
     yield
-    if modules._GLOBAL_HOOK is not None:
-        modules._GLOBAL_HOOK.remove()
+    if hooks._GLOBAL_HOOK is not None:
+        hooks._GLOBAL_HOOK.remove()
 
 
 def faults(recipe):

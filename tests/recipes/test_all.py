@@ -9,9 +9,9 @@ from torch import nn
 
 import metakd
 from metakd import MetaKDError, check_hypergradient, estimators, recipes
-from metakd.parts import default_weighting
+from metakd._call.arguments import default_weighting
+from metakd._virtual.functional import FunctionalStudent
 from metakd.recipes.base import beside
-from metakd.student import FunctionalStudent
 from metakd.terms import CrossEntropy
 from tests.recipes.by_hand import SAMPLES, meta_batch, student, teacher, train_batch
 

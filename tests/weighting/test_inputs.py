@@ -6,7 +6,6 @@ from torch import nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.features import evaluate_features, student_and_teacher
 from metakd.weighting import (
     ClassAware,
     ClassTable,
@@ -18,6 +17,7 @@ from metakd.weighting import (
     TermScalars,
     entropies,
 )
+from metakd.weighting.features import evaluate_features, student_and_teacher
 
 X = torch.zeros(3, 1)
 

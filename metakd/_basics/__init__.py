@@ -1,0 +1,1 @@
+"""What every room uses: nests of tensors, their sizes, calling a module, generators, checks of numbers."""

@@ -1,0 +1,185 @@
+"""Several processes that train one student: what they agree on, and the means that they take together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from metakd._autodiff import Gradients
+from metakd._virtual.functional import data_parallel
+from metakd.errors import MetaKDError
+from metakd.estimators.problem import Mean, unchanged
+from metakd.inner import Params
+
+_LENGTH = 256  # bytes of what a rank says
+
+
+class Ranks:
+    r"""The processes whose gradients a student's `DistributedDataParallel` averages; without that wrapper, this one.
+
+    The inner and the outer loss of the R ranks' common problem are means of those that the ranks have for their own
+    batches, so that every gradient of it is a mean as well:
+
+    $$\nabla_\theta\, \mathrm{inner} = \frac{1}{R} \sum_{r=1}^{R} \nabla_\theta\, \mathrm{inner}_r.$$
+
+    With batches of one size on all ranks it is the problem of one process on the joined batch. (Samples that the model
+    itself relates, as BatchNorm does, meet those of their own rank only.)
+
+    No rank waits in vain: before each collective operation the ranks tell each other, in a message of fixed size, where
+    they are. One that raised inside `together()` says so instead, and where they differ all raise.
+
+    Args:
+        student: the student, wrappers included.
+
+    Examples:
+        >>> ranks = Ranks(nn.Linear(2, 2))
+        >>> ranks.several, ranks.mean is unchanged
+        (False, True)
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._wrapper = data_parallel(student)
+        self._told = False
+        self.mean: Mean = self._mean if self.several else unchanged
+        if self._wrapper is not None:
+            self._group = self._wrapper.process_group
+            self._device = next(self._wrapper.parameters()).device
+            self._names = dist.get_process_group_ranks(self._group)
+            self._rank, self._size = dist.get_rank(self._group), len(self._names)
+
+    @property
+    def several(self) -> bool:
+        """Whether the student is wrapped for several processes, were it by one of them."""
+        return self._wrapper is not None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block in which no rank waits for one that raised an exception; for an interrupted one it does."""
+        self._told = not self.several
+        try:
+            yield
+        except Exception as error:
+            if not self._told:
+                with suppress(MetaKDError):  # the rank's own error says more
+                    self._exchange(f"raised {type(error).__name__}: {error}")
+            raise
+
+    def agree(self, where: str) -> None:
+        """Go on when all ranks are here.
+
+        Args:
+            where: what this rank is about to do; the same words on all ranks.
+
+        Raises:
+            MetaKDError: a rank has raised an exception, is about to do something else, or cannot be reached.
+        """
+        if self._wrapper is None:
+            return
+        if self._wrapper._join_config.enable:
+            self._told = True
+            raise MetaKDError(
+                "DistributedDataParallel.join() keeps ranks waiting that the balancer needs; leave it out and give all "
+                "ranks the same number of batches (DistributedSampler does)"
+            )
+        said = self._exchange(f"is at {where}")
+        if len(set(said)) == 1:
+            return
+        self._told = True
+        failed = [r for r, text in enumerate(said) if text.startswith("raised ")]
+        shown = failed or [said.index(text) for text in dict.fromkeys(said)]
+        what = "; ".join(f"rank {self._names[r]} {said[r]}" for r in shown[:4])
+        cure = (
+            "this rank has undone the call as well. Mend what that rank's own error names"
+            if failed
+            else "all ranks must make the same calls: as many batches, a meta batch on all or on none, and one set of "
+            "options, checkpoint and weight model"
+        )
+        raise MetaKDError(f"{what}. Here, on rank {self._names[self._rank]}: {cure}")
+
+    def joined(self, rows: Tensor, what: str) -> tuple[Tensor, slice]:
+        """The rows of all ranks, rank by rank, and which of them are this one's.
+
+        Raises:
+            MetaKDError: see `agree`; also ranks that have not as many rows.
+        """
+        if not self.several:
+            return rows, slice(None)
+        board = torch.zeros(self._size, *rows.shape, dtype=rows.dtype, device=self._device)
+        board[self._rank] = rows
+        self.agree(f"{what} of shape {tuple(rows.shape)}")
+        self._sum(board)
+        first = self._rank * rows.shape[0]
+        return board.flatten(0, 1).to(rows.device), slice(first, first + rows.shape[0])
+
+    @torch.no_grad()
+    def share(self, module: nn.Module, *, parameters: bool) -> None:
+        """Rank 0's buffers of a module for all ranks, as `DistributedDataParallel` does; its parameters on demand.
+
+        Raises:
+            MetaKDError: see `agree`; also modules of different sizes.
+        """
+        values = [*module.buffers(), *(module.parameters() if parameters else ())]
+        if not self.several or not values:
+            return
+        self.agree(f"a weight model of {sum(value.numel() for value in values)} numbers in {len(values)} tensors")
+        for value in values:
+            received = value.detach().to(self._device).contiguous()
+            dist.broadcast(received, self._names[0], self._group)
+            value.detach().copy_(received)
+
+    @torch.no_grad()
+    def _mean(self, values: Gradients, like: Params, what: str) -> Gradients:
+        """The mean over the ranks; None where it is None on all ranks.
+
+        Args:
+            values: by name; None, or nothing, for zero.
+            like: tensors of the same shapes, for every name.
+            what: they are, for the error.
+        """
+        dtype = reduce(torch.promote_types, (p.dtype for p in like.values()), torch.float32)
+        found = {name: g for name in like if (g := values.get(name)) is not None}
+        parts = [found[name].to_dense() if name in found else torch.zeros_like(p) for name, p in like.items()]
+        parts.append(torch.tensor([float(name in found) for name in like]))
+        flat = torch.cat([part.detach().to(self._device, dtype).flatten() for part in parts])
+        self.agree(f"{what}: the mean of {flat.numel()} numbers")
+        self._sum(flat)
+        *means, present = (flat / self._size).split([part.numel() for part in parts])
+        return {
+            name: mean.view(p.shape).to(p.device, p.dtype) if some else None
+            for (name, p), mean, some in zip(like.items(), means, present.tolist(), strict=True)
+        }
+
+    def _exchange(self, text: str) -> list[str]:
+        """What each rank says here."""
+        own = bytearray(text.encode()[:_LENGTH])
+        board = torch.zeros(self._size, _LENGTH, dtype=torch.uint8)
+        board[self._rank, : len(own)] = torch.frombuffer(own, dtype=torch.uint8)
+        board = board.to(self._device)
+        self._sum(board)
+        if bool((board == board[0]).all()):
+            return [text] * self._size
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in board.tolist()]
+
+    def _sum(self, tensor: Tensor) -> None:
+        try:
+            dist.all_reduce(tensor, group=self._group)
+        except RuntimeError as error:
+            self._told = True
+            raise MetaKDError(
+                f"rank {self._names[self._rank]} cannot reach the others ({str(error).splitlines()[0][:160]}); look "
+                "for an error of another rank, or a loader that ended earlier: give all ranks as many batches"
+            ) from error
+
+
+def checksum(module: nn.Module) -> float:
+    """A number that is the same for the same parameters.
+
+    Examples:
+        >>> checksum(nn.Threshold(1.0, 2.0))
+        0.0
+    """
+    sums = [value.detach().double().sum() for value in module.parameters()]
+    return float(torch.stack([value.to(sums[0].device) for value in sums]).sum()) if sums else 0.0

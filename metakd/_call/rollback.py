@@ -1,0 +1,141 @@
+"""A block of work that happens as a whole or not at all."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from metakd._basics.nest import tensors
+from metakd._call.weight_step import WeightingStep
+from metakd._virtual.functional import FunctionalStudent, put_back
+from metakd._virtual.python_state import PythonState
+from metakd._virtual.reach import reach
+from metakd.batch import Batch, as_it_is
+
+
+class Snapshot:
+    """All that a step of a balancer may change in the user's modules, as it was before.
+
+    Args:
+        student: its buffers, attributes and the generators are kept; its parameters are never written to, but they
+            leave their places during a virtual pass.
+        step: the weight model and its gradients are kept, and its optimizer's state from `keep_optimizer()` on.
+        contents: dicts that are kept too, their values as they are.
+
+    Attributes:
+        start: where a pass of the student from here starts.
+    """
+
+    def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
+        self._step = step
+        self._contents = [(d, dict(d)) for d in (vars(step), *contents)]
+        self._put_optimizer_back: Callable[[], None] | None = None
+        self._inputs: list[tuple[Tensor, int, Tensor]] = []
+        self.start = student.start()
+        self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
+        self._weighting_state = PythonState(reach([step.weighting]))
+        kept = [*step.weighting.parameters(), *step.weighting.buffers()]
+        self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
+
+    def keep_batch(self, batch: Batch) -> Batch:
+        """A copy of a batch that a pass may write to."""
+        kept = as_it_is(batch)
+        pairs = zip(tensors(batch), tensors(kept), strict=True)
+        self._inputs = [(t, t._version, value) for t, value in pairs if not t.is_inference()]
+        return kept
+
+    def keep_optimizer(self) -> None:
+        """Copy the state of the weight model's optimizer too; called right before it steps."""
+        if self._step.optimizer is not None:
+            self._put_optimizer_back = _keep_optimizer(self._step.optimizer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back, bit for bit."""
+        put_back(self.start)
+        for t, version, value in self._inputs:
+            if t._version != version:
+                t.copy_(value)
+        self._weighting_state.put_back()
+        self._put_lazy_parts_back()
+        for t, value, grad in self._values:
+            t.copy_(value)
+            t.grad = grad
+        if self._put_optimizer_back is not None:
+            self._put_optimizer_back()
+        for now, old in self._contents:
+            _refill(now, old)
+
+
+@contextmanager
+def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
+    """Put everything back where the block ends in an exception, Ctrl-C included.
+
+    Examples:
+        >>> norm, table = nn.BatchNorm1d(2), nn.Linear(1, 1)
+        >>> try:
+        ...     with all_or_nothing(Snapshot(FunctionalStudent(norm), WeightingStep(table, None, 1))):
+        ...         _ = norm(torch.randn(4, 2))
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     print(norm.running_mean)
+        tensor([0., 0.])
+    """
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Copies an optimizer's state; the result puts it back, into the tensors that hold it now."""
+    state = {p: {name: (value, _copy(value)) for name, value in held.items()} for p, held in optimizer.state.items()}
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def put_back() -> None:
+        optimizer.state.clear()
+        for p, held in state.items():
+            optimizer.state[p] = {
+                name: value.copy_(kept) if isinstance(value, Tensor) else _copy(kept)
+                for name, (value, kept) in held.items()
+            }
+        optimizer.param_groups[:] = [group for group, _ in groups]  # loading a state makes new ones
+        for group, kept in groups:
+            _refill(group, kept)
+
+    return put_back
+
+
+def _refill(now: dict[Any, Any], old: dict[Any, Any]) -> None:
+    for key in now.keys() - old.keys():
+        del now[key]
+    now.update(old)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _keep_lazy_parts(module: nn.Module) -> Callable[[], None]:
+    """The layers of a model that do not know their sizes yet; the result makes them forget those they found."""
+    parts = [part for part in module.modules() if isinstance(part, LazyModuleMixin)]
+    contents = [(d, dict(d)) for part in parts for d in (vars(part), *vars(part).values()) if isinstance(d, dict)]
+    unsized = [t for part in parts for t in (*part.parameters(False), *part.buffers(False)) if is_lazy(t)]
+    empty = [(t, t.data) for t in unsized]
+    classes: list[tuple[Any, type]] = [(owner, type(owner)) for owner in (*parts, *unsized)]
+
+    def put_back() -> None:
+        for now, old in contents:
+            _refill(now, old)
+        for t, data in empty:
+            t.grad, t.data = None, data
+        for owner, kind in classes:
+            owner.__class__ = kind
+
+    return put_back

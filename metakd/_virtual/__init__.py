@@ -1,0 +1,1 @@
+"""Any module as a pure function of its parameters, buffers, Python state and random numbers."""

@@ -1,0 +1,216 @@
+"""What a student's code has left in Python objects: captured, put back, and run again with other tensors in it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+from itertools import count, repeat
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
+
+from metakd._virtual.iterators import Untouchable, is_iterator
+from metakd._virtual.reach import Places
+from metakd._virtual.swapping import Place, exchanged
+from metakd.errors import MetaKDError
+
+_SMALL = 2**16  # entries of a tensor that is copied although it is no buffer
+
+
+class PythonState:
+    """The contents of all places that a pass can reach, and the values of the tensors there that it may write to.
+
+    Contents are kept by identity. Values are kept of buffers and of small tensors without a gradient. Parameters are
+    never written to; a larger tensor that is written to and no buffer is an error (`check_written`).
+
+    Args:
+        places: where to look.
+
+    Attributes:
+        large_arrays: those whose values are not kept.
+        tensors: the places of all tensors.
+        values: id of a tensor -> a copy of its value, for those that a pass may write to.
+
+    Examples:
+        >>> from torch import nn
+        >>> from metakd._virtual.reach import reach
+        >>> layer = nn.Linear(1, 1)
+        >>> layer.calls = 1
+        >>> state = PythonState(reach([layer]))
+        >>> layer.calls = 2
+        >>> state.put_back()
+        >>> layer.calls
+        1
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._mappings = [(m, list(m), list(m.values())) for m in places.mappings]
+        self._lists = [(found, list(found)) for found in places.lists]
+        self._sets = [(found, set(found)) for found in places.sets]
+        self._lengths = [(found, len(found)) for found in places.long]
+        self._hooks = [(found, dict(found)) for found in places.hooks if found]
+        self._without_hooks = [found for found in places.hooks if not found]
+        self._generators = [_capture(generator) for generator in places.generators]
+        self._arrays = [(array, array.copy()) for array in places.arrays if array.size <= _SMALL]
+        self.large_arrays = [array for array in places.arrays if array.size > _SMALL]
+        self.tensors = list(self._tensors())
+        self._iterators = [(found, key, v) for found, key, v in self._entries() if is_iterator(v)]
+        self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
+        buffers = {id(b) for m in places.modules for b in m._buffers.values()}
+        writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t))}
+        self.values = {i: t.detach().clone() for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
+        self._versions = {i: t._version for i, t in writable.items() if i not in self.values and not t.is_inference()}
+
+    def _entries(self) -> Iterator[tuple[Any, Any, Any]]:
+        for mapping, keys, values in self._mappings:
+            yield from zip(repeat(mapping), keys, values)
+        for found, values in self._lists:
+            yield from zip(repeat(found), count(), values)
+
+    def _tensors(self) -> Iterator[Place]:
+        for container, key, value in self._entries():
+            if isinstance(value, Tensor | tuple):
+                yield from Place.all_of(container, key, value)
+
+    def put_back(self, swaps: Mapping[int, Tensor] | None = None) -> None:
+        """Make the contents what they were; a tensor whose id is in `swaps` becomes the one there.
+
+        Values are not written: see `put_values_back`.
+        """
+        for mapping, keys, values in self._mappings:
+            if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and _same(mapping, keys)):
+                _refill(mapping, keys, values)
+        for found, values in self._lists:
+            if not (len(found) == len(values) and all(map(is_, found, values))):
+                found.clear()
+                found.extend(values)
+        for kept, members in self._sets:
+            if kept != members:
+                kept.clear()
+                kept.update(members)
+        for added, length in self._lengths:
+            while len(added) > length:
+                added.popitem() if isinstance(added, dict) else added.pop()
+        for hooks, registered in self._hooks:
+            if hooks != registered:
+                _refill(hooks, list(registered), list(registered.values()))
+        for hooks in self._without_hooks:
+            hooks.clear()
+        for restore in self._generators:
+            restore()
+        for array, value in self._arrays:
+            array[...] = value
+        if swaps:
+            self._swap(swaps)
+
+    def guard_iterators(self) -> None:
+        """Have each iterator refuse to go on, until `put_back`."""
+        for container, key, iterator in self._iterators:
+            container[key] = Untouchable(key, iterator)
+
+    def _swap(self, swaps: Mapping[int, Tensor]) -> None:
+        for container, key, value, tensor in self.tensors:
+            if id(tensor) in swaps:
+                container[key] = exchanged(value, swaps)
+        for mapping, keys, _ in self._mappings:
+            if keys and isinstance(keys[0], Tensor):
+                entries = [(exchanged(key, swaps), mapping[key]) for key in keys]
+                mapping.clear()
+                mapping.update(entries)
+        for kept, members in self._sets:
+            if any(isinstance(member, Tensor) for member in members):
+                kept.clear()
+                kept.update(exchanged(member, swaps) for member in members)
+
+    @torch.no_grad()
+    def put_values_back(self) -> None:
+        """Write the kept values into their tensors, whatever shape those have now, and their gradients."""
+        for kept, gradient in self._gradients:
+            kept.grad = gradient
+        for *_, tensor in self.tensors:
+            value = self.values.get(id(tensor))
+            if value is None:
+                continue
+            if tensor.shape == value.shape and tensor.dtype == value.dtype:
+                tensor.data.copy_(value)  # by .data, for a graph that waits for its backward may hold it
+            else:
+                tensor.data = value.clone()
+
+    def check_written(self) -> None:
+        """See that no tensor was written to whose value is not kept.
+
+        Raises:
+            MetaKDError: naming where it is kept.
+        """
+        for container, key, _, tensor in self.tensors:
+            if id(tensor) in self._versions and self._versions[id(tensor)] != tensor._version:
+                raise MetaKDError(
+                    f"a forward pass writes to a tensor of {tensor.numel()} numbers that is no buffer "
+                    f"({key!r} of {_owner(container)}), so that virtual passes would change it; register it: "
+                    "module.register_buffer(name, tensor, persistent=False)"
+                )
+
+    def translated(self, names: Mapping[int, Tensor]) -> PythonState:
+        """The same state where each tensor whose id is in `names` stands for the one there, and has its value now.
+
+        Other tensors lose tangents and graphs: what one pass leaves behind is a constant to the next.
+        """
+        new = object.__new__(PythonState)
+        now = {id(t): names.get(id(t), _constant(t)) for *_, t in self.tensors}
+
+        def translate(value: Any) -> Any:
+            return exchanged(value, now) if isinstance(value, Tensor | tuple) else value
+
+        new._mappings = [(m, keys, [translate(v) for v in values]) for m, keys, values in self._mappings]
+        new._lists = [(found, [translate(v) for v in values]) for found, values in self._lists]
+        vars(new).update({name: value for name, value in vars(self).items() if name not in vars(new)})
+        new.tensors, new._versions, new._gradients = list(new._tensors()), {}, []
+        pairs = [(old.tensor, kept.tensor) for old, kept in zip(self.tensors, new.tensors, strict=True)]
+        changing = [(old, kept) for old, kept in pairs if id(old) in self.values and not kept.requires_grad]
+        new.values = {id(kept): _constant(old).clone() for old, kept in changing}
+        return new
+
+
+def _same(mapping: MutableMapping[Any, Any], keys: list[Any]) -> bool:
+    """Whether a mapping of as many entries has the keys, in their order; tensors may be among them."""
+    return all(map(is_, mapping, keys))
+
+
+def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any]) -> None:
+    wanted = dict(zip(keys, values, strict=True))
+    for key in [key for key in mapping if key not in wanted]:
+        del mapping[key]
+    for key, value in wanted.items():
+        if key not in mapping or mapping[key] is not value:
+            mapping[key] = value
+    if isinstance(mapping, dict) and not _same(mapping, keys):  # in the old order, too
+        mapping.clear()
+        mapping.update(wanted)
+
+
+def _capture(generator: Any) -> Callable[[], object]:
+    """Gives what puts a generator back to where it is now."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    bits = generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
+    return partial(setattr, bits, "state", bits.state)
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """A tensor as the next pass reads it: without tangent or graph; a parameter stays what it is."""
+    if tensor.is_leaf and tensor.requires_grad:
+        return tensor
+    primal: Tensor = forward_ad.unpack_dual(tensor).primal
+    return primal.detach()
+
+
+def _owner(container: Any) -> str:
+    return "an object" if not isinstance(container, deque | list) else f"a {type(container).__name__}"

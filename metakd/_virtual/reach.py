@@ -1,0 +1,261 @@
+"""The walk over all Python objects that a student's own code can read and write."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakd._virtual.variables import Cell, ClassVariables, Scripted, Slots, Variables, slots_of
+
+_LONGEST = 2_000  # entries of a container that is looked into; data sets are longer
+_MOST = 50_000  # objects of a walk
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARTS = ("_parameters", "_buffers", "_modules")
+_OF_MODULES = {*vars(nn.Module()), *HOOKS, *_PARTS} - {"training"}
+_OF_HOOKS = [name for name, v in vars(nn.Module()).items() if isinstance(v, dict) and name not in _PARTS]
+_PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
+_LEAVES = _PLAIN | {Tensor, nn.Parameter}
+_OF_DATA = {"argparse", "collections", "types"}  # whose objects hold what users put into them
+_NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
+    "__main__"
+}
+
+
+class Places:
+    """Where code can leave something behind.
+
+    Attributes:
+        mappings: dicts, attributes of objects, and the variables of functions.
+        lists: lists and deques.
+        sets: sets.
+        long: containers with too many entries to look into, which a pass may yet add to.
+        hooks: the dicts of hooks that every module has.
+        generators: of random numbers, beside those that every program has.
+        arrays: NumPy arrays.
+        modules: all modules, the student's and others that terms and hooks hold.
+    """
+
+    def __init__(self) -> None:
+        self.mappings: list[MutableMapping[Any, Any]] = []
+        self.lists: list[Any] = []
+        self.sets: list[set[Any]] = []
+        self.long: list[Any] = []
+        self.hooks: list[dict[Any, Any]] = []
+        self.generators: list[Any] = []
+        self.arrays: list[Any] = []
+        self.modules: list[nn.Module] = []
+
+
+def reach(roots: Iterable[Any], apart: Iterable[Any] = ()) -> Places:
+    """Walk from modules, terms and hooks over all that they hold: attributes, containers, closures, global variables.
+
+    Modules, containers and generators are always looked into, other objects where their class belongs to a package of
+    the roots. Global and class variables count where the code is the user's own and not an installed package's.
+
+    Args:
+        roots: the student, terms, feature functions.
+        apart: objects to leave out, with all that only they hold.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> model.seen = []
+        >>> any(found is model.seen for found in reach([model]).lists)
+        True
+    """
+    roots = list(roots)
+    places, known, kept = Places(), {id(value) for value in apart}, []
+    packages = {_package(of) for root in roots for of in _owners(root)} - _NOT_THE_USERS
+    # Modules first, in case that the walk ends before it has seen all.
+    waiting = deque([m for root in roots if isinstance(root, nn.Module) for m in root.modules()])
+    waiting += [*roots, *_global_hooks()]
+    while waiting and len(known) < _MOST:
+        value = waiting.popleft()
+        if id(value) not in known:
+            known.add(id(value))
+            kept.append(value)  # an object that goes away would leave its id to another
+            waiting.extend(v for v in _parts(value, places, packages) if type(v) not in _LEAVES)
+    return places
+
+
+def _owners(root: Any) -> Iterator[Any]:
+    """What the packages of the user's own code are read off."""
+    if isinstance(root, nn.Module):
+        for module in root.modules():
+            yield type(module)
+            for kind in HOOKS:
+                yield from map(bare, vars(module).get(kind, {}).values())
+    else:
+        yield bare(root)
+
+
+def bare(function: Any) -> Any:
+    """The function inside a hook's wrapper, a partial or a bound method; of other objects the class.
+
+    Examples:
+        >>> bare(functools.partial(reach, [])) is reach, bare(nn.Tanh())
+        (True, <class 'torch.nn.modules.activation.Tanh'>)
+    """
+    while not isinstance(function, types.FunctionType | type):
+        inner = next((v for k in ("hook", "func", "__func__") if (v := _attribute(function, k)) is not None), None)
+        if inner is None:
+            return type(function)
+        function = inner
+    return function
+
+
+def _global_hooks() -> list[Any]:
+    """Hooks that torch runs for all modules."""
+    of_torch = vars(nn.modules.module)
+    return [hook for kind in HOOKS for hook in of_torch.get(f"_global{kind}", {}).values()]
+
+
+def _attribute(value: Any, name: str) -> Any:
+    own = isinstance(value, functools.partial | types.MethodType)
+    return getattr(value, name, None) if own else _vars(value).get(name)
+
+
+def _vars(value: Any) -> dict[str, Any]:
+    """An object's attributes; none for one that has no dict of them."""
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _package(of: Any) -> str:
+    return _package_of(getattr(of, "__module__", None) or "builtins")
+
+
+def _package_of(module: str) -> str:
+    return str(module).partition(".")[0]
+
+
+def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
+    """Note where the object can be written to, and give what it holds."""
+    if isinstance(value, nn.Module):
+        return _of_module(value, places)
+    if isinstance(value, Tensor):
+        return ()
+    if isinstance(value, types.FunctionType):
+        return _of_function(value, places)
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, type):
+        return _of_class(value, places)
+    if isinstance(value, types.BuiltinFunctionType):  # such as log.append
+        return (value.__self__,)
+    if isinstance(value, types.ModuleType):
+        return ()
+    if _is_generator(value):
+        places.generators.append(value)
+        return ()
+    if isinstance(value, tuple | frozenset):
+        return value if len(value) <= _LONGEST else ()
+    if isinstance(value, dict | list | deque | set):
+        return _of_container(value, places)
+    if _is_array(value):
+        places.arrays.append(value)
+        return ()
+    if type(value).__name__ == "_WrappedHook":
+        return (value.hook,)
+    package = _package(type(value))
+    return _of_object(value, places) if package in packages or package in _OF_DATA else ()
+
+
+def _of_object(value: Any, places: Places) -> Iterable[Any]:
+    held: list[Any] = []
+    if attributes := _vars(value):
+        places.mappings.append(attributes)
+        held += attributes.values()
+    if slots_of(value):
+        places.mappings.append(slots := Slots(value))
+        held += slots.values()
+    return (*held, type(value))
+
+
+def _of_container(value: Any, places: Places) -> Iterable[Any]:
+    if len(value) > _LONGEST:
+        places.long.append(value)
+        return ()
+    if isinstance(value, dict):
+        places.mappings.append(value)
+        return list(value.values())
+    (places.sets if isinstance(value, set) else places.lists).append(value)
+    return list(value)
+
+
+def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
+    places.modules.append(module)
+    if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
+        places.mappings += [Scripted(module._parameters), Scripted(module._buffers)]
+        return list(module._modules.values())
+    attributes = vars(module)
+    places.mappings += [attributes, module._parameters, module._buffers, module._modules]
+    places.hooks += [attributes[name] for name in _OF_HOOKS if name in attributes]
+    held = [v for name, v in attributes.items() if type(v) not in _LEAVES and name not in _OF_MODULES]
+    hooks = [hook for kind in HOOKS if (found := attributes.get(kind)) for hook in found.values()]
+    marked = [marks for p in module._parameters.values() if p is not None and (marks := vars(p))]
+    return (*held, *hooks, *marked, *module._modules.values(), type(module))
+
+
+def _of_class(owner: type, places: Places) -> Iterable[Any]:
+    """The methods and the variables of a user's class, and the classes that it comes from."""
+    if not _local(owner.__module__):
+        return owner.__bases__ if _package(owner) not in _NOT_THE_USERS else ()
+    places.mappings.append(ClassVariables(owner))
+    return [*(getattr(v, "__func__", v) for v in vars(owner).values()), *owner.__bases__]
+
+
+def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
+    if _package(function) == "metakd":
+        return ()  # what the library's own hooks look at is no business of a pass
+    held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    places.mappings += [Cell(cell) for cell in function.__closure__ or ()]
+    held += [value for cell in function.__closure__ or () for value in Cell(cell).values()]
+    if function.__dict__:
+        places.mappings.append(function.__dict__)
+        held += function.__dict__.values()
+    if _local(function.__module__):
+        variables = Variables(function.__globals__, _names(function.__code__))
+        places.mappings.append(variables)
+        held += variables.values()
+    return held
+
+
+@functools.lru_cache(maxsize=4096)
+def _local(module: str | None) -> bool:
+    """Whether a module is the user's own, and not of an installed package or of Python itself."""
+    if module is None or _package_of(module) in _NOT_THE_USERS:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    installed = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")]
+    return file is None or not any(file.startswith(folder) for folder in installed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that a function's code mentions, those of functions inside it as well."""
+    inside = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
+    return tuple(dict.fromkeys([*code.co_names, *inside]))
+
+
+def _is_generator(value: Any) -> bool:
+    if isinstance(value, torch.Generator | random.Random):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)

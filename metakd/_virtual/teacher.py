@@ -1,0 +1,93 @@
+"""The teacher's outputs, without a trace on the teacher."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from metakd._basics.module_call import call
+from metakd.errors import blamed
+
+Teacher: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
+"""A module, any other callable that takes the student's inputs, or a sequence of these: an ensemble."""
+
+
+def members(teacher: Any) -> list[Any] | None:
+    """The teachers of an ensemble; None for a single one.
+
+    Examples:
+        >>> members([len, abs]), members(len)
+        ([<built-in function len>, <built-in function abs>], None)
+    """
+    if isinstance(teacher, nn.ModuleList):
+        return list(teacher)
+    several = isinstance(teacher, Sequence) and not isinstance(teacher, str) and not callable(teacher)
+    return list(teacher) if several else None
+
+
+def teacher_outputs(teacher: Teacher, inputs: Any) -> Any:
+    """Run the teacher without gradients, and in eval mode where it is a module; its modes are put back.
+
+    An exported module runs in the mode that it was exported in, a function's modules in the mode that they have.
+
+    Returns:
+        Its outputs; of an ensemble, the list of its members' outputs.
+
+    Raises:
+        MetaKDError: the teacher raised something (chained).
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
+        (False, True)
+        >>> [outputs.shape for outputs in teacher_outputs([norm, torch.sum], torch.ones(3, 2))]
+        [torch.Size([3, 2]), torch.Size([])]
+    """
+    ensemble = members(teacher)
+    one_or_all: list[Any] = [teacher] if ensemble is None else ensemble
+    outputs = []
+    for position, one in enumerate(one_or_all):
+        name = "the teacher" if ensemble is None else f"teacher {position}"
+        with blamed(name), _as_judge(one), torch.no_grad():
+            outputs.append(call(one, inputs))
+    torch.clear_autocast_cache()  # older torch would cast what it shares with the student without gradients
+    return outputs[0] if ensemble is None else outputs
+
+
+def _as_judge(teacher: Any) -> AbstractContextManager[None]:
+    owner = getattr(teacher, "__self__", teacher)  # of a method
+    return in_eval_mode(owner) if isinstance(owner, nn.Module) else nullcontext()
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """A block with the module in eval mode; afterwards every part has the mode it had.
+
+    Examples:
+        >>> module = nn.Dropout()
+        >>> with in_eval_mode(module):
+        ...     print(module.training)
+        False
+        >>> module.training
+        True
+    """
+    # A frozen script has no mode.
+    modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
+    if not any(mode for _, mode in modes):
+        yield
+        return
+    mode_of_all = getattr(module, "training", False)
+    try:
+        try:
+            module.eval()
+        except NotImplementedError:  # an exported module
+            for part, _ in modes:
+                part.training = False
+        yield
+    finally:
+        with suppress(NotImplementedError):
+            module.train(mode_of_all)
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,1 @@
+"""What a balancer learns: history, learned weights, diagnosis, plots, loggers."""

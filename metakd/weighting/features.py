@@ -1,0 +1,63 @@
+"""The default features of the weight model, and the evaluation of any."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakd._virtual.precision import widened
+from metakd.batch import Batch
+from metakd.errors import MetaKDError
+from metakd.terms import CrossEntropy
+from metakd.terms.reading import the_teachers_logits
+
+Features = Callable[[Tensor, Any, Batch], Tensor]
+
+_cross_entropy = CrossEntropy()
+
+
+def own_losses(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+    """The sample's losses (B, M): the default without a teacher."""
+    return losses
+
+
+def student_and_teacher(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+    """Cross-entropies of student and teacher, (B, 2), as in BiKD (arXiv 2605.17839): the default with a teacher."""
+    try:
+        return torch.stack([_cross_entropy(z, batch) for z in (outputs, the_teachers_logits(batch))], dim=1)
+    except MetaKDError as error:
+        raise MetaKDError(
+            f"the default features (cross-entropy of student and teacher on the label) cannot be computed: {error}. "
+            "Pass features=lambda losses, outputs, batch: losses to use the losses instead, and if the student is "
+            "no classifier a meta_loss= as well"
+        ) from error
+
+
+def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+    """Call a feature function without autograd and return its finite real (B, F) tensor, or raise."""
+    name = getattr(features, "__name__", type(features).__name__)
+    with torch.no_grad():
+        try:
+            found = features(losses.detach(), outputs, batch)
+        except MetaKDError:
+            raise
+        except Exception as error:
+            raise MetaKDError(
+                f"features function {name!r} raised {type(error).__name__}: {error}; it is called as "
+                "features(losses (B, M), outputs, batch) and must return (B, F)"
+            ) from error
+    size = losses.shape[0]
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != size or not found.is_floating_point():
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        cure = "; take .abs(), or .real and .imag" if isinstance(found, Tensor) and found.is_complex() else ""
+        raise MetaKDError(
+            f"features function {name!r} must return real floating-point (B, F) with B = {size}, got {got}{cure}"
+        )
+    if not bool(found.isfinite().all()):
+        bad = (~found.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        raise MetaKDError(
+            f"features function {name!r} returned NaN or infinity for samples {bad[:5]} of the batch; clamp its "
+            "results, or check the teacher's outputs for these samples"
+        )
+    return widened(found.detach())
