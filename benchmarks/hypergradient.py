@@ -11,14 +11,13 @@ from pathlib import Path
 
 from benchmarks import hypergradient_report as report
 from benchmarks.common import methods
-from benchmarks.common.cases import CASES
 from benchmarks.common.command import Job, measure, parse, parser_of, run
 from benchmarks.common.measure import ROOT
 
 NAMES = [name for name in methods.METHODS if name != "plain"]
 PRESETS = {
     "full": {
-        "cases": [name for name in CASES if name != "convnet4"], "steps": [1, 2, 5, 10, 20], "repeats": 5,
+        "cases": ["resnet8x4", "resnet20", "transformer", "lstm"], "steps": [1, 2, 5, 10, 20], "repeats": 5,
         "seconds": 30.0, "output": ROOT / "benchmarks" / "results" / "hypergradient",
     },
     "smoke": {

@@ -8,10 +8,7 @@ from metakd.batch import Batch
 from metakd.check import check_hypergradient
 from metakd.errors import MetaKDError
 from metakd.estimators import Hypergradient, hypergradient
-from metakd.monitor import plots, tensorboard
-from metakd.monitor.doctor import Diagnosis, diagnose
-from metakd.monitor.history import History
-from metakd.monitor.learned_weights import learned_weights
+from metakd.monitor import Diagnosis, History, diagnose, learned_weights, plots, tensorboard
 from metakd.report import Report
 from metakd.validation import Finding, validate
 

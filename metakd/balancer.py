@@ -30,7 +30,7 @@ from metakd.batch import Batch, as_batch, as_it_is, endless
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
-from metakd.estimators.problem import WeightedLosses, unchanged
+from metakd.estimators.problem import Step, WeightedLosses, unchanged
 from metakd.inner import GradientTransformation, Params, inner_optimizer, learning_rate, param_groups
 from metakd.inner.groups import Optimizers
 from metakd.report import Report
@@ -173,38 +173,27 @@ class BilevelLossBalancer:
             MetaKDError: see the class.
         """
         with self._all_or_nothing() as snapshot, self._ranks.together():
-            calls = self._calls + 1
-            learns = meta_batch is not None and calls % self.every == 0
-            waits = learns and self._stands_still()
-            learns = learns and not waits
-            if learns and not torch.is_grad_enabled():
-                raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
-            train_batch = self._batch(batch, "the batch")
-            self._agree(f"call {calls}, {'with' if learns else 'without'} a hypergradient")
-            if learns:
-                self._prove([train_batch], meta_batch)
-            before, hooked = snapshot.keep_batch(train_batch), self._proofs.hooked
-            train = TrainPass(self.student, self._functional, train_batch, self.terms, snapshot.start, hooked=hooked)
-            losses = train.losses
-            if overflow := self._overflow(train, losses):
-                weights = torch.ones_like(losses)
-                self._report, self._calls = Report(losses.detach(), weights, skipped=overflow), calls
-                return weighted_mean(weights, losses)
+            self._calls += 1
+            meta_batch, skipped = self._turn(meta_batch)
+            read = self._batch(batch, "the batch")
+            self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
+            if meta_batch is not None:
+                self._prove([read], meta_batch)
+            before = snapshot.keep_batch(read)
+            train = TrainPass(
+                self.student, self._functional, read, self.terms, snapshot.start, hooked=self._proofs.hooked
+            )
+            if overflow := self._overflow(train):
+                return self._unweighted(train, overflow)
             with self._functional.untouched() as end:
-                features = evaluate_features(self.features, losses, train.outputs, train_batch)
-                if self._ranks.several and any(map(is_lazy, self.weighting.parameters())):
-                    self.weighting(features, train_batch)
-                self._share_weighting()
-                if learns:
+                features = self._features_of(train, read)
+                if meta_batch is None:
+                    loss, self._report = self._weigh(train, read, features, skipped)
+                else:
                     objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
                     with as_written(self._functional.device_type):
-                        loss, report = self._learn(snapshot, objective, train, features)
-                else:
-                    weights = evaluate_weights(self.weighting, features, train_batch, losses).detach().clone()
-                    loss = weighted_mean(weights, losses)
-                    report = Report(losses.detach(), weights, skipped=_STILL if waits else None)
+                        loss, self._report = self._learn(snapshot, objective, train, features)
             self._ranks.agree("the end of the call")
-            self._report, self._calls = report, calls
             return loss
 
     def loss(self, batch: Any) -> Tensor:
@@ -247,10 +236,10 @@ class BilevelLossBalancer:
             self._ranks.together(),
         ):
             objective = self._objective(self._functional, batches, meta_batch, start)
-            self._agree(f"a meta step through {len(objective.batches)} batches after call {self._calls}")
+            self._agree(f"a meta step through {len(objective.steps)} batches after call {self._calls}")
             problem = self._problem_in_phi(objective)
             self._share_weighting()
-            self._prove(objective.batches, objective.meta_batch)
+            self._prove([step.batch for step in objective.steps], objective.meta_batch)
             with as_written(self._functional.device_type):
                 if self._stands_still():
                     problem.sweep()
@@ -349,11 +338,40 @@ class BilevelLossBalancer:
             self.student, dtype, [*self.terms.values(), self.meta_loss, self.features], apart=self.weighting
         )
 
+    def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
+        """The meta batch of a call that takes a hypergradient; else None, and why one that is due is skipped."""
+        if meta_batch is None or self._calls % self.every:
+            return None, None
+        if self._stands_still():
+            return None, _STILL
+        if not torch.is_grad_enabled():
+            raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
+        return meta_batch, None
+
+    def _features_of(self, train: TrainPass, batch: Batch) -> Tensor:
+        """What the weight model sees; on all ranks it is the same model from here on."""
+        features = evaluate_features(self.features, train.losses, train.outputs, batch)
+        if self._ranks.several and any(map(is_lazy, self.weighting.parameters())):
+            self.weighting(features, batch)  # a model that finds out its sizes here cannot be sent before
+        self._share_weighting()
+        return features
+
+    def _weigh(self, train: TrainPass, batch: Batch, features: Tensor, skipped: str | None) -> tuple[Tensor, Report]:
+        """The loss under the weights as they are."""
+        weights = evaluate_weights(self.weighting, features, batch, train.losses).detach().clone()
+        return weighted_mean(weights, train.losses), Report(train.losses.detach(), weights, skipped=skipped)
+
+    def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
+        """A loss that is not finite, for a gradient scaler to see."""
+        weights = torch.ones_like(train.losses)
+        self._report = Report(train.losses.detach(), weights, skipped=overflow)
+        return weighted_mean(weights, train.losses)
+
     def _learn(
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, features: Tensor
     ) -> tuple[Tensor, Report]:
         """Hypergradient in the weights, then in the weight model; its step; the loss under the new weights."""
-        batch, losses = objective.batches[0], train.losses
+        batch, losses = objective.steps[0].batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
@@ -380,7 +398,7 @@ class BilevelLossBalancer:
         """The weights of the training batch, its weighted loss, and the hypergradient in these weights."""
         rectified = getattr(self.weighting, "from_influence", None) is not None
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
-        weights = evaluate_weights(answer, features, objective.batches[0], train.losses)
+        weights = evaluate_weights(answer, features, objective.steps[0].batch, train.losses)
         loss = weighted_mean(weights.detach(), train.losses)
         self._proofs.see(train)
         problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
@@ -401,11 +419,11 @@ class BilevelLossBalancer:
         moving = {id(p) for _, g in param_groups(self.optimizer) if learning_rate(g) != 0 for p in g["params"]}
         return not any(id(p) in moving for p in self._functional.trainable().values())
 
-    def _overflow(self, train: TrainPass, losses: Tensor) -> str | None:
+    def _overflow(self, train: TrainPass) -> str | None:
         """What float16 made of the losses of this rank or another, which a gradient scaler knows how to go on from."""
         if not train.float16:
             return None
-        found = not_finite(losses, list(self.terms), "the batch")
+        found = not_finite(train.losses, list(self.terms), "the batch")
         of_all, _ = self._ranks.joined(torch.tensor([float(found is not None)]), "what float16 made of the losses")
         if not bool(of_all.any()):
             return None
@@ -450,9 +468,9 @@ class BilevelLossBalancer:
         )
 
     def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **at_hand: Any) -> Problem:
-        def inner(params: Params, meta: Params, t: int) -> Tensor:
-            losses = weighted.losses(params, t)  # first, for features are read off it
-            return weighted_mean(weighted.weights(meta, t), losses)
+        def inner(params: Params, meta: Params, step: Step) -> Tensor:
+            losses = weighted.losses(params, step)  # first, for features are read off it
+            return weighted_mean(weighted.weights(meta, step), losses)
 
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
         return Problem(
@@ -460,7 +478,7 @@ class BilevelLossBalancer:
             [objective.outer],
             objective.student.detached(),
             phi,
-            range(len(objective.batches)),
+            objective.steps,
             lambda _: optimizer.transformation,
             objective.student.cast(optimizer.state),
             memory=self._memory,

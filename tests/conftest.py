@@ -1,5 +1,9 @@
 """Settings shared by all tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what tests start as processes of their own shares the cores
+
 import hypothesis
 import pytest
 import torch

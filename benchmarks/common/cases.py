@@ -65,6 +65,10 @@ def _images(size: int) -> Tensor:
     return torch.randn(size, 3, 32, 32)
 
 
+def _digits(size: int) -> Tensor:
+    return torch.randn(size, 1, 8, 8)
+
+
 def _words(size: int) -> Tensor:
     return torch.randint(WORDS, (size, LENGTH))
 
@@ -92,8 +96,8 @@ class Case:
     lr: float = 0.1
 
 
-def _network(name: str) -> Callable[[], nn.Module]:
-    return partial(build_model, name, classes=CLASSES)
+def _network(name: str, **options: int) -> Callable[[], nn.Module]:
+    return partial(build_model, name, classes=CLASSES, **options)
 
 
 CASES = {
@@ -103,6 +107,9 @@ CASES = {
         Transformer, partial(Transformer, layers=8), _words, 32, "classifier.*", "layers.layers.3.*", lr=0.01
     ),
     "lstm": Case(Lstm, partial(Lstm, layers=4), _words, 32, "classifier.*", "lstm.*_l1"),
+    "mlp32": Case(
+        _network("mlp32", channels=1, size=8), _network("convnet16", channels=1, size=8), _digits, 32, "3.*", "1.*"
+    ),
     "convnet4": Case(_network("convnet4"), _network("convnet8"), _images, 16, "9.*", "[45].*"),  # for a smoke test
 }
 

@@ -35,7 +35,12 @@ def plain(task: Task) -> Call:
     return _one_by_one(task, iteration)
 
 
-def by_metakd(task: Task, window: str | None = None, estimator: Estimator = OneStep()) -> Call:  # noqa: B008 (frozen)
+def by_metakd(
+    task: Task,
+    window: str | None = None,
+    estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
+    verify: bool = True,
+) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = _optimizer(task), len(task.batches) if window else 1
     balancer = BilevelLossBalancer(
@@ -47,6 +52,7 @@ def by_metakd(task: Task, window: str | None = None, estimator: Estimator = OneS
         teacher=task.teacher,
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
+        verify=verify,
         **({window: count} if window else {}),
     )
 

@@ -88,8 +88,8 @@ def time_cell(
         shift = len(rounds) % max(len(names), 1)  # nobody always follows the same one
         this: dict[str, Any] = {"plain": []}
         for name in names[shift:] + names[:shift]:
-            this["plain"] += [_timed(plain, clock)[0] for _ in range(max(len(task.batches) // 4, 1))]
-            if (result := attempt(name, partial(_timed, calls[name], clock))) is not None:
+            this["plain"] += [timed(plain, clock)[0] for _ in range(max(len(task.batches) // 4, 1))]
+            if (result := attempt(name, partial(timed, calls[name], clock))) is not None:
                 this[name], gradient = result
                 if gradient:
                     found[name] = torch.cat([g.detach().flatten() for g in gradient])
@@ -97,7 +97,8 @@ def time_cell(
     return {"rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
 
 
-def _timed(call: Call, clock: Callable[[], float]) -> tuple[float, Sequence[Tensor]]:
+def timed(call: Call, clock: Callable[[], float]) -> tuple[float, Sequence[Tensor]]:
+    """The seconds that a call took, and what it gave."""
     gc.collect()
     synchronize()
     start = clock()

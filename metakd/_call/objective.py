@@ -12,7 +12,7 @@ from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import virtual_autocast
 from metakd._virtual.swapping import with_parameters
 from metakd.batch import Batch, as_it_is
-from metakd.estimators.problem import WeightedLosses
+from metakd.estimators.problem import Step, WeightedLosses
 from metakd.terms import Term
 from metakd.weighting.features import Features, evaluate_features
 
@@ -62,7 +62,7 @@ class Objective:
     ) -> None:
         self.student, self.weighting, self.features = student, weighting, features
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
-        self.batches, self.meta_batch = list(batches), meta_batch  # each pass takes copies
+        self.steps, self.meta_batch = Step.all_of(batches), meta_batch  # each pass takes copies
         self._starts = [start] if end is None else [start, end]
         self._autocast = virtual_autocast(student.device_type)
         self._seen: dict[int, Tensor] = {}
@@ -70,7 +70,7 @@ class Objective:
 
     def opening(self) -> "Objective":
         """The same from the same start with two inner steps at most, of which nothing is known yet."""
-        meta_loss, batches = self.meta_terms["meta_loss"], self.batches[:2]
+        meta_loss, batches = self.meta_terms["meta_loss"], [step.batch for step in self.steps[:2]]
         return Objective(
             self.student, self.terms, meta_loss, None, self.weighting, batches, self.meta_batch, start=self._starts[0]
         )
@@ -81,11 +81,11 @@ class Objective:
 
     def given_weights(self) -> WeightedLosses:
         """The inner losses, weighted by the meta-parameter "weights" itself, (B, M)."""
-        return WeightedLosses(self.losses, lambda meta, t: meta["weights"], list(self.terms))
+        return WeightedLosses(self.losses, lambda meta, step: meta["weights"], list(self.terms))
 
-    def losses(self, params: Params, t: int) -> Tensor:
-        """The terms' losses (B, M) of inner step t at `params`."""
-        batch = self.student.cast(as_it_is(self.batches[t]))
+    def losses(self, params: Params, step: Step) -> Tensor:
+        """The terms' losses (B, M) of an inner step at `params`."""
+        t, batch = step.number, self.student.cast(as_it_is(step.batch))
 
         def evaluated(outputs: Any) -> Tensor:
             losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
@@ -103,19 +103,20 @@ class Objective:
         self._latest.setdefault(t, found.detach())
         return found
 
-    def weights(self, meta_params: Params, t: int) -> Tensor:
-        """The weight model's weights (B, M) for the batch of step t, whose losses were evaluated before."""
+    def weights(self, meta_params: Params, step: Step) -> Tensor:
+        """The weight model's weights (B, M) for the batch of a step, whose losses were evaluated before."""
+        t = step.number
         with with_parameters(self.weighting, meta_params):
-            weights = evaluate_weights(self.weighting, self._seen[t], self.batches[t], self._latest[t])
-        if t == len(self.batches) - 1:
+            weights = evaluate_weights(self.weighting, self._seen[t], step.batch, self._latest[t])
+        if step is self.steps[-1]:
             self.last = self._latest[t], weights.detach()
         return weights
 
     def materialise(self) -> None:
         """Where the weight model has lazy layers, call it once, so that they find out their sizes."""
         if any(is_lazy(p) for p in self.weighting.parameters()):
-            self.losses(self.student.detached(), 0)
-            self.weighting(self._seen[0], self.batches[0])
+            self.losses(self.student.detached(), self.steps[0])
+            self.weighting(self._seen[0], self.steps[0].batch)
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
@@ -129,5 +130,5 @@ class Objective:
             return checked_losses(self.meta_terms, outputs, batch, "the meta batch")
 
         with self._autocast():
-            losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.batches)], evaluated)[0]
+            losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.steps)], evaluated)[0]
         return losses

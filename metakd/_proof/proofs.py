@@ -97,6 +97,7 @@ def what_it_stands_on(
     """What a proof holds for: modules, their modes and hooks, terms, estimator; and shapes of inputs.
 
     Examples:
+        >>> import torch
         >>> layer = nn.Dropout()
         >>> net = FunctionalStudent(nn.Sequential(nn.Linear(1, 1), layer))
         >>> before = what_it_stands_on(net, torch.ones(2, 3), {}, None)

@@ -73,8 +73,10 @@ def compare_passes(objective: Objective) -> Compared | None:
     """
     objective = objective.opening()
     hooks = _Hooks()
-    steps = enumerate(objective.batches)
-    passes = [_Pass("the batch", batch, objective.terms, partial(objective.losses, t=t)) for t, batch in steps]
+    passes = [
+        _Pass("the batch", step.batch, objective.terms, partial(objective.losses, step=step))
+        for step in objective.steps
+    ]
     passes.append(_Pass("the meta batch", objective.meta_batch, objective.meta_terms, objective.meta_losses))
     with objective.student.untouched() as start:
         reals = _real_passes(objective.student, passes, start, hooks)

@@ -30,6 +30,11 @@ class Check(NamedTuple):
         estimated: for each meta-parameter, the directional derivatives that the estimator's hypergradient gives.
         finite_differences: the same ones by central differences.
         tolerance: on the relative errors.
+
+    Examples:
+        >>> found = Check({"phi": 2e-9}, {"phi": [0.5]}, {"phi": [0.5]}, 1e-6)
+        >>> found.verdict
+        'exact: the largest relative error is 2.0e-09 (phi), the tolerance 1e-06'
     """
 
     relative_error: dict[str, float]
@@ -39,12 +44,7 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One line: whether, and how well, the two agree.
-
-        Examples:
-            >>> Check({"phi": 2e-9}, {"phi": [0.5]}, {"phi": [0.5]}, 1e-6).verdict
-            'exact: the largest relative error is 2.0e-09 (phi), the tolerance 1e-06'
-        """
+        """One line: whether, and how well, the two agree."""
         worst = max(self.relative_error, key=lambda name: _nan_is_largest(self.relative_error[name]))
         error = self.relative_error[worst]
         word = "exact" if error <= self.tolerance else "wrong"

@@ -1,4 +1,4 @@
-"""An estimator's results as its answer, known to say something."""
+"""An estimator's results as its answer, and what is asked of every answer."""
 
 from typing import Any
 
@@ -21,30 +21,32 @@ def answer(
     optimizer_state: Any,
     params_gradient: Params | None = None,
 ) -> Hypergradient:
-    """Detach the results, after making sure that the hypergradient says something.
+    """The results, detached, with zeros where nothing depends on a meta-parameter."""
+    answers = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state, params_gradient
+    return Hypergradient(*map_tensors(Tensor.detach, answers))
 
-    Zero is an answer, where the outer loss is connected to the meta-parameters.
+
+def check_answer(problem: Problem, found: Hypergradient) -> None:
+    """See that a hypergradient says something. Zero does, where the outer loss is connected to the meta-parameters.
 
     Raises:
-        MetaKDError: the hypergradient is NaN or infinite, or nothing connects the two.
+        MetaKDError: it is NaN or infinite, or nothing connects the two, or there is nothing to differentiate in.
     """
-    # Of a part nothing is no error: others add to it.
-    if problem.whole and gradient and not any(g is not None and bool(g.any()) for g in gradient.values()):
+    gradient = found.gradient
+    # With several processes a zero gradient is fine: other ranks may contribute.
+    if problem.whole and gradient and not any(bool(g.any()) for g in gradient.values()):
         reason = missing_link(problem)
         if reason is not None:
-            found = "None" if all(g is None for g in gradient.values()) else "zero"
-            raise MetaKDError(f"the hypergradient is {found} for all meta-parameters {list(gradient)[:5]}: {reason}")
-    if not gradient and params_gradient is None:
+            raise MetaKDError(f"the hypergradient is zero for all meta-parameters {list(gradient)[:5]}: {reason}")
+    if not gradient and found.params_gradient is None:
         raise MetaKDError(
             "meta_params is empty, and this estimator has no gradient in params: there is nothing to differentiate in. "
             "Give a meta-parameter, or use estimators.Adjoint()"
         )
     for name, g in gradient.items():
-        if g is not None and not bool(g.isfinite().all()):
+        if not bool(g.isfinite().all()):
             raise MetaKDError(
                 f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite entries of "
                 f"{g.numel()}; a square root, a norm or a power at zero in the inner loss or in its optimizer does "
                 "that (add a small number under the root), as does an inner loss without second derivatives"
             )
-    answers = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state, params_gradient
-    return Hypergradient(*map_tensors(Tensor.detach, answers))

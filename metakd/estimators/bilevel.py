@@ -93,7 +93,7 @@ def hypergradient(
         memory=Memory(compare=verify is not False),
         wants_params_gradient=True,
     )
-    start = RngState.capture({t.device for t in tensors([problem.params, problem.meta_params, problem.data])})
+    start = RngState.capture({t.device for t in tensors([problem.params, problem.meta_params, problem.batches])})
     try:
         with torch.enable_grad():
             found = estimate(estimator, problem)
@@ -115,7 +115,7 @@ def _compare(problem: Problem, estimator: Estimator, found: Hypergradient) -> No
     """Compare an exact estimator's hypergradient with another's; random numbers come again."""
     if not is_exact(estimator, len(problem.batches)):
         return
-    other = Adjoint() if isinstance(estimator, Unroll) else Unroll()
+    other = Adjoint() if estimator == Unroll() else Unroll()
     expected = estimate(other, solved(estimator, problem))
     reject_other_hypergradient(found.gradient, expected.gradient, (estimator, other))
     if found.params_gradient is not None and expected.params_gradient is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from metakd.batch import map_tensors, tensors
 from metakd.errors import MetaKDError
 from metakd.estimators.nested import as_given, detached, on_flat, real, unflatten
-from metakd.estimators.problem import NO_BATCHES, Outer, Problem
+from metakd.estimators.problem import NO_BATCHES, Outer, Problem, Step
 from metakd.estimators.randomness import Replay
 from metakd.inner import GradientTransformation, repaired
 
@@ -49,9 +49,9 @@ def build_problem(
     phi = {} if isinstance(meta_params, Mapping) and not meta_params else detached(meta_params, "meta_params")
     replay = Replay(t.device for t in tensors([theta, phi, data, outer_data]))
 
-    def inner_at(p: Any, m: Any, t: int) -> Tensor:
-        with replay(("inner", t)):
-            return inner(as_given(p, params), as_given(m, meta_params), data[t])
+    def inner_at(p: Any, m: Any, step: Step) -> Tensor:
+        with replay(("inner", step.number)):
+            return inner(as_given(p, params), as_given(m, meta_params), step.batch)
 
     def outer_at(i: int) -> Outer:
         batch = () if outer_batches is None else (outer_data[i],)
@@ -78,10 +78,9 @@ def build_problem(
         [outer_at(i) for i in range(len(outer_data))],
         theta,
         phi,
-        range(len(data)),
+        Step.all_of(data),
         optimizer_at if callable(optimizer) else lambda _: start,
         start.init(unflatten(theta, params)) if optimizer_state is None else map_tensors(real, optimizer_state),
-        data=data,
     )
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
-from metakd.estimators.answer import answer
+from metakd.estimators.answer import check_answer
 from metakd.estimators.problem import Estimator, Problem
 from metakd.estimators.result import Hypergradient
 
@@ -40,8 +41,8 @@ def estimate(estimator: Estimator, problem: Problem) -> Hypergradient:
             f"the estimator's gradient has the names and shapes {got}, expected those of problem.meta_params, "
             f"{wanted}: one tensor for each, zeros where the outer loss does not feel it"
         )
-    outer_loss, gradient, *others = found
-    return answer(problem, outer_loss, {**gradient}, *others)
+    check_answer(problem, found)
+    return Hypergradient(*map_tensors(Tensor.detach, tuple(found)))
 
 
 def checked_estimator(estimator: Any) -> Estimator:
@@ -76,6 +77,28 @@ def is_exact(estimator: Estimator, steps: int) -> bool:
     """
     says = getattr(estimator, "exact", None)
     return says is None or bool(says(steps))
+
+
+def needs_second_derivatives(estimator: Estimator) -> bool:
+    """Whether the estimator differentiates the inner loss twice; one that does not say is taken to.
+
+    Examples:
+        >>> from metakd.estimators import Adjoint, FiniteDifference
+        >>> needs_second_derivatives(Adjoint()), needs_second_derivatives(FiniteDifference())
+        (True, False)
+    """
+    return bool(getattr(estimator, "needs_second_derivatives", True))
+
+
+def needs_forward_mode(estimator: Estimator) -> bool:
+    """Whether the estimator has no other way than forward mode; one that does not say is taken to have.
+
+    Examples:
+        >>> from metakd.estimators import OneStep
+        >>> needs_forward_mode(OneStep()), needs_forward_mode(OneStep("forward"))
+        (False, True)
+    """
+    return bool(getattr(estimator, "needs_forward_mode", False))
 
 
 def solved(estimator: Estimator, problem: Problem) -> Problem:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class FiniteDifference:
                 f"FiniteDifference(sides=1) is for one inner step, got {len(problem.batches)} batches; use sides=2"
             )
         return walk_back(problem, len(problem.batches), first=self._in_meta, later=self._in_both, params_gradient=False)
+
+    needs_second_derivatives: ClassVar[bool] = False
 
     def exact(self, steps: int) -> bool:
         """Whether it is exact for that many inner steps."""

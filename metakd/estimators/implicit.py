@@ -13,7 +13,7 @@ from metakd._autodiff import Gradients, added, filled, graph_gradients, leaves, 
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
-from metakd.estimators.problem import Problem
+from metakd.estimators.problem import Problem, Step
 from metakd.estimators.result import Hypergradient
 from metakd.inner import Params, conjugate_gradient, neumann_series
 
@@ -110,7 +110,7 @@ class _Curvature:
     def __init__(self, problem: Problem, params: Params, names: list[str]) -> None:
         self._problem, self._params, self._meta = problem, leaves(params), leaves(problem.meta_params)
         self._names = names
-        keys = [_key(batch) for batch in (problem.batches if problem.data is None else problem.data)]
+        keys = [_key(batch.batch if isinstance(batch, Step) else batch) for batch in problem.batches]
         first = {key: t for t, key in reversed([*enumerate(keys)])}
         self._shares = {first[key]: number / len(keys) for key, number in Counter(keys).items()}
         self._kept: Gradients | None = None
@@ -118,7 +118,7 @@ class _Curvature:
     def hessian_times(self, q: Tensor) -> Tensor:
         """The product with the Hessian, the mean over all processes."""
         product = self._product(q, self._moved)
-        return self.vector(self._problem.mean(product, self._moved, "a product with the Hessian"))
+        return self.vector(self._problem.of_all(product, self._moved))
 
     def mixed_times(self, q: Tensor) -> Gradients:
         """The product with the mixed derivative, in the meta-parameters."""

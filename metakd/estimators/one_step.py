@@ -87,6 +87,11 @@ class OneStep:
         """Whether it is exact for that many inner steps."""
         return True
 
+    @property
+    def needs_forward_mode(self) -> bool:
+        """Whether it has no other way."""
+        return self.mode == "forward"
+
     def solved(self, problem: Problem) -> Problem:
         """The problem whose hypergradient this is: its step moves no more than `parameters`."""
         return problem if self.parameters is None else moving_only(problem, self.parameters)

@@ -1,6 +1,6 @@
 """The bilevel problem an estimator is given."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +48,23 @@ class WeightedLosses(NamedTuple):
     names: Sequence[str]
 
 
+class Step(NamedTuple):
+    """The batch of an inner step, and its number: a step may begin where the one before ended.
+
+    Examples:
+        >>> Step.all_of(["a", "b"])[1]
+        Step(number=1, batch='b')
+    """
+
+    number: int
+    batch: Any
+
+    @classmethod
+    def all_of(cls, batches: Iterable[Any]) -> "list[Step]":
+        """The steps over some batches."""
+        return [cls(t, batch) for t, batch in enumerate(batches)]
+
+
 @dataclass(frozen=True)
 class Problem:
     """min over phi of outer(theta_K, phi), theta_{t+1} = theta_t + update(grad inner(theta_t, phi, batch_t)).
@@ -58,7 +75,7 @@ class Problem:
         outers: (params, meta_params) -> scalar, one or several; the outer loss is their mean.
         params: theta_0, detached.
         meta_params: phi, detached.
-        batches: one a step, for `inner`; their number is K.
+        batches: one a step, for `inner`; their number is K. A `Step` has its number beside it.
         optimizer: meta_params -> the differentiable inner optimizer.
         optimizer_state: the state it starts from.
         first_gradient: gives grad inner(theta_0, phi, batches[0]) in the parameters of these names, where the
@@ -69,7 +86,6 @@ class Problem:
         mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
             the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
         weighted: where the inner loss is a weighted mean of losses: its parts.
-        data: where `batches` only number the steps: the batches behind them.
         wants_params_gradient: whether the gradient in theta_0 is asked for as well.
 
     Examples:
@@ -93,13 +109,16 @@ class Problem:
     memory: Memory = field(default_factory=Memory)
     mean: Mean = unchanged
     weighted: WeightedLosses | None = None
-    data: Sequence[Any] | None = None
     wants_params_gradient: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether the losses are all there is, and not one process's parts."""
         return self.mean is unchanged
+
+    def of_all(self, in_params: Gradients, params: Params) -> Gradients:
+        """A product with second derivatives in params, from this process's part of it."""
+        return self.mean(in_params, params, "a product with the second derivatives")
 
     def at(self, meta_params: Params) -> "Problem":
         """The same problem at another phi; what was at hand for the old one is dropped."""
@@ -162,7 +181,9 @@ class Problem:
 class Estimator(Protocol):
     """Anything that answers a `Problem` with a `Hypergradient`; a small frozen object by convention.
 
-    One that has a method `exact(steps) -> bool` says so whether its answer is exact for that many inner steps.
+    It may say of itself what checks and findings ask for: `exact(steps) -> bool`, whether its answer is exact for that
+    many inner steps (else it is taken to be); `needs_second_derivatives` (else True) and `needs_forward_mode` (else
+    False); `solved(problem)`, the problem whose hypergradient it gives, where that is another one.
     """
 
     def __call__(self, problem: Problem) -> Hypergradient:

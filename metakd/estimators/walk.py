@@ -119,7 +119,7 @@ def of_all(products: Products) -> Products:
 
     def averaged(problem: Problem, params: Params, *step: Any) -> tuple[Gradients, Gradients]:
         in_params, in_meta = products(problem, params, *step)
-        return problem.mean(in_params, params, "a product with the second derivatives"), in_meta
+        return problem.of_all(in_params, params), in_meta
 
     return averaged
 

@@ -1,1 +1,8 @@
 """What a balancer learns: history, learned weights, diagnosis, plots, loggers."""
+
+from metakd.monitor import plots, tensorboard
+from metakd.monitor.doctor import Diagnosis, diagnose
+from metakd.monitor.history import History
+from metakd.monitor.learned_weights import LearnedWeights, learned_weights
+
+__all__ = ["Diagnosis", "History", "LearnedWeights", "diagnose", "learned_weights", "plots", "tensorboard"]

@@ -25,6 +25,13 @@ class LearnedWeights(NamedTuple):
         targets: (N,) labels.
         features: (N, F) what the weight model saw; by default the losses of student and teacher, or of the terms.
         weights: (N, M) weights.
+
+    Examples:
+        >>> targets, weights = torch.tensor([0, 1, 1]), torch.tensor([[1.0], [2.0], [4.0]])
+        >>> found = LearnedWeights(None, targets, torch.zeros(3, 1), weights)
+        >>> found.by_class(2)
+        tensor([[1.],
+                [3.]])
     """
 
     balancer: BilevelLossBalancer

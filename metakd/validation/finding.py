@@ -8,6 +8,7 @@ from torch import nn
 
 from metakd._virtual.functional import unwrap
 from metakd.estimators import Estimator
+from metakd.estimators.estimate import needs_forward_mode, needs_second_derivatives
 from metakd.inner.groups import Optimizers
 
 Level = Literal["error", "warning", "note"]
@@ -64,6 +65,16 @@ class Subject(NamedTuple):
         """The subject with its modules and parameters by name, shared ones once."""
         bare = unwrap(student)
         return cls(student, optimizer, estimator, list(bare.named_modules()), dict(bare.named_parameters()))
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the estimator needs second derivatives, as any that is not given may."""
+        return self.estimator is None or needs_second_derivatives(self.estimator)
+
+    @property
+    def needs_forward_mode(self) -> bool:
+        """Whether the estimator has no other way."""
+        return self.estimator is not None and needs_forward_mode(self.estimator)
 
     def layers(self, *types: type[nn.Module]) -> Named:
         """The modules of these types."""

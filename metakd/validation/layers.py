@@ -12,7 +12,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from metakd._virtual.functional import unwrap
 from metakd._virtual.kernels import compiled_parts
-from metakd.estimators import FiniteDifference, OneStep
 from metakd.validation.finding import HANDLED, Finding, Subject, places
 from metakd.validation.processes import world_size
 
@@ -74,7 +73,7 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
         )
     gated = subject.layers(nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
     if found := [(name, m) for name, m in gated if any(p.is_cuda for p in m.parameters())]:
-        forward = isinstance(subject.estimator, OneStep) and subject.estimator.mode == "forward"
+        forward = subject.needs_forward_mode
         yield Finding(
             "error" if forward else "warning",
             places(found),
@@ -131,7 +130,7 @@ def batch_norm(subject: Subject) -> Iterator[Finding]:
             "If the last batch may have size 1, use DataLoader(drop_last=True)",
         )
     several = world_size() > 1
-    if (found := subject.training(nn.SyncBatchNorm)) and not isinstance(subject.estimator, FiniteDifference):
+    if (found := subject.training(nn.SyncBatchNorm)) and subject.differentiates_twice:
         yield Finding(
             "error" if several else "note",
             places(found),
@@ -145,7 +144,7 @@ def twice_differentiable(subject: Subject) -> Iterator[Finding]:
     """Layers without second derivatives."""
     found = [(name, m) for name, m in subject.layers(nn.EmbeddingBag) if _learns(m)]
     found += subject.layers(nn.CrossMapLRN2d)
-    if found and not isinstance(subject.estimator, FiniteDifference):
+    if found and subject.differentiates_twice:
         yield Finding(
             "error",
             places(found),

@@ -18,8 +18,8 @@ from torch.utils import checkpoint
 
 from metakd import Batch, BilevelLossBalancer, MetaKDError, check_hypergradient, estimators
 from metakd.terms import CrossEntropy, SoftTarget
+from tests.cases.real_optimizers import Case, assert_right, balanced, mlp, seeded, sgd
 from tests.cases.real_steps import data
-from tests.cases.test_more_students import Case, assert_right, balanced, mlp, seeded, sgd
 
 MODES = [estimators.OneStep("forward"), estimators.OneStep("reverse")]
 

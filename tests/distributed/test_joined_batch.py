@@ -112,7 +112,7 @@ CASES = {
 AHEAD = {
     "adjoint": {"estimator": estimators.Adjoint()},
     "adjoint_mirrored": {"estimator": estimators.Adjoint("forward"), "inner": "mirror", "optimizer": adam},
-    "faster_of_both": {"estimator": estimators.Adjoint("auto")},
+    "adjoint_auto": {"estimator": estimators.Adjoint("auto")},
     "truncated": {"estimator": estimators.Truncated(2), "accumulate": 2},
     "identity_jacobian": {"estimator": estimators.IdentityJacobian()},
     "finite_differences": {"estimator": estimators.FiniteDifference()},

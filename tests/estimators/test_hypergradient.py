@@ -210,7 +210,7 @@ def test_an_estimator_of_the_users_own():
 
     def estimator(given):
         assert not any(t.requires_grad for t in tensors((given.params, given.meta_params)))
-        assert len(given.batches) == len(given.data) and given.data == problem.batches
+        assert [step.batch for step in given.batches] == problem.batches
         assert given.first_gradient is None and given.weighted is None and given.wants_params_gradient
         return Unroll()(given)
 

@@ -132,7 +132,7 @@ def test_a_first_gradient_at_hand_is_not_computed_again():
     at_hand = {name: p.grad for name, p in leaves.items()}
     given_problem = dataclasses.replace(
         given_problem,
-        inner=lambda p, m, t: inner(p, m, problem.batches[t]),
+        inner=lambda p, m, step: inner(p, m, step.batch),
         first_gradient=lambda names: at_hand,
     )
     found = OneStep("forward")(given_problem)
