@@ -31,8 +31,15 @@ class NoSecondDerivative(MetaKDError):
         """What was seen, without the advice."""
         return str(self.args[0])
 
+    @property
+    def advice(self) -> str:
+        """What to do about the operation that was seen."""
+        known = (way for words, way in _OTHER_WAYS.items() if words in self.fact)
+        way = next(known, "write it as other operations that compute the same")
+        return f"{way}, or use estimators.FiniteDifference()"
+
     def __str__(self) -> str:
-        return f"{self.fact}; {_NO_SECOND_ORDER}"
+        return f"{self.fact}; reverse mode would have to differentiate it twice: {self.advice}"
 
 
 def graph_nodes(loss: Tensor, seen: set[Any] | None = None) -> Iterator[Any]:
@@ -174,7 +181,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-_NO_SECOND_ORDER = (
-    "reverse mode would have to differentiate it twice. Use another kernel (for attention "
-    "torch.nn.attention.SDPBackend.MATH) or estimators.FiniteDifference()"
-)
+_OTHER_WAYS = {
+    "attention": "run it with the kernel torch.nn.attention.SDPBackend.MATH",
+    "cdist": "take distances by torch.linalg.vector_norm(x[:, None] - y, dim=-1)",
+    "pdist": "take distances by torch.linalg.vector_norm(x[:, None] - x, dim=-1)",
+    "ctc_loss": "write the sum over alignments with torch.logsumexp",
+    "sparse COO": "make the dense tensor, or take tensor.to_sparse(), which is right",
+    "@once_differentiable": "write that backward with operations of torch, without the mark",
+}

@@ -335,7 +335,7 @@ class BilevelLossBalancer:
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function, whose passes call the terms, the meta loss and the features as well."""
         return FunctionalStudent(
-            self.student, dtype, [*self.terms.values(), self.meta_loss, self.features], apart=self.weighting
+            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], apart=self.weighting
         )
 
     def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
@@ -407,7 +407,8 @@ class BilevelLossBalancer:
     def _prove(self, batches: Sequence[Batch], meta_batch: Any) -> None:
         """Where it is due, the proof that virtual passes compute what real ones do; nothing stays of either."""
         inputs = batches[0].inputs if batches else None
-        if not batches or not self._proofs.due(self._functional, inputs, self.terms, self.estimator):
+        called = {**self.terms, "the meta loss": self.meta_loss}
+        if not batches or not self._proofs.due(self._functional, inputs, called, self.estimator):
             return
         with self._functional.untouched() as start:
             self._proofs.give(self._objective(self._functional, batches, meta_batch, start), self._memory)
@@ -476,7 +477,7 @@ class BilevelLossBalancer:
         return Problem(
             inner,
             [objective.outer],
-            objective.student.detached(),
+            {name: p.clone() for name, p in objective.student.detached().items()},  # a pass may write to .data
             phi,
             objective.steps,
             lambda _: optimizer.transformation,

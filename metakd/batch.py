@@ -68,6 +68,14 @@ def as_batch(item: Any) -> Batch:
     if isinstance(item, tuple | list) and len(item) in (2, 3):
         inputs, targets, *rest = item
         return Batch(inputs, targets, index=_positions(rest[0]) if rest else None)
+    if isinstance(item, tuple | list) and len(item) > 3:
+        entries = ", ".join(f"item[{i}] {described(entry)}" for i, entry in enumerate(item[:6]))
+        raise MetaKDError(
+            f"a loader's item of type {type(item).__name__} of length {len(item)} may mean anything: {entries}"
+            f"{', ...' if len(item) > 6 else ''}; say which is what, such as "
+            "batch_fn=lambda item: Batch(inputs=(item[0], item[1]), targets=item[2], index=item[3]). A Batch has "
+            "inputs, targets, teacher (its outputs) and index (positions in the training set)"
+        )
     length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
     raise MetaKDError(
         f"a loader's item of type {type(item).__name__}{length} is not understood; yield (inputs, targets), "

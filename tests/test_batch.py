@@ -63,7 +63,11 @@ def test_mappings_without_inputs_are_keyword_arguments(key):
     ("item", "message"),
     [
         ((X,), r"type tuple of length 1 .*batch_fn="),
-        ((X, Y, INDEX, TEACHER), r"type tuple of length 4 .*batch_fn="),
+        (
+            (X, Y, INDEX, TEACHER),
+            r"tuple of length 4 .*: item\[0\] torch.float32 \(4, 3\), item\[1\] torch.int64 \(4,\), .*batch_fn=lambda",
+        ),
+        ([X] * 9, r"type list of length 9 .*item\[5\] torch.float32 \(4, 3\), \.\.\.;"),
         (
             (X, X, X),
             r"third item.*torch.float32 \(4, 3\).*batch_fn=.*inputs=\(item\[0\], item\[1\]\), targets=item\[2\]",

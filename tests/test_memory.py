@@ -62,7 +62,7 @@ def test_a_call_leaves_no_garbage(name):
     assert seen or name == "save"
 
 
-@pytest.mark.parametrize("part", FAULTS)
+@pytest.mark.parametrize("part", slow_but(("term", "student"), FAULTS))
 @pytest.mark.parametrize("name", slow_but(["Adjoint"], ["forward", "Adjoint"]))
 def test_an_error_leaves_no_garbage(name, part):
     make, act = MODES[name]

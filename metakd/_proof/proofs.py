@@ -12,14 +12,15 @@ from metakd._basics.nest import tensors
 from metakd._basics.positive_int import positive_int
 from metakd._call.objective import Objective
 from metakd._call.train_pass import TrainPass
-from metakd._proof.side_by_side import check_unwritten, compare_passes, same_losses
+from metakd._proof.demands import check_unwritten
+from metakd._proof.side_by_side import compare_passes, same_losses
 from metakd._virtual.functional import FunctionalStudent
 from metakd._virtual.reach import HOOKS, bare
 from metakd.estimators import Estimator
 from metakd.estimators.memory import Memory
 from metakd.terms import Term
 
-_SHAPES = 4  # of inputs, with all else the same; sequences may have another length in every batch
+_VARIANTS = 4  # of shapes and switches, with all else the same; sequences may have another length in every batch
 
 
 class Proofs:
@@ -58,8 +59,8 @@ class Proofs:
         stands_on = what_it_stands_on(student, inputs, terms, estimator)
         self._since += 1
         again = self._period is not None and self._since > self._period
-        shapes = sum(parts == stands_on[0] for parts, _ in self._proven)
-        if (stands_on in self._proven or shapes >= _SHAPES) and not again:
+        variants = sum(parts == stands_on[0] for parts, _ in self._proven)
+        if (stands_on in self._proven or variants >= _VARIANTS) and not again:
             return False
         self._proven, self._since = self._proven | {stands_on}, 1
         return True
@@ -73,7 +74,7 @@ class Proofs:
         found = compare_passes(objective)
         if found is None:
             return
-        memory.compare = True
+        memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
 
     def see(self, train: TrainPass) -> None:
@@ -94,7 +95,9 @@ class Proofs:
 def what_it_stands_on(
     student: FunctionalStudent, inputs: Any, terms: Mapping[str, Term], estimator: Estimator
 ) -> tuple[Hashable, Hashable]:
-    """What a proof holds for: modules, their modes and hooks, terms, estimator; and shapes of inputs.
+    """What a proof holds for: modules, their modes and hooks, terms, estimator; and shapes of inputs and switches.
+
+    Switches are attributes of the user's own modules that are True, False, None or text.
 
     Examples:
         >>> import torch
@@ -110,7 +113,15 @@ def what_it_stands_on(
     modules = tuple((id(m), m.training, *_hooks(m)) for m in student.module.modules())
     trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.module.parameters())
     shapes = tuple((t.dtype, *t.shape[1:]) for t in tensors(inputs))
-    return (modules, trained, tuple((name, _code(term)) for name, term in terms.items()), id(estimator)), shapes
+    switches = tuple(
+        (name, value)
+        for m in student.module.modules()
+        if not type(m).__module__.startswith("torch.")
+        for name, value in vars(m).items()
+        if value is None or type(value) in (bool, str)
+    )
+    called = tuple((name, _code(term)) for name, term in terms.items())
+    return (modules, trained, called, id(estimator)), (shapes, switches)
 
 
 def _hooks(module: nn.Module) -> Iterator[Hashable]:

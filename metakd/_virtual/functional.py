@@ -75,7 +75,7 @@ class FunctionalStudent:
         module: the student; wrappers of `torch.compile` and data parallelism are looked through.
         dtype: run in this floating-point type in place of the module's own; by default in float32 where that is half
             precision, in which a step of the optimizer is lost in rounding.
-        others: whatever else a pass calls: terms, meta loss, features.
+        others: gives whatever else a pass calls: terms, meta loss, features.
         apart: modules that none of these may touch: the weight model.
 
     Examples:
@@ -91,10 +91,10 @@ class FunctionalStudent:
         self,
         module: nn.Module,
         dtype: torch.dtype | None = None,
-        others: Sequence[Any] = (),
+        others: Callable[[], Sequence[Any]] = tuple,
         apart: nn.Module | None = None,
     ) -> None:
-        self.module, self._others, self._apart = unwrap(module), tuple(others), apart
+        self.module, self._others, self._apart = unwrap(module), others, apart
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
         self._home: PythonState | None = None
@@ -124,7 +124,7 @@ class FunctionalStudent:
     def start(self) -> Start:
         """What a pass from here starts with, copied."""
         apart = [] if self._apart is None else list(self._apart.modules())
-        state = PythonState(reach([self.module, *self._others], apart))
+        state = PythonState(reach([self.module, *self._others()], apart))
         return Start(state, RngState.capture(self.devices))
 
     def run(

@@ -53,7 +53,9 @@ class PythonState:
         self._mappings = [(m, list(m), list(m.values())) for m in places.mappings]
         self._lists = [(found, list(found)) for found in places.lists]
         self._sets = [(found, set(found)) for found in places.sets]
-        self._lengths = [(found, len(found)) for found in places.long]
+        self._long_mappings = [(m, list(m), list(m.values())) for m in places.long if isinstance(m, dict)]
+        self._long_lists = [(found, list(found)) for found in places.long if not isinstance(found, dict)]
+        self._lengths = [(found, len(found)) for found in places.endless]
         self._hooks = [(found, dict(found)) for found in places.hooks if found]
         self._without_hooks = [found for found in places.hooks if not found]
         self._generators = [_capture(generator) for generator in places.generators]
@@ -83,10 +85,10 @@ class PythonState:
 
         Values are not written: see `put_values_back`.
         """
-        for mapping, keys, values in self._mappings:
+        for mapping, keys, values in (*self._mappings, *self._long_mappings):
             if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and _same(mapping, keys)):
                 _refill(mapping, keys, values)
-        for found, values in self._lists:
+        for found, values in (*self._lists, *self._long_lists):
             if not (len(found) == len(values) and all(map(is_, found, values))):
                 found.clear()
                 found.extend(values)

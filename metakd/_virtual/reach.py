@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from metakd._virtual.variables import Cell, ClassVariables, Scripted, Slots, Variables, slots_of
 
 _LONGEST = 2_000  # entries of a container that is looked into; data sets are longer
-_MOST = 50_000  # objects of a walk
+_KEPT = 20_000  # entries of one whose own contents are kept
+_MOST = 20_000  # objects of a walk
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -38,7 +39,8 @@ class Places:
         mappings: dicts, attributes of objects, and the variables of functions.
         lists: lists and deques.
         sets: sets.
-        long: containers with too many entries to look into, which a pass may yet add to.
+        long: lists, deques and dicts with too many entries to look into.
+        endless: containers with even more, which a pass may yet add to.
         hooks: the dicts of hooks that every module has.
         generators: of random numbers, beside those that every program has.
         arrays: NumPy arrays.
@@ -50,6 +52,7 @@ class Places:
         self.lists: list[Any] = []
         self.sets: list[set[Any]] = []
         self.long: list[Any] = []
+        self.endless: list[Any] = []
         self.hooks: list[dict[Any, Any]] = []
         self.generators: list[Any] = []
         self.arrays: list[Any] = []
@@ -184,7 +187,10 @@ def _of_object(value: Any, places: Places) -> Iterable[Any]:
 
 
 def _of_container(value: Any, places: Places) -> Iterable[Any]:
-    if len(value) > _LONGEST:
+    if len(value) > _KEPT:
+        places.endless.append(value)
+        return ()
+    if len(value) > _LONGEST and not isinstance(value, set):
         places.long.append(value)
         return ()
     if isinstance(value, dict):

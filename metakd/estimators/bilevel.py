@@ -90,7 +90,7 @@ def hypergradient(
         build_problem(
             inner, outer, params, meta_params, batches, optimizer, optimizer_state, outer_batches=outer_batches
         ),
-        memory=Memory(compare=verify is not False),
+        memory=Memory(compare=verify is not False, compare_products=bool(verify)),
         wants_params_gradient=True,
     )
     start = RngState.capture({t.device for t in tensors([problem.params, problem.meta_params, problem.batches])})

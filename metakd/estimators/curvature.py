@@ -57,9 +57,6 @@ def _is_right(loss: Tensor, seen: set[Any] | None) -> bool:
         if node.name() == "WeightNormInterfaceBackward0":
             return False
         if node.name() == "SparseCooTensorWithDimsAndTensorsBackward0":
-            raise NoSecondDerivative(
-                "torch's second derivative of a sparse COO tensor in its values is wrong; make the dense one, or "
-                "take tensor.to_sparse(), which is right"
-            )
+            raise NoSecondDerivative("torch's second derivative of a sparse COO tensor in its values is wrong")
         reject_marked(node)
     return True

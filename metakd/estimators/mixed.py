@@ -21,6 +21,7 @@ from metakd._autodiff import (
 from metakd.errors import MetaKDError
 from metakd.estimators.agreement import reject_other_products
 from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.double_backward import reject_wrong_influence, reject_wrong_products
 from metakd.estimators.dual import LevelTaken, dual_numbers, duals
 from metakd.estimators.influence import in_weights, influence
 from metakd.estimators.problem import Problem
@@ -68,6 +69,7 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
+        problem.memory.compare = problem.memory.compare or isinstance(error, _WrongTangents)
         instead = in_its_place(error, lambda: _reverse(*at))
         lacks = f"an operation of this model has no forward-mode derivative ({first_line(error)})"
         what = str(error) if isinstance(error, _WrongTangents) else lacks
@@ -104,7 +106,7 @@ def in_its_place(error: Exception, reverse: Callable[[], _T]) -> _T:
     except NoSecondDerivative as second:
         raise MetaKDError(
             f"this model has neither a forward-mode derivative ({first_line(error)}) nor a second derivative "
-            f"({second.fact}); use estimators.FiniteDifference()"
+            f"({second.fact}); {second.advice}"
         ) from second
 
 
@@ -134,8 +136,15 @@ def _through_tangent(problem: Problem, params: Params, meta: Params, batch: Any,
 
 
 def _reverse(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
+    if problem.weighted is not None and problem.memory.compare:
+        problem.memory.compare = False
+        reject_wrong_influence(problem, params, batch, u)
     moved = leaves({name: params[name] for name in u})
     loss = twice_differentiable(lambda: problem.inner({**params, **moved}, meta, batch))
     g = graph_gradients(loss, moved)
     derivative = slope(g, u)
-    return dict.fromkeys(meta) if derivative is None else second_order_gradients(derivative, meta)
+    found = dict.fromkeys(meta) if derivative is None else second_order_gradients(derivative, meta)
+    if problem.weighted is None and problem.memory.compare_products:
+        problem.memory.compare_products = False
+        reject_wrong_products(problem, params, meta, batch, u, ({}, found))
+    return found

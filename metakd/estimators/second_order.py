@@ -19,6 +19,7 @@ from metakd._autodiff import (
 from metakd.errors import MetaKDError
 from metakd.estimators.agreement import reject_other_products
 from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.double_backward import reject_wrong_products
 from metakd.estimators.dual import LevelTaken, dual_numbers, duals
 from metakd.estimators.mixed import in_its_place
 from metakd.estimators.problem import Problem
@@ -37,7 +38,11 @@ def reverse_over_reverse(
     g = graph_gradients(twice_differentiable(lambda: problem.inner(theta, meta, batch)), theta)
     derivative = slope(g, u)
     assert derivative is not None  # u is the cotangent of what this gradient has
-    return in_both(derivative, theta, meta, second_order_gradients)
+    found = in_both(derivative, theta, meta, second_order_gradients)
+    if problem.memory.compare_products:
+        problem.memory.compare_products = False
+        reject_wrong_products(problem, params, meta, batch, u, found)
+    return found
 
 
 def forward_over_reverse(

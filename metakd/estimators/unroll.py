@@ -9,8 +9,10 @@ from metakd._autodiff import added, filled, graph_gradients, graph_nodes, in_bot
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
+from metakd.estimators.double_backward import reject_wrong_influence
 from metakd.estimators.problem import NO_BATCHES, Problem
 from metakd.estimators.result import Hypergradient
+from metakd.estimators.second_order import reverse_over_reverse
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Unroll:
                 "Unroll records one graph of all steps, which cannot reach into other processes; with "
                 "DistributedDataParallel use estimators.Adjoint(), which is as exact"
             )
+        if problem.memory.compare_products:
+            _compare_first_step(problem)
         theta, meta, state = leaves(problem.params), leaves(problem.meta_params), problem.optimizer_state
         params, start = theta, theta if problem.wants_params_gradient else {}
         seen: set[Any] = set()
@@ -65,3 +69,14 @@ class Unroll:
     def exact(self, steps: int) -> bool:
         """Whether it is exact for that many inner steps."""
         return True
+
+
+def _compare_first_step(problem: Problem) -> None:
+    """See that the double backward is right, as far as the first step tells."""
+    along = {name: g for name, g in problem.inner_gradient(problem.params, 0).items() if g is not None}
+    if not along:
+        return
+    reverse_over_reverse(problem, problem.params, leaves(problem.meta_params), problem.batches[0], along)
+    if problem.weighted is not None and problem.memory.compare:
+        problem.memory.compare = False
+        reject_wrong_influence(problem, problem.params, problem.batches[0], along)

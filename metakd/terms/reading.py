@@ -46,8 +46,9 @@ def class_logits(outputs: Any) -> Tensor:
     if found.shape[1] < 2:
         raise MetaKDError(
             f"the student has {found.shape[1]} output, but cross-entropy and divergences need logits of at least two "
-            "classes: the softmax of a single logit is always 1. For binary labels write a term of your own, "
-            f"{_BINARY}, or add a logit for the other class: torch.cat([torch.zeros_like(z), z], dim=1)"
+            "classes: the softmax of a single logit is always 1. Write a term of your own: for regression "
+            f"{_REGRESSION}; for binary labels {_BINARY}. Or add a logit for the other class: "
+            "torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     return found
 
@@ -143,9 +144,12 @@ def describe(value: Any) -> str:
     return f"{kind} of shape {tuple(found.shape)} and {found.dtype}"
 
 
+_REGRESSION = (
+    "lambda outputs, batch: F.mse_loss(outputs.flatten(), batch.targets.flatten().to(outputs), reduction='none')"
+)
 _BINARY = (
-    "lambda outputs, batch: F.binary_cross_entropy_with_logits(outputs.flatten(), batch.targets.float(), "
-    "reduction='none')"
+    "lambda outputs, batch: F.binary_cross_entropy_with_logits(outputs.flatten(), "
+    "batch.targets.flatten().to(outputs), reduction='none')"
 )
 
 
@@ -156,7 +160,7 @@ def _instead(found: Tensor | None) -> str:
     if found.is_complex():
         return " that takes their .abs() or .real: lambda outputs, batch: CrossEntropy()(outputs.abs(), batch)"
     if found.ndim < 2:
-        return f"; for a single binary logit per sample, {_BINARY}"
+        return f"; for regression of one number per sample, {_REGRESSION}; for a single binary logit, {_BINARY}"
     return (
         "; for one class per pixel, lambda outputs, batch: F.cross_entropy(outputs, batch.targets, "
         "reduction='none').flatten(1).mean(dim=1)"

@@ -17,6 +17,7 @@ from tests.cases.real_steps import data
 SMOOTH = CrossEntropy(label_smoothing=0.3)
 TERMS = {"hard": CrossEntropy(), "smooth": SMOOTH}
 ESTIMATORS = [estimators.Adjoint(), estimators.Unroll()]
+MODES = [estimators.OneStep("forward"), estimators.OneStep("reverse")]
 Optimizer = torch.optim.Optimizer
 
 
@@ -48,6 +49,11 @@ def balanced(case: Case, **options: Any) -> BilevelLossBalancer:
         meta_loss=case.meta_loss,
         **options,
     )
+
+
+def plain(student: nn.Module, terms: Any, **options: Any) -> BilevelLossBalancer:
+    """A balancer as its users build it, with the default weight model unless told otherwise."""
+    return BilevelLossBalancer(student, terms, optimizer=torch.optim.SGD(student.parameters(), lr=0.2), **options)
 
 
 def descent(optimizers: Sequence[Optimizer], lr: float | None = None) -> list[Optimizer]:

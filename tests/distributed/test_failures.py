@@ -119,6 +119,7 @@ def left_alone(rank):
     return "told"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_missed(tmp_path):
     two = Pair(tmp_path)
     assert two(left_alone) == ["told", "gone"]

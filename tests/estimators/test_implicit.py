@@ -156,6 +156,7 @@ def test_one_graph_is_in_memory_at_a_time():
     assert most(12) <= 1.02 * most(2)
 
 
+@pytest.mark.slow
 def test_through_a_balancer():
     """A linear student at the optimum of its weighted, penalised loss: both ways agree."""
     found = []
