@@ -29,6 +29,7 @@ from metakd.longtail import (
     fresh_folder,
     group_classes,
     load_images,
+    load_weights,
     summary,
     write_report,
 )
@@ -124,7 +125,8 @@ def settings(name, method, data, args, epochs):
     """All that decides the numbers of one network's training: a checkpoint with others is not taken up."""
     keys = ["dataset", "imbalance", "seed", "batch_size", "lr", "evaluate_every", "teacher"]
     if name != "teacher":
-        keys += ["student", "teacher_epochs"] + ["alpha"] * (method in ("kd", "bskd"))
+        keys += ["student", "teacher_checkpoint" if args.teacher_checkpoint else "teacher_epochs"]
+        keys += ["alpha"] * (method in ("kd", "bskd"))
         keys += ["accumulate", "weighting_lr", "inner_steps"] * (method == "bikd")
     return {key: getattr(args, key) for key in keys} | {"epochs": epochs, "counts": list(data.counts)}
 
@@ -156,7 +158,11 @@ def main():
     network(args.student)  # a misspelt name shall not wait until the teacher is trained
     runs, learned = {}, None
     teacher = network(args.teacher)
-    runs["teacher"], _ = train("teacher", "ce", teacher, None, data, args, args.teacher_epochs)
+    if args.teacher_checkpoint:
+        load_weights(teacher, Path(args.teacher_checkpoint))
+        runs["teacher"] = Run([], evaluate(teacher, data.test.plain(), group_classes(data.counts)))
+    else:
+        runs["teacher"], _ = train("teacher", "ce", teacher, None, data, args, args.teacher_epochs)
     teacher.eval().requires_grad_(False)
     for method in args.methods:
         student = network(args.student)
@@ -185,7 +191,8 @@ def parse_arguments():
     add("--data-root", type=Path, help="where the images are (cifar10, cifar100: where to download them to)")
     add("--imbalance", type=float, help="largest over smallest class; 0 keeps the data's own class sizes")
     add("--methods", nargs="+", choices=METHODS, help="bskd: KD with balanced softmax")
-    add("--teacher", help="resnet<depth>[x<widening>], convnet<width> or mlp<hidden>")
+    add("--teacher", help="resnet<depth>[x<widening>], convnet<width>, mlp<hidden>, torchvision:<name> or timm:<name>")
+    add("--teacher-checkpoint", metavar="FILE", help="its weights, .pt or .safetensors; it is not trained")
     add("--student", help="likewise")
     add("--teacher-epochs", type=positive)
     add("--epochs", type=positive, help="of each student")

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from metakd.longtail import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -175,6 +178,15 @@ def test_a_folder_of_pictures(tmp_path):
     assert record(tmp_path / "out")["data"]["counts"] == [26, 15, 8]
 
 
+def test_a_teacher_of_ones_own(tmp_path):
+    torch.save(build_model("mlp16", classes=10, channels=1, size=8).state_dict(), tmp_path / "teacher.pt")
+    arguments = ["--teacher", "mlp16", "--teacher-checkpoint", str(tmp_path / "teacher.pt"), "--epochs", "2"]
+    found = run(tmp_path / "out", "--methods", "kd", *arguments)
+    assert found.returncode == 0, found.stderr
+    runs = record(tmp_path / "out")["runs"]
+    assert runs["teacher"]["history"] == [] and len(runs["kd"]["history"]) == 2
+
+
 @pytest.mark.skipif("METAKD_CIFAR10" not in os.environ, reason="METAKD_CIFAR10 names no folder of real CIFAR-10")
 def test_real_cifar10(tmp_path):
     arguments = ["--dataset", "folder", "--data-root", os.environ["METAKD_CIFAR10"], "--imbalance", "100"]
@@ -189,7 +201,7 @@ def test_real_cifar10(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--imbalance", "-3"], "an imbalance of -3.0 has no meaning"),
+        (["--imbalance", "-3"], "imbalance is -3.0, but"),
         (["--epochs", "0"], "must be a whole number of at least 1, got '0'"),
         (["--accumulate", "few"], "must be a whole number of at least 1, got 'few'"),
         (["--student", "vgg"], "no network named 'vgg'"),

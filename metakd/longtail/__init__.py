@@ -9,7 +9,7 @@ from metakd.longtail.batches import Batches, LongTailed
 from metakd.longtail.checkpoint import Checkpoint, fresh_folder
 from metakd.longtail.data import DATASETS, Images, load_images
 from metakd.longtail.metrics import Groups, Scores, evaluate, group_classes
-from metakd.longtail.models import CifarResNet, build_model
+from metakd.longtail.models import CifarResNet, build_model, load_weights
 from metakd.longtail.results import Run, provenance, summary, table, write_report
 from metakd.longtail.splits import Split, largest_n_max, long_tail_counts, long_tailed_split
 
@@ -31,6 +31,7 @@ __all__ = [
     "group_classes",
     "largest_n_max",
     "load_images",
+    "load_weights",
     "long_tail_counts",
     "long_tailed_split",
     "plots",

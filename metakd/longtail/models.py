@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakd.errors import MetaKDError
+from metakd.longtail._torchvision import import_torchvision
 
-_NAMES = "resnet<6n+2>[x<widening>][s<stride of the stem>] (resnet8, resnet8x4, resnet8s2), mlp<hidden>, convnet<width>"
+_NAMES = (
+    "resnet<6n+2>[x<widening>][s<stride of the stem>] (resnet8, resnet8x4, resnet8s2), mlp<hidden>, convnet<width>, "
+    "torchvision:<name>, timm:<name>"
+)
 
 
 class BasicBlock(nn.Module):
@@ -106,11 +114,12 @@ def convnet(width: int, classes: int, channels: int = 1) -> nn.Sequential:
 
 
 def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -> nn.Module:
-    """Build a network by name.
+    """Build a network by name, with random weights.
 
     ``resnet20`` has widths 16-16-32-64. ``resnet8x4`` has 32-64-128-256: the stem twice, the stages four times
     as wide, as the usual students of distillation papers. ``resnet8s2`` has a stem of stride 2. ``mlp64`` and
-    ``mlp64-32`` are perceptrons, ``convnet16`` has two convolutions.
+    ``mlp64-32`` are perceptrons, ``convnet16`` has two convolutions. ``torchvision:resnet18`` and ``timm:resnet18``
+    are those packages' own.
 
     Args:
         name: see above; depth, widening, stride and widths may be other numbers.
@@ -137,4 +146,70 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
         return mlp([int(width) for width in found[1].split("-")], classes, channels * size * size)
     if found := re.fullmatch(r"convnet(\d+)", name):
         return convnet(int(found[1]), classes, channels)
+    package, _, foreign = name.partition(":")
+    if foreign and package in _PACKAGES:
+        return _PACKAGES[package](foreign, classes, channels)
     raise MetaKDError(f"there is no network named {name!r}; there are: {_NAMES}")
+
+
+def _torchvisions(name: str, classes: int, channels: int) -> nn.Module:
+    if channels != 3:
+        raise MetaKDError(f"torchvision's networks take 3 channels, and the images have {channels}")
+    models: Any = import_module(f"{import_torchvision().__name__}.models")
+    if name not in models.list_models():
+        raise MetaKDError(f"torchvision has no network named {name!r}; see torchvision.models.list_models()")
+    found: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+    return found
+
+
+def _timms(name: str, classes: int, channels: int) -> nn.Module:
+    try:
+        timm: Any = import_module("timm")
+    except ImportError as error:
+        raise MetaKDError(f"timm:{name} needs timm ({error}); install it with `pip install timm`") from error
+    if name not in timm.list_models():
+        raise MetaKDError(f"timm has no network named {name!r}; see timm.list_models()")
+    found: nn.Module = timm.create_model(name, num_classes=classes, in_chans=channels)
+    return found
+
+
+_PACKAGES = {"torchvision": _torchvisions, "timm": _timms}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict, by torch or safetensors as the file's ending says, into a network.
+
+    A dict that holds the state dict under "state_dict" or "model", as training scripts write it, will do, and so will
+    names that begin with "module.", as data parallelism makes them.
+
+    Args:
+        model: the network, whose parameters and buffers are overwritten.
+        path: the file.
+
+    Raises:
+        MetaKDError: the file cannot be read, or does not fit the network.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": nn.Linear(1, 1).state_dict()}, Path(folder) / "teacher.pt")
+        ...     load_weights(nn.Linear(1, 1), Path(folder) / "teacher.pt")
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = import_module("safetensors.torch").load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise MetaKDError(f"{path} needs safetensors ({error}); install it with `pip install safetensors`") from error
+    except Exception as error:
+        raise MetaKDError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise MetaKDError(f"{path} holds a {type(state).__name__}, expected a state dict: names and tensors")
+    try:
+        model.load_state_dict({str(name).removeprefix("module."): value for name, value in state.items()})
+    except (RuntimeError, AttributeError) as error:
+        raise MetaKDError(f"{path} does not fit {type(model).__name__}: {str(error)[:500]}") from error

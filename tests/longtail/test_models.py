@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from metakd.errors import MetaKDError
-from metakd.longtail import CifarResNet, build_model
+from metakd.longtail import CifarResNet, build_model, load_weights
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32])
@@ -58,3 +58,48 @@ def test_unknown_names_and_wrong_widths():
         build_model("vgg11", classes=10)
     with pytest.raises(MetaKDError, match="four widths"):
         CifarResNet(8, (16, 32), classes=10)
+
+
+def test_torchvisions_networks():
+    assert build_model("torchvision:resnet18", classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(MetaKDError, match="torchvision has no network named 'resnet19'"):
+        build_model("torchvision:resnet19", classes=7)
+    with pytest.raises(MetaKDError, match="3 channels, and the images have 1"):
+        build_model("torchvision:resnet18", classes=7, channels=1)
+
+
+def test_timms_networks():
+    pytest.importorskip("timm")
+    assert build_model("timm:resnet10t", classes=7, channels=1)(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda state, path: torch.save(state, path),
+        lambda state, path: torch.save({"state_dict": {f"module.{n}": v for n, v in state.items()}, "epoch": 3}, path),
+        lambda state, path: torch.save({"model": state}, path),
+        lambda state, path: pytest.importorskip("safetensors.torch").save_file(state, path),
+    ],
+)
+def test_weights_are_read_from_a_file(tmp_path, write, request):
+    path = tmp_path / ("teacher.safetensors" if "3" in request.node.name else "teacher.pt")
+    one, other = (build_model("mlp8", classes=3, channels=1, size=4) for _ in range(2))
+    write(one.state_dict(), path)
+    load_weights(other, path)
+    assert all(torch.equal(value, one.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+def test_files_that_are_no_weights(tmp_path):
+    model = build_model("mlp8", classes=3, channels=1, size=4)
+    with pytest.raises(MetaKDError, match=r"cannot be read as weights \(FileNotFoundError"):
+        load_weights(model, tmp_path / "nothing.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(MetaKDError, match="cannot be read as weights"):
+        load_weights(model, tmp_path / "text.pt")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(MetaKDError, match="holds a list, expected a state dict"):
+        load_weights(model, tmp_path / "list.pt")
+    torch.save(build_model("mlp4", classes=3, channels=1, size=4).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(MetaKDError, match=r"(?s)does not fit Sequential: .*size mismatch"):
+        load_weights(model, tmp_path / "other.pt")
