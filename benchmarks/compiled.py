@@ -4,8 +4,8 @@
 
 A virtual step of metakd runs the student as written. This measures whether its two passes, compiled by inductor as pure
 functions of the parameters, would be faster, and give the same: the meta batch's loss with its gradient, and the
-forward-mode pass as `torch.func.jvp` of the losses (metakd's own also takes its values from the training pass). Beside
-them a plain training pass. Each time is the median after the first calls, which compile. Needs a C++ compiler.
+forward-mode pass as `torch.func.jvp` of the losses. Beside them a plain training pass. Each time is the median after
+the first calls, which compile. Needs a C++ compiler.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from benchmarks.common.numbers import Content, entries, find, ratios
 
 PRESETS = {
     "full": {
-        "cases": ["resnet8x4", "resnet20", "transformer", "mlp32"], "repeats": 8, "seconds": 120.0,
+        "cases": ["resnet8x4", "resnet20", "transformer", "mlp32"], "repeats": 8, "seconds": 240.0,
         "output": ROOT / "benchmarks" / "results" / "first_call",
     },
     "smoke": {

@@ -25,7 +25,8 @@ The exact way is `OneStep()` on a meta batch as large as the training batch. The
 
 - **Time**: a whole training iteration, the student's own step included, over a plain distillation iteration; the
   teacher's outputs are given. The ways take turns: each round times every way once, with a plain iteration before each.
-  A number is the median over the rounds, with the smallest and the largest behind it.
+  A number is the median over the rounds, with the smallest and the largest behind it. First calls, which hold the proof
+  of virtual passes, are not timed.
 - **Error**: |g - exact| / |exact| of the hypergradient in the parameters of `LossMLP`, and its **cosine** with the
   exact one on the full meta batch. Means over {compared} training batches, and over {draws} draws of a smaller meta
   batch. "At the start" is a freshly drawn student, "later" the same after the given number of plain iterations.

@@ -3,12 +3,13 @@
 import sys
 
 from metakd import constraints, estimators, recipes, terms, weighting
+from metakd._basics.versions import show_versions
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
 from metakd.check import check_hypergradient
 from metakd.errors import MetaKDError
 from metakd.estimators import Hypergradient, hypergradient
-from metakd.monitor import Diagnosis, History, diagnose, learned_weights, plots, tensorboard
+from metakd.monitor import Diagnosis, History, diagnose, export_weights, learned_weights, plots, tensorboard
 from metakd.report import Report
 from metakd.validation import Finding, validate
 
@@ -29,10 +30,12 @@ __all__ = [
     "constraints",
     "diagnose",
     "estimators",
+    "export_weights",
     "hypergradient",
     "learned_weights",
     "plots",
     "recipes",
+    "show_versions",
     "tensorboard",
     "terms",
     "validate",

@@ -1,4 +1,4 @@
-"""First and second derivatives of a scalar by name, and the walk over autograd's graph."""
+"""First and second derivatives of a scalar by parameter name, and the walk over autograd's graph."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ Gradients = dict[str, Tensor | None]
 
 
 class NoSecondDerivative(MetaKDError):
-    """A loss that cannot be differentiated twice.
+    """A loss cannot be differentiated twice.
 
     Examples:
         >>> raise NoSecondDerivative("the derivative of x_backward is not implemented")
@@ -28,12 +28,12 @@ class NoSecondDerivative(MetaKDError):
 
     @property
     def fact(self) -> str:
-        """What was seen, without the advice."""
+        """What went wrong, without the advice."""
         return str(self.args[0])
 
     @property
     def advice(self) -> str:
-        """What to do about the operation that was seen."""
+        """How to replace the operation."""
         known = (way for words, way in _OTHER_WAYS.items() if words in self.fact)
         way = next(known, "write it as other operations that compute the same")
         return f"{way}, or use estimators.FiniteDifference()"
@@ -43,7 +43,7 @@ class NoSecondDerivative(MetaKDError):
 
 
 def graph_nodes(loss: Tensor, seen: set[Any] | None = None) -> Iterator[Any]:
-    """All nodes of the graph that a loss hangs on, without those `seen` before, to which they are added."""
+    """Iterate over the nodes of a loss's graph. Nodes in `seen` are skipped; new ones are added to it."""
     seen, waiting = set() if seen is None else seen, [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -55,25 +55,18 @@ def graph_nodes(loss: Tensor, seen: set[Any] | None = None) -> Iterator[Any]:
 
 
 def graph_leaves(loss: Tensor) -> list[Tensor]:
-    """All leaves of autograd that a loss depends on.
-
-    Examples:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> graph_leaves((w * w.detach()).sum())[0] is w
-        True
-    """
+    """All leaf tensors that a loss depends on."""
     variables = [node.variable for node in graph_nodes(loss) if hasattr(node, "variable")]
     return list({id(variable): variable for variable in variables}.values())
 
 
 def leaves(values: Params) -> Params:
-    """The same values as fresh leaves of autograd."""
+    """Copies of the values as fresh leaves of autograd."""
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
 def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
-    """The gradients of a scalar by name, dense; None where the loss does not reach a parameter."""
+    """Dense gradients of a scalar by name; None if the loss does not depend on a parameter."""
     if not loss.requires_grad or not params:
         return dict.fromkeys(params)
     found = torch.autograd.grad(loss, list(params.values()), allow_unused=True, **options)
@@ -81,53 +74,51 @@ def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
 
 
 def dense(values: Gradients) -> Gradients:
-    """The same with sparse gradients filled up, as `nn.Embedding(sparse=True)` gives them."""
+    """Make sparse gradients dense; `nn.Embedding(sparse=True)` gives such."""
     return {n: g.to_dense() if g is not None and g.layout != torch.strided else g for n, g in values.items()}
 
 
-def in_both(
+def joint_gradients(
     loss: Tensor, params: Params, meta_params: Params, take: Callable[[Tensor, Params], Gradients] = gradients
 ) -> tuple[Gradients, Gradients]:
-    """The gradients of a scalar in params and in meta_params, from one backward pass; the two may share names."""
+    """Gradients of a scalar in params and in meta_params from one backward pass; the two may share names."""
     both = {f"theta.{name}": p for name, p in params.items()} | {f"phi.{name}": p for name, p in meta_params.items()}
     found = take(loss, both)
     return {name: found[f"theta.{name}"] for name in params}, {name: found[f"phi.{name}"] for name in meta_params}
 
 
 def added(a: Gradients, b: Gradients) -> Gradients:
-    """The sum of two gradients with the same names, where None is nothing."""
+    """The sum of two gradients with the same names; None counts as zero."""
     pairs = {name: (value, b[name]) for name, value in a.items()}
     return {name: y if x is None else x if y is None else x + y for name, (x, y) in pairs.items()}
 
 
 def norm(values: Iterable[Tensor | None]) -> float:
-    """The Euclidean norm of tensors together, in float64; None is nothing."""
+    """The Euclidean norm of several tensors together, in float64; None counts as zero."""
     return math.sqrt(math.fsum(float(v.detach().double().square().sum()) for v in values if v is not None))
 
 
-def filled(values: Gradients, like: Params) -> Params:
-    """The gradients of the names in `like`, with zeros in place of None."""
+def with_zeros(values: Gradients, like: Params) -> Params:
+    """The gradients for the names in `like`, with zeros instead of None."""
     return {name: torch.zeros_like(p) if (g := values[name]) is None else g for name, p in like.items()}
 
 
 def slope(gradient: Mapping[str, Tensor | None], along: Mapping[str, Tensor | None]) -> Tensor | None:
-    """The inner product of a gradient and a direction, over what both have; None where that is nothing."""
+    """The inner product of a gradient and a direction over the names that both have; None if there are none."""
     pairs = [(g, u) for name, g in gradient.items() if g is not None and (u := along.get(name)) is not None]
     return torch.stack([(g * u).sum() for g, u in pairs]).sum() if pairs else None
 
 
 def graph_gradients(loss: Tensor, params: Params) -> Gradients:
-    """`gradients` with a graph of their own."""
+    """`gradients` with a graph, so that they can be differentiated again."""
     return gradients(loss, params, create_graph=True)
 
 
 def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     """`gradients` of a scalar that was built from gradients.
 
-    The backward pass worked once, so whatever fails here is a second derivative that is missing.
-
     Raises:
-        NoSecondDerivative: an operation on the way has no second derivative.
+        NoSecondDerivative: any failure, as the first derivatives have worked before.
     """
     try:
         return gradients(loss, params, **options)
@@ -138,25 +129,19 @@ def second_order_gradients(loss: Tensor, params: Params, **options: Any) -> Grad
 
 
 def reject_once_differentiable(loss: Tensor, seen: set[Any] | None = None) -> None:
-    """Make sure that a loss can be differentiated twice, as far as Python sees.
+    """Raise `NoSecondDerivative` if the loss's graph has an operation marked @once_differentiable.
 
-    Args:
-        loss: a scalar with a graph.
-        seen: nodes of the graph that need no look any more; new ones are added.
-
-    Raises:
-        NoSecondDerivative: an operation on the way is marked @once_differentiable. Where its incoming gradient is
-            constant, autograd would lose what hangs behind it without a word.
+    Autograd reports it only if the incoming gradient needs a gradient itself, and drops terms silently otherwise.
     """
     for node in graph_nodes(loss, seen):
         reject_marked(node)
 
 
 def reject_marked(node: Any) -> None:
-    """See `reject_once_differentiable`, for one node of a graph."""
+    """`reject_once_differentiable` for one node of a graph."""
     operation = getattr(type(node), "_forward_cls", None)
-    # The mark is a wrapper that torch's own module defines around the user's backward. The library's own operations
-    # are twice differentiable, and mark the second time.
+    # The mark replaces backward by a wrapper that torch.autograd.function defines. This library's own operations mark
+    # their second backward only.
     if operation is None or operation.__module__.startswith("metakd."):
         return
     if getattr(operation.backward, "__globals__", {}).get("__name__") == "torch.autograd.function":
@@ -164,12 +149,7 @@ def reject_marked(node: Any) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What the first error of a chain says, shortened.
-
-    Examples:
-        >>> first_line(KeyError())
-        'KeyError'
-    """
+    """The first line of the error at the root of a chain, shortened."""
     first = list(_chain(error))[-1]
     lines = str(first).splitlines()
     return lines[0][:160] if lines else type(first).__name__

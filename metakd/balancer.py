@@ -26,7 +26,7 @@ from metakd._proof.proofs import Proofs
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import as_written
 from metakd._virtual.teacher import Teacher
-from metakd.batch import Batch, as_batch, as_it_is, endless
+from metakd.batch import Batch, as_batch, detached_copy, endless
 from metakd.errors import MetaKDError, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
@@ -47,49 +47,49 @@ class BilevelLossBalancer:
     with the student's parameters $\theta$, the weight model's $\phi$, and for sample i and term k the loss
     $\ell_{ik}$ and its weight $w_{ik}$. A call has K = 1 inner step, `meta_step` any number.
 
-    A call takes a training batch and a meta batch: it runs the training forward pass, looks one optimizer step
-    ahead, takes the gradient of the meta loss there in the weight model's parameters, steps the weight model, and
-    returns the weighted loss of the training batch for the user's own `loss.backward()` and `optimizer.step()`.
-    Afterwards the student is what that one forward pass alone would have made of it.
+    A call takes a training batch and a meta batch. It runs the training forward pass, looks one optimizer step ahead,
+    computes the gradient of the meta loss there in the weight model's parameters, steps the weight model, and returns
+    the weighted loss of the training batch for the user's own `loss.backward()` and `optimizer.step()`. It changes the
+    student exactly as that one forward pass does.
 
     Source: BiKD (PAKDD 2026, arXiv 2605.17839), whose defaults these are; Meta-Weight-Net (Shu et al., 2019) and
     Learning to Reweight (Ren et al., 2018) are the same computation with another weight model. Ours differs in
     computing it without a copy of the student and without a second-order graph, in running the teacher in eval
     mode, and in taking any module, optimizer and term.
 
-    The virtual passes run the student's forward hooks, as they may be part of its function; hooks on parameters
-    and the hooks of wrappers (data parallelism) run in the user's own backward pass alone.
+    The virtual passes run the student's forward hooks, as they may be part of its function. Hooks on parameters and
+    hooks of wrappers (data parallelism) run only in the user's own backward pass.
 
-    A student in `DistributedDataParallel` is balanced by all ranks together: every rank calls its own balancer with its
-    own batches, gradients and hypergradients are means over the ranks, and the weight model is the same on all.
+    All ranks balance a student in `DistributedDataParallel` together: every rank calls its own balancer with its own
+    batches, gradients and hypergradients are means over the ranks, and all ranks share one weight model.
 
     Args:
-        student: any module, unchanged; wrapped as it is trained.
+        student: any module, as it is trained, wrappers included.
         terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
             (outputs, batch) -> (B,).
-        optimizer: the student's own torch optimizer, or a list of those that hold its parameters together; learning
-            rates, groups and state are read at every step.
+        optimizer: the student's own torch optimizer, or a list of optimizers that together hold its parameters; every
+            step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
-        weighting_optimizer: of the weight model; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
-        teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); run once a
-            batch, in eval mode, without gradients; or None.
-        features: (losses (B, M), outputs, batch) -> (B, F), what the weight model sees, always detached. Default:
-            with a teacher the cross-entropies of student and teacher on the label, without one the losses.
+        weighting_optimizer: the weight model's optimizer; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
+        teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
+            runs once per batch, in eval mode, without gradients.
+        features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the
+            cross-entropies of student and teacher on the label; without a teacher the losses.
         meta_loss: a term, averaged over the meta batch; default `terms.CrossEntropy()`.
         inner: the lookahead's optimizer: `"sgd"` is plain SGD at the optimizer's current learning rates (the
             paper), `"mirror"` the optimizer's own rule and state, or a torchopt `GradientTransformation`.
         estimator: how the hypergradient is computed.
-        accumulate: hypergradients averaged before each step of the weight model (the paper's k).
+        accumulate: how many hypergradients each step of the weight model averages (the paper's k).
         every: take a hypergradient on every n-th call only (calls n, 2n, ...).
         batch_fn: loader item -> `Batch`; the default takes (x, y), (x, y, index), a mapping or a `Batch`.
         verify: prove exactness on this student. At the first hypergradient, and when modules, modes, hooks, shapes of
-            outputs, terms or estimator change, compare the losses and the gradient of a virtual pass with those of the
+            inputs, terms or estimator change, compare the losses and the gradient of a virtual pass with those of the
             real one, and forward mode with reverse mode. That costs 3 forward passes and M + 3 backward passes, once.
-            A number n repeats it at every n-th hypergradient; False leaves it out.
+            A number n repeats it at every n-th hypergradient; False omits it.
 
     Raises:
-        MetaKDError: whatever does not fit, with cause and cure. After any error student, optimizer and weight
-            model are bit for bit what they were.
+        MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
+            optimizer and weight model are bit for bit as before.
 
     Examples:
         >>> from metakd.terms import CrossEntropy, SoftTarget
@@ -160,11 +160,11 @@ class BilevelLossBalancer:
         return self._report
 
     def __call__(self, batch: Any, meta_batch: Any) -> Tensor:
-        """Take the hypergradient, step the weight model, return the weighted loss with the student's graph.
+        """Take the hypergradient, step the weight model, and return the weighted loss with the student's graph.
 
         Args:
             batch: a training batch, as the loader yields it.
-            meta_batch: a batch of the meta set; None to take no hypergradient in this call.
+            meta_batch: a batch of the meta set; None for no hypergradient in this call.
 
         Returns:
             The scalar (1/B) sum_ik w_ik l_ik; the caller runs `.backward()` and `optimizer.step()`.
@@ -178,7 +178,7 @@ class BilevelLossBalancer:
             read = self._batch(batch, "the batch")
             self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
             if meta_batch is not None:
-                self._prove([read], meta_batch)
+                meta_batch = self._prove([read], meta_batch)
             before = snapshot.keep_batch(read)
             train = TrainPass(
                 self.student, self._functional, read, self.terms, snapshot.start, hooked=self._proofs.hooked
@@ -197,13 +197,13 @@ class BilevelLossBalancer:
             return loss
 
     def loss(self, batch: Any) -> Tensor:
-        """The weighted loss alone, with the weights as they are; nothing is learned."""
+        """The weighted loss under the present weights; nothing is learned."""
         return self(batch, None)
 
     def weights(self, batch: Any) -> Tensor:
-        """The weights of a batch's samples as they are now, (B, M), detached; leaves no trace."""
+        """The present weights of a batch's samples, (B, M), detached; nothing changes."""
         with self._untouched() as start, torch.no_grad():
-            known = as_it_is(self._batch(batch, "the batch"))
+            known = detached_copy(self._batch(batch, "the batch"))
 
             def evaluated(outputs: Any) -> Tensor:
                 losses = checked_losses(self.terms, outputs, known, "the batch")
@@ -216,7 +216,7 @@ class BilevelLossBalancer:
     def meta_step(self, batches: Sequence[Any], meta_batch: Any) -> Report:
         """One hypergradient through K = len(batches) virtual inner steps, then one step of the weight model.
 
-        The student stays where it is: the user then takes real steps with `balancer.loss(batch)`. With
+        The student does not move; the user then takes real steps with `balancer.loss(batch)`. With
         `accumulate` > 1 the weight model steps after that many hypergradients, as in a call.
 
         Args:
@@ -243,17 +243,17 @@ class BilevelLossBalancer:
             with as_written(self._functional.device_type):
                 if self._stands_still():
                     problem.sweep()
-                    report = Report(*objective.last, skipped=_STILL)
+                    report = Report(*objective.last, skipped=_STILL, terms=tuple(self.terms))
                 else:
                     result = estimate(self.estimator, problem)
                     norm = self._step.take(result.gradient, snapshot.keep_optimizer)
-                    report = Report(*objective.last, None, result.outer_loss, norm)
+                    report = Report(*objective.last, None, result.outer_loss, norm, terms=tuple(self.terms))
             self._ranks.agree("the end of the meta step")
             self._report = report
             return report
 
     def windows(self, batches: Iterable[Any], meta_batches: Iterable[Any], size: int) -> Iterator[Batch]:
-        """The batches of a loader, with a `meta_step` through each `size` of them before the first is handed out.
+        """The batches of a loader, with a `meta_step` through each window of `size` batches before its first batch.
 
             for batch in balancer.windows(train_loader, meta_loader, 5):
                 loss = balancer.loss(batch)
@@ -264,15 +264,15 @@ class BilevelLossBalancer:
 
         Args:
             batches: the training loader.
-            meta_batches: batches of the meta set, one taken for each window; a loader is begun anew where it ends, an
-                iterator goes on where it is.
+            meta_batches: batches of the meta set, one for each window; a loader restarts when it ends, an iterator
+                continues.
             size: K, the number of inner steps.
 
         Yields:
-            The training batches in order, each a `Batch` that holds the teacher's outputs already.
+            The training batches in order, each a `Batch` with the teacher's outputs.
 
         Raises:
-            MetaKDError: see `meta_step`; also where an iterator over meta batches ends first.
+            MetaKDError: see `meta_step`; also if an iterator over meta batches ends first.
         """
         positive_int(size, "size")
         items, meta = iter(batches), endless(meta_batches)
@@ -287,14 +287,14 @@ class BilevelLossBalancer:
             yield from window
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the balancer knows, as plain tensors and numbers; loads with `weights_only=True`."""
+        """The balancer's whole state as plain tensors and numbers; loads with `weights_only=True`."""
         return {**self._step.state_dict(), "calls": self._calls, "terms": list(self.terms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict()` was taken, to the same numbers.
+        """Continue from a `state_dict()`, to the same numbers.
 
         Raises:
-            MetaKDError: the state is another kind of balancer's; the message names what differs, nothing changes.
+            MetaKDError: the state does not fit this balancer; the message names the difference, and nothing changes.
         """
         with self._all_or_nothing() as snapshot, loading("the balancer"):
             check_balancer_state(state, self.state_dict(), self.weighting)
@@ -303,9 +303,9 @@ class BilevelLossBalancer:
             self._calls = int(state["calls"])
 
     def to(self, *args: Any, **kwargs: Any) -> "BilevelLossBalancer":
-        """Move or cast the weight model, its optimizer's state and what is gathered, as `nn.Module.to` does.
+        """Move or cast the weight model, its optimizer's state and pending hypergradients, as `nn.Module.to` does.
 
-        The student and the teacher are the user's to move; a weight model built after that is where the student is.
+        The user moves student and teacher; a default weight model is built on the student's device.
         """
         self.weighting.to(*args, **kwargs)
         self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
@@ -313,7 +313,7 @@ class BilevelLossBalancer:
 
     @contextmanager
     def problem(self, batches: Sequence[Any], meta_batch: Any, dtype: torch.dtype | None = None) -> Iterator[Problem]:
-        """The bilevel problem of `meta_step` from here, for a block that leaves no trace; of ranks, this one's.
+        """The bilevel problem of `meta_step` in a block that leaves no trace; with several ranks, this rank's own.
 
             with balancer.problem([batch], meta_batch) as problem:
                 print(Adjoint()(problem).gradient)
@@ -321,7 +321,7 @@ class BilevelLossBalancer:
         Args:
             batches: the training batches of the inner steps, in order.
             meta_batch: the batch of the meta loss after them.
-            dtype: of the virtual passes: None for the student's own, `torch.float64` to look for errors.
+            dtype: for the virtual passes: None for the student's own, `torch.float64` to look for errors.
 
         Raises:
             MetaKDError: see the class.
@@ -333,13 +333,13 @@ class BilevelLossBalancer:
                 yield replace(problem, memory=replace(problem.memory), mean=unchanged)
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
-        """The student as a function, whose passes call the terms, the meta loss and the features as well."""
+        """The student as a function; its passes also call the terms, the meta loss and the features."""
         return FunctionalStudent(
-            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], apart=self.weighting
+            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
         )
 
     def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
-        """The meta batch of a call that takes a hypergradient; else None, and why one that is due is skipped."""
+        """The meta batch if this call takes a hypergradient, else None; and why a due one is skipped."""
         if meta_batch is None or self._calls % self.every:
             return None, None
         if self._stands_still():
@@ -349,37 +349,38 @@ class BilevelLossBalancer:
         return meta_batch, None
 
     def _features_of(self, train: TrainPass, batch: Batch) -> Tensor:
-        """What the weight model sees; on all ranks it is the same model from here on."""
+        """The weight model's inputs; also gives all ranks the same weight model."""
         features = evaluate_features(self.features, train.losses, train.outputs, batch)
         if self._ranks.several and any(map(is_lazy, self.weighting.parameters())):
-            self.weighting(features, batch)  # a model that finds out its sizes here cannot be sent before
+            self.weighting(features, batch)  # lazy layers have no sizes to send before their first batch
         self._share_weighting()
         return features
 
     def _weigh(self, train: TrainPass, batch: Batch, features: Tensor, skipped: str | None) -> tuple[Tensor, Report]:
-        """The loss under the weights as they are."""
+        """The loss under the present weights, and its report."""
         weights = evaluate_weights(self.weighting, features, batch, train.losses).detach().clone()
-        return weighted_mean(weights, train.losses), Report(train.losses.detach(), weights, skipped=skipped)
+        report = Report(train.losses.detach(), weights, skipped=skipped, terms=tuple(self.terms))
+        return weighted_mean(weights, train.losses), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
-        """A loss that is not finite, for a gradient scaler to see."""
+        """A loss that is not finite, so that a gradient scaler sees the overflow."""
         weights = torch.ones_like(train.losses)
-        self._report = Report(train.losses.detach(), weights, skipped=overflow)
+        self._report = Report(train.losses.detach(), weights, skipped=overflow, terms=tuple(self.terms))
         return weighted_mean(weights, train.losses)
 
     def _learn(
         self, snapshot: Snapshot, objective: Objective, train: TrainPass, features: Tensor
     ) -> tuple[Tensor, Report]:
-        """Hypergradient in the weights, then in the weight model; its step; the loss under the new weights."""
+        """Take the hypergradient, step the weight model, and return the loss under the new weights with its report."""
         batch, losses = objective.steps[0].batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
         moves = from_influence is not None or self._step.moves_next
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
-            of_all, own = self._ranks.joined(influence, "the influence")
-            norm = of_all.norm()
-            weights = evaluate_weights(lambda *_: from_influence(of_all)[own], features, batch, losses)
+            all_ranks, own = self._ranks.joined(influence, "the influence")
+            norm = all_ranks.norm()
+            weights = evaluate_weights(lambda *_: from_influence(all_ranks)[own], features, batch, losses)
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
             felt = self._ranks.several or bool(influence.any())
@@ -390,7 +391,9 @@ class BilevelLossBalancer:
             if moves:
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
-        return loss, Report(losses.detach(), weights.detach().clone(), influence, result.outer_loss, norm)
+        used = weights.detach().clone()
+        report = Report(losses.detach(), used, influence, result.outer_loss, norm, terms=tuple(self.terms))
+        return loss, report
 
     def _look_ahead(
         self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
@@ -400,33 +403,38 @@ class BilevelLossBalancer:
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, objective.steps[0].batch, train.losses)
         loss = weighted_mean(weights.detach(), train.losses)
-        self._proofs.see(train)
+        self._proofs.check_train_pass(train)
         problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
         return weights, loss, estimate(self.estimator, problem)
 
-    def _prove(self, batches: Sequence[Batch], meta_batch: Any) -> None:
-        """Where it is due, the proof that virtual passes compute what real ones do; nothing stays of either."""
+    def _prove(self, batches: Sequence[Batch], meta_batch: Any) -> Any:
+        """Prove, if due, that virtual passes compute what real passes do; it leaves no trace.
+
+        Returns the meta batch as it was read, so that the teacher does not run on it again.
+        """
         inputs = batches[0].inputs if batches else None
         called = {**self.terms, "the meta loss": self.meta_loss}
         if not batches or not self._proofs.due(self._functional, inputs, called, self.estimator):
-            return
+            return meta_batch
         with self._functional.untouched() as start:
-            self._proofs.give(self._objective(self._functional, batches, meta_batch, start), self._memory)
+            objective = self._objective(self._functional, batches, meta_batch, start)
+            self._proofs.prove(objective, self._memory)
+            return objective.meta_batch
 
     def _stands_still(self) -> bool:
-        """Whether no inner step moves the student, as a scheduler's warm-up begins with a learning rate of 0."""
+        """Whether all learning rates are 0, as when a scheduler's warm-up begins: no inner step moves the student."""
         if not isinstance(self.inner, str):
             return False
         moving = {id(p) for _, g in param_groups(self.optimizer) if learning_rate(g) != 0 for p in g["params"]}
         return not any(id(p) in moving for p in self._functional.trainable().values())
 
     def _overflow(self, train: TrainPass) -> str | None:
-        """What float16 made of the losses of this rank or another, which a gradient scaler knows how to go on from."""
+        """Which loss overflowed in float16 on any rank, or None; a gradient scaler then skips the step."""
         if not train.float16:
             return None
         found = not_finite(train.losses, list(self.terms), "the batch")
-        of_all, _ = self._ranks.joined(torch.tensor([float(found is not None)]), "what float16 made of the losses")
-        if not bool(of_all.any()):
+        all_ranks, _ = self._ranks.joined(torch.tensor([float(found is not None)]), "what float16 made of the losses")
+        if not bool(all_ranks.any()):
             return None
         return f"float16 overflowed: {found or 'a loss of another rank is not finite'}; the returned loss is unweighted"
 
@@ -440,7 +448,7 @@ class BilevelLossBalancer:
     ) -> Objective:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
-        features = self.features if end is None else None  # else they are known from the real forward pass
+        features = self.features if end is None else None  # the real forward pass has given the weights already
         parts = self.terms, self.meta_loss, features, self.weighting
         return Objective(student, *parts, known, meta, start=start, end=end)
 
@@ -457,7 +465,7 @@ class BilevelLossBalancer:
     def _problem_in_weights(
         self, objective: Objective, train: TrainPass, loss: Tensor, weights: Tensor, *, keep_graph: bool
     ) -> Problem:
-        """The problem of one inner step in the weights themselves, with what the real forward pass has at hand."""
+        """The problem of one inner step in the weights themselves, with values known from the real pass."""
         losses, given = train.losses.detach(), weights.detach()
         same = not (train.compiled or train.float16)  # a virtual pass gives the same losses, to rounding
         return self._problem(
@@ -468,9 +476,9 @@ class BilevelLossBalancer:
             first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
         )
 
-    def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **at_hand: Any) -> Problem:
+    def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **known: Any) -> Problem:
         def inner(params: Params, meta: Params, step: Step) -> Tensor:
-            losses = weighted.losses(params, step)  # first, for features are read off it
+            losses = weighted.losses(params, step)  # first, because the weights need its features
             return weighted_mean(weighted.weights(meta, step), losses)
 
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
@@ -485,7 +493,7 @@ class BilevelLossBalancer:
             memory=self._memory,
             mean=self._ranks.mean,
             weighted=weighted,
-            **at_hand,
+            **known,
         )
 
     def _agree(self, where: str) -> None:
@@ -498,7 +506,7 @@ class BilevelLossBalancer:
         self._shared = True
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
-        """The item as a batch, with the teacher's outputs where anything may ask for them."""
+        """The item as a batch, with the teacher's outputs if a term may need them."""
         return read_batch(item, what, self._batch_fn, self.teacher, self._functional, needed_by)
 
     @contextmanager
@@ -514,19 +522,19 @@ class BilevelLossBalancer:
             snapshot = Snapshot(self._functional, self._step)
             with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
                 yield start
-                snapshot.restore()  # inside, so that an interrupted one is done again
+                snapshot.restore()  # inside the block, which repeats it if it is interrupted
 
     def _alone(self) -> AbstractContextManager[Any]:
         """A block that other threads wait for: virtual passes change settings of torch that all threads share.
 
-        Ranks that are threads of one process have to meet inside, so they do not wait.
+        Ranks may be threads of one process; they must meet inside the block, so they do not wait.
         """
         return nullcontext() if self._ranks.several else _ONE_AT_A_TIME
 
 
 _ONE_AT_A_TIME = RLock()
 _ZERO = (
-    "the influence of every sample is exactly zero: the meta loss does not feel the step ahead, as with an inner "
-    "learning rate of 0 or a meta loss that is flat here. If it stays so, nothing is learned"
+    "the influence of every sample is exactly zero: the meta loss does not depend on the lookahead's step, as with an "
+    "inner learning rate of 0 or a meta loss that is flat here. If this continues, nothing is learned"
 )
-_STILL = "the learning rate is 0, so that no inner step moves the student and no weight can matter"
+_STILL = "the learning rate is 0, so no inner step moves the student and no weight can matter"

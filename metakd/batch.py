@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from operator import index
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from metakd._basics.nest import map_tensors, tensors
+from metakd._basics.positive_int import positive_int
 from metakd._basics.sizes import UndecidedError, decided, described, is_integer
 from metakd.errors import MetaKDError
 
@@ -31,11 +31,12 @@ class Batch(NamedTuple):
     """One batch, as every term, weight model and feature function sees it.
 
     Attributes:
-        inputs: what the student is called with. A tuple or list holds its positional arguments, a mapping its keyword
-            arguments; anything else, such as a tensor or a `PackedSequence`, is the only argument.
+        inputs: the student's arguments. A tuple or list holds positional arguments, a mapping keyword arguments;
+        anything
+            else, such as a tensor or a `PackedSequence`, is the only argument.
         targets: labels, or whatever the terms compare with, first dimension B; or None.
-        teacher: the teacher's outputs for these inputs; for several teachers a list of theirs; or None.
-        index: positions of the samples in the training set, shape (B,); only `SampleTable` needs them.
+        teacher: the teacher's outputs for these inputs, a list for several teachers; or None.
+        index: the samples' positions in the training set, shape (B,); only `SampleTable` needs them.
         size: B, if targets, outputs and inputs do not show it; or None.
 
     Examples:
@@ -55,9 +56,9 @@ class Batch(NamedTuple):
 def as_batch(item: Any) -> Batch:
     """Turn a loader's item into a `Batch`, or raise.
 
-    Accepts a `Batch`; a tensor or a `PackedSequence` (inputs only); `(inputs, targets)`; `(inputs, targets, index)`;
-    a mapping with `Batch`'s fields; and a mapping without the key `inputs`, as Hugging Face's collators build it: its
-    labels become the targets, and all keys but `index` and `teacher` become keyword arguments of the student.
+    It may be a `Batch`; a tensor or a `PackedSequence` (inputs only); `(inputs, targets)`; `(inputs, targets, index)`;
+    a mapping with `Batch`'s fields; or a mapping without the key `inputs`, as Hugging Face's collators build it. In the
+    last, the labels become the targets, and all keys but `index` and `teacher` become keyword arguments of the student.
     """
     if isinstance(item, Batch):
         return item
@@ -71,7 +72,7 @@ def as_batch(item: Any) -> Batch:
     if isinstance(item, tuple | list) and len(item) > 3:
         entries = ", ".join(f"item[{i}] {described(entry)}" for i, entry in enumerate(item[:6]))
         raise MetaKDError(
-            f"a loader's item of type {type(item).__name__} of length {len(item)} may mean anything: {entries}"
+            f"a loader's item of type {type(item).__name__} of length {len(item)} is ambiguous: {entries}"
             f"{', ...' if len(item) > 6 else ''}; say which is what, such as "
             "batch_fn=lambda item: Batch(inputs=(item[0], item[1]), targets=item[2], index=item[3]). A Batch has "
             "inputs, targets, teacher (its outputs) and index (positions in the training set)"
@@ -113,14 +114,14 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
     return Batch(item, targets, teacher, index)
 
 
-def as_it_is(batch: Batch) -> Batch:
+def detached_copy(batch: Batch) -> Batch:
     """Copy a batch, detached, for a pass that may write to its inputs."""
     copy: Batch = map_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), batch)
     return copy
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """Repeat a loader's batches without end; raise if an iterator ends or a loader is empty."""
+    """Repeat a loader's batches forever; raise if it is empty, or is an iterator that ends."""
     while True:
         empty = True
         for batch in loader:
@@ -128,16 +129,16 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if empty or isinstance(loader, Iterator):
             raise MetaKDError(
-                "the meta batches ended before the training batches: pass the loader itself, which is restarted, "
-                "or an endless iterator; it must hold at least one batch"
+                "the meta batches ended before the training batches: pass the loader itself, which restarts, or an "
+                "endless iterator; it must hold at least one batch"
             )
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the student for a batch's inputs."""
+    """The student's positional and keyword arguments for a batch's inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    # A packed sequence is a tuple, but a single argument to layers.
+    # A packed sequence is a tuple, but layers take it as one argument.
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
     return (tuple(inputs) if several else (inputs,)), {}
 
@@ -148,21 +149,15 @@ def batch_size(batch: Batch, what: str, outputs: Tensor | None = None) -> int:
 
 
 def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int, str]:
-    """The number of samples in a batch, and which part of the batch shows it."""
+    """The number of samples in a batch, and the part of the batch that shows it."""
     if batch.size is not None:
-        return _given(batch.size, what), "the batch, by its size"
+        return positive_int(batch.size, f"the size of {what}"), "the batch, by its size"
     args, kwargs = arguments(batch.inputs)
     several = len(args) != 1 or args[0] is not batch.inputs
     return decided(what, batch.targets, outputs, [*args, *kwargs.values()], several=several)
 
 
 def check_size(batch: Batch, what: str) -> None:
-    """Like `batch_size`, but leaves an undecided size to the student's outputs."""
+    """`batch_size` as a check; an undecided size is left for the student's outputs to decide."""
     with suppress(UndecidedError):
         batch_size(batch, what)
-
-
-def _given(size: Any, what: str) -> int:
-    if isinstance(size, bool) or not hasattr(size, "__index__") or index(size) < 1:
-        raise MetaKDError(f"{what} has size={size!r}, but must be an integer of at least 1: its number of samples")
-    return index(size)

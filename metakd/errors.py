@@ -1,4 +1,4 @@
-"""The one exception type of the library."""
+"""The library's only exception type."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,10 @@ import torch
 
 
 class MetaKDError(Exception):
-    """Something the library cannot do, with its cause and its cure in the message.
+    """The library cannot do something; the message names the cause and the cure.
 
-    Every message quotes what was wrong (names, shapes, numbers) and says what to change. Whatever was
-    under way when it is raised has been undone: the student, its optimizer and the weight model are bit
-    for bit what they were before the call.
+    Every message quotes what was wrong (names, shapes, numbers) and says what to change. The call that raised it has
+    been undone: the student, its optimizer and the weight model are bit for bit what they were before.
 
     Examples:
         >>> raise MetaKDError("no terms were given; pass at least one, e.g. {'hard': CrossEntropy()}")
@@ -23,7 +22,7 @@ class MetaKDError(Exception):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A block in which errors of torch that have a known cure become a `MetaKDError` that names it.
+    """A block in which torch's errors with a known cure become a `MetaKDError` that names it.
 
     Examples:
         >>> with explained():
@@ -43,9 +42,9 @@ def explained() -> Iterator[None]:
 
 @contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """A block in which whatever is raised becomes a `MetaKDError` that says where it happened.
+    """A block in which every exception becomes a `MetaKDError` that says where it was raised.
 
-    Running out of memory stays what it is: some who catch it go on with a smaller batch.
+    Running out of memory stays as it is, as callers may catch it and continue with a smaller batch.
 
     Examples:
         >>> with blamed("batch_fn"):
@@ -70,7 +69,7 @@ _CURES = {
         "torch.utils.checkpoint.checkpoint"
     ),
     "donated buffer": (
-        "a compiled function inside the student lets go of its graph after one backward pass; set "
+        "a compiled function inside the student frees its graph after one backward pass; set "
         "torch._functorch.config.donated_buffer = False before the first step, or compile the student as a whole"
     ),
 }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,7 @@ class Report:
             parameters, of the influence); None without one.
         skipped: why a requested hypergradient was not taken: the learning rate is 0, or float16 overflowed.
             The weight model has not moved then.
+        terms: the names of the M terms.
 
     Examples:
         >>> import torch
@@ -30,6 +32,8 @@ class Report:
         >>> loss = balancer(batch, batch)
         >>> balancer.report.weights.shape, balancer.report.influence.shape, balancer.report.skipped
         (torch.Size([8, 1]), torch.Size([8, 1]), None)
+        >>> list(balancer.report.scalars())
+        ['weight/hard', 'loss/hard', 'influence/hard', 'meta_loss', 'hypergradient_norm']
     """
 
     losses: Tensor
@@ -38,3 +42,31 @@ class Report:
     meta_loss: Tensor | None = None
     hypergradient_norm: Tensor | None = None
     skipped: str | None = None
+    terms: tuple[str, ...] = ()
+
+    def scalars(self) -> dict[str, float]:
+        """The step in numbers, for any logger; waits for the device once.
+
+        The names are `weight/<term>`, `loss/<term>` and `influence/<term>` for the means over the batch, `meta_loss`
+        and `hypergradient_norm`. A step without a hypergradient has no influence, meta loss and norm, so they are left
+        out. A report that was built without `terms` counts them from 0.
+
+        Returns:
+            Name -> number.
+        """
+        terms = self.terms or tuple(map(str, range(self.weights.shape[1])))
+        by_sample = {"weight": self.weights, "loss": self.losses, "influence": self.influence}
+        found = {
+            f"{name}/{term}": mean
+            for name, values in by_sample.items()
+            if values is not None
+            for term, mean in zip(terms, _at_least_float32(values).mean(0), strict=True)
+        }
+        alone = {"meta_loss": self.meta_loss, "hypergradient_norm": self.hypergradient_norm}
+        found |= {name: _at_least_float32(value) for name, value in alone.items() if value is not None}
+        # One tensor, so one host sync.
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -140,9 +140,9 @@ def test_the_batch_size_is_that_of_the_targets_or_else_of_the_inputs(size, rank)
         ),
         (Batch(SimpleNamespace(), Record(torch.zeros(9), Y)), r"by batch.targets 9 or 4; give"),
         (Batch(SimpleNamespace(), {"ctc": (torch.zeros(9), Y)}), r"by batch.targets 2, 9 or 4; give"),
-        (Batch(X, Y, size=0), r"size=0, but must be an integer of at least 1"),
-        (Batch(X, Y, size=4.0), r"size=4.0, but must be"),
-        (Batch(X, Y, size=True), r"size=True, but must be"),
+        (Batch(X, Y, size=0), r"the size of the meta batch is 0, but must be an integer of at least 1"),
+        (Batch(X, Y, size=4.0), r"the meta batch is 4.0, but must be"),
+        (Batch(X, Y, size=True), r"the meta batch is True, but must be"),
     ],
 )
 def test_batches_without_a_size_are_an_error(batch, message):

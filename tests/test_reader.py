@@ -79,7 +79,7 @@ def test_two_inputs_and_targets_in_a_row_are_told_how():
     batch = read((X, X[:, :2], Y))  # which looks like a label and a position
     found = error(call, Two(), batch.inputs)
     assert "Two raised TypeError: " in found and "'x2'; it was called with torch.float32 (4, 3)." in found
-    assert "Batch(inputs=(x1, x2), targets=y) in batch_fn=" in found and "y the samples' positions" in found
+    assert "Batch(inputs=(x1, x2), targets=y) in batch_fn=" in found and "positions in the training set y" in found
     told = read((X, X[:, :2], Y), batch_fn=lambda item: Batch(inputs=(item[0], item[1]), targets=item[2]))
     assert call(Two(), told.inputs).shape == (4, 2)
 

@@ -17,18 +17,9 @@ from metakd.errors import MetaKDError
 def call(module: Callable[..., Any], inputs: Any) -> Any:
     """Call a module with a batch's inputs: one argument, positional arguments, or keyword arguments.
 
-    Args:
-        module: the student, or a teacher, which may be any callable.
-        inputs: `Batch.inputs`.
-
     Raises:
-        MetaKDError: the module raised a TypeError, as for arguments that it does not take; or it failed, and the
-            inputs' device or dtype differs from its own, or they are a single value that BatchNorm should take
-            statistics of.
-
-    Examples:
-        >>> call(nn.Linear(3, 2), torch.zeros(4, 3)).shape
-        torch.Size([4, 2])
+        MetaKDError: the module cannot take these inputs: their number, names, device or dtype, or a single sample
+            that BatchNorm should take statistics of.
     """
     args, kwargs = arguments(inputs)
     try:
@@ -47,12 +38,14 @@ def call(module: Callable[..., Any], inputs: Any) -> Any:
 
 
 def _cause(error: Exception, module: Callable[..., Any], inputs: list[Any]) -> str | None:
+    """Explain an error inside a module by its inputs, if they are the reason."""
     if str(error).startswith("Expected more than 1 value per channel when training"):
         return f"{error}; leave out a last batch of size 1 (DataLoader(drop_last=True)), or put the layer in eval mode"
     own = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     if own is None:
         return None
-    anywhere = {id(packed.batch_sizes) for packed in inputs if isinstance(packed, PackedSequence)}  # always on the CPU
+    # torch keeps the step sizes of packed sequences on the CPU, wherever the data is.
+    anywhere = {id(packed.batch_sizes) for packed in inputs if isinstance(packed, PackedSequence)}
     for t in tensors(inputs):
         if t.device != own.device and id(t) not in anywhere:
             differ = f"its parameters are on {own.device}, its inputs on {t.device}; move the batch with .to(device)"
@@ -65,7 +58,7 @@ def _cause(error: Exception, module: Callable[..., Any], inputs: list[Any]) -> s
 
 
 def _takes(module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether it is certain that the arguments fit, whatever went wrong with them inside."""
+    """Whether the arguments certainly fit the signature, so that the TypeError came from inside the module."""
     try:
         signature = inspect.signature(module.forward if isinstance(module, nn.Module) else module)
         signature.bind(*args, **kwargs)
@@ -77,8 +70,8 @@ def _takes(module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _other_arguments(inputs: Any) -> str:
     if isinstance(inputs, Mapping):
         return (
-            ". A mapping's entries are keyword arguments: leave out those that it does not know, or give the mapping "
-            "itself as Batch(inputs=(mapping,), ...), both through batch_fn="
+            ". A mapping's entries are keyword arguments: leave out those that the module does not know, or give the "
+            "mapping itself as Batch(inputs=(mapping,), ...), both through batch_fn="
         )
     if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
         kind = type(inputs).__name__
@@ -87,8 +80,8 @@ def _other_arguments(inputs: Any) -> str:
             "Batch(inputs=(elements,), ...) in batch_fn="
         )
     return (
-        ". To give it several inputs, write Batch(inputs=(x1, x2), targets=y) in batch_fn=: of an item (x1, x2, y) "
-        "from the loader, x2 would be the targets and y the samples' positions in the training set"
+        ". To give it several inputs, write Batch(inputs=(x1, x2), targets=y) in batch_fn=; without it, an item "
+        "(x1, x2, y) means inputs x1, targets x2 and positions in the training set y"
     )
 
 

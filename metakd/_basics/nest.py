@@ -1,4 +1,4 @@
-"""Nests of tensors: what loaders, students and optimizers hand around, looked through and rebuilt in its own types."""
+"""Find and replace the tensors in nests: containers and objects that loaders, students and optimizers pass around."""
 
 import copy
 import sys
@@ -17,44 +17,33 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metakd.errors import MetaKDError
 
-# What is passed on whole: it may lead to tensors, but they are no data of a batch.
+# The walk does not enter these: the tensors inside are not data of a batch.
 _WHOLE = (nn.Module, type, torch.optim.Optimizer, torch.Generator, Dataset, DataLoader, Sampler, Iterator)
 _CONSTANT, _FILLED = (tuple, MappingProxyType), (list, dict)
 _BAGS = (SimpleNamespace, Namespace, UserDict, UserList, ChainMap)
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All tensors in a nest of containers and objects with attributes, in the order in which `map_tensors` meets them.
-
-    Examples:
-        >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(2), "text"], "c": SimpleNamespace(z=torch.ones(3))}))
-        3
-    """
+    """All tensors in a nest of containers and objects with attributes, in the order of `map_tensors`."""
     found: list[Tensor] = []
     _gather(value, found, set())
     return found
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same nest with `function` applied to every tensor; types are kept, and other leaves are the very objects.
+    """Copy a nest with `function` applied to every tensor; container types and all other leaves stay.
 
-    Looked through are tuples, lists and mappings, their subclasses, and objects with attributes: those that hold
-    tensors are copied without running their own code, those that hold none stay themselves. Modules, classes,
-    functions, optimizers, generators, iterators, datasets and loaders are passed on whole, as are objects of Python's
-    own classes.
+    The walk enters tuples, lists, mappings, their subclasses, and objects with attributes. Objects that hold tensors
+    are copied without running their own code. Modules, optimizers, datasets and the like (`_WHOLE`) are not entered.
 
     Raises:
         MetaKDError: an object that holds tensors cannot be copied.
-
-    Examples:
-        >>> map_tensors(lambda t: t.double(), OrderedDict(x=torch.zeros(1)))
-        OrderedDict([('x', tensor([0.], dtype=torch.float64))])
     """
     return _mapped(value, function, {})
 
 
 def _gather(value: Any, found: list[Tensor], met: set[int]) -> None:
-    """The value's tensors; `met` has the objects met already, by id, and the lists and mappings around this one."""
+    """Append the value's tensors to `found`. `met` has the ids of objects already visited or now being visited."""
     if isinstance(value, Tensor):
         found.append(value)
     elif _has_parts(_kind(value)) and id(value) not in met:
@@ -64,15 +53,15 @@ def _gather(value: Any, found: list[Tensor], met: set[int]) -> None:
         known = {id(item) for item in items}
         for part in [*items, *(part for _, part in _attributes(value) if id(part) not in known)]:
             _gather(part, found, met)
-        if isinstance(value, _FILLED):  # counts at each of its places, any other object once
+        if isinstance(value, _FILLED):  # a list counts once for each place that holds it, other objects once
             met.discard(id(value))
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Any], copies: dict[int, Any]) -> Any:
-    """The value mapped; `copies` has those of what is in `met` above, by id."""
+    """Map one value; `copies` maps the ids of originals to their copies."""
     if isinstance(value, Tensor):
         return function(value)
-    if type(value) is weakref.ref:  # what refers back to an original is to see its copy
+    if type(value) is weakref.ref:  # a copied child refers back to the copied parent
         seen = copies.get(id(value()))
         return value if seen is None else weakref.ref(seen)
     if not _has_parts(_kind(value)):
@@ -92,7 +81,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Any], copies: dict[int, Any
     else:
         new = copies[id(value)]
         _fill(new, value, parts)
-    # An attribute that mirrors an item, as in the outputs of Hugging Face's models, goes on mirroring it.
+    # Outputs of Hugging Face's models hold each entry as an item and as an attribute: both get the same copy.
     mirrored = {id(item): part for item, part in zip(items, parts, strict=True)}
     for place, part in _attributes(value):
         changed = mirrored[id(part)] if id(part) in mirrored else _mapped(part, function, copies)
@@ -106,27 +95,27 @@ def _mapped(value: Any, function: Callable[[Tensor], Any], copies: dict[int, Any
 
 
 def _kind(value: Any) -> Any:
-    return type(value)
+    return type(value)  # typed Any, as mypy does not take a class for hashable
 
 
 @lru_cache(maxsize=1024)
 def _has_parts(kind: type) -> bool:
-    """Whether objects of a type are looked through."""
+    """Whether the walk enters objects of this type."""
     if issubclass(kind, _CONSTANT + _FILLED + _BAGS):
         return not issubclass(kind, _WHOLE)
-    # Python's own objects hold no data of a batch, but loggers, threads and the like lead anywhere.
+    # Loggers, threads and other objects of Python's own hold no data of a batch, but lead anywhere.
     return not issubclass(kind, _WHOLE) and not all(map(_is_pythons_own, kind.__mro__))
 
 
 def _is_pythons_own(kind: type) -> bool:
-    # By the name in the module, as a class that is made at run time may claim to be of Python's `abc` or `types`.
+    # A class made at run time may claim to be from `abc` or `types`, so look its name up in that module.
     listed = str(kind.__module__).partition(".")[0] in sys.stdlib_module_names
     made = bool(kind.__flags__ & 1 << 9)  # Py_TPFLAGS_HEAPTYPE
     return listed and (not made or getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind)
 
 
 def _items(value: Any) -> list[Any]:
-    """What a container holds, whatever its own class makes of iterating; nothing for other objects."""
+    """The entries of a container, read by its base class: a subclass may define other iteration."""
     if isinstance(value, dict):
         return list(dict.values(value))
     if isinstance(value, MappingProxyType):
@@ -136,12 +125,12 @@ def _items(value: Any) -> list[Any]:
 
 
 def _attributes(value: Any) -> list[tuple[Any, Any]]:
-    """Where an object keeps its attributes (names, or descriptors of slots), and what is there."""
+    """An object's attributes with their places: names in `__dict__`, or descriptors of slots."""
     if type(value) in (tuple, list, dict):
         return []
     found: list[tuple[Any, Any]] = [*getattr(value, "__dict__", {}).items()]
     for slot in _slots(_kind(value)):
-        with suppress(AttributeError):  # an empty one
+        with suppress(AttributeError):  # the slot has no value
             found.append((slot, slot.__get__(value)))
     return found
 
@@ -153,12 +142,12 @@ def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
 
 
 def _constant(value: Any, parts: list[Any]) -> Any:
-    """Another container of the same type, made of other parts."""
+    """An immutable container of the same type with other entries."""
     if isinstance(value, MappingProxyType):
         return MappingProxyType(dict(zip(value, parts, strict=True)))
     try:
         return tuple.__new__(type(value), parts)
-    except TypeError:  # torch's own return types
+    except TypeError:  # torch.return_types
         return type(value)(parts)
 
 
@@ -172,10 +161,10 @@ def _fill(new: Any, value: Any, parts: list[Any]) -> None:
 
 
 def _blank(value: Any) -> Any:
-    """A new object of the same type, to be filled."""
-    kind, why = _kind(value), "its copy is no object of its own"
+    """A new, empty object of the same type."""
+    kind, why = _kind(value), "copy.copy gave the object itself or another type"
     base: Any = next(base for base in (OrderedDict, defaultdict, dict, list, object) if isinstance(value, base))
-    with suppress(TypeError):  # a type of a library in C
+    with suppress(TypeError):  # types written in C may refuse
         return base.__new__(kind)
     try:
         new = copy.copy(value)
@@ -184,6 +173,6 @@ def _blank(value: Any) -> Any:
     except Exception as error:
         why = f"copy.copy raised {type(error).__name__}: {error}"
     raise MetaKDError(
-        f"an object of type {kind.__name__} holds tensors that are to be cast or detached, but cannot be copied: "
+        f"an object of type {kind.__name__} holds tensors that must be cast or detached, but it cannot be copied: "
         f"{why}; put the tensors in a mapping or a tuple"
     )

@@ -1,4 +1,4 @@
-"""Random number generators as a value: captured, and put back."""
+"""The state of all random number generators: captured, and restored."""
 
 import random
 import sys
@@ -16,8 +16,8 @@ class RngState(NamedTuple):
     Attributes:
         cpu: torch's CPU generator.
         cuda: torch's CUDA generators, by device index.
-        python: the standard library's `random`; None where it is not known.
-        numpy: NumPy's legacy global generator; None where NumPy was not imported.
+        python: the standard library's `random`; None if unknown.
+        numpy: NumPy's legacy global generator; None if NumPy was not imported.
     """
 
     cpu: Tensor
@@ -27,7 +27,7 @@ class RngState(NamedTuple):
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device]) -> "RngState":
-        """Read all generators; of CUDA's, those of the given devices.
+        """Read all generators, and CUDA's of the given devices.
 
         Examples:
             >>> state = RngState.capture([])
@@ -45,7 +45,7 @@ class RngState(NamedTuple):
         )
 
     def restore(self) -> None:
-        """Put every generator back to this state."""
+        """Set every generator to this state."""
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
@@ -55,20 +55,12 @@ class RngState(NamedTuple):
             import_module("numpy").random.set_state(self.numpy)
 
     def plain(self) -> dict[str, Any]:
-        """The same as tensors, numbers and containers, which `torch.load(weights_only=True)` reads.
-
-        Examples:
-            >>> state = RngState.capture([])
-            >>> first = torch.rand(3)
-            >>> RngState.from_plain(state.plain()).restore()
-            >>> torch.equal(first, torch.rand(3))
-            True
-        """
+        """The state as tensors, numbers and containers, which `torch.load(weights_only=True)` can read."""
         numpy = self.numpy and (self.numpy[0], self.numpy[1].tolist(), *self.numpy[2:])
         return {**self._asdict(), "numpy": numpy}
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Any]) -> "RngState":
-        """What `plain()` gave; CUDA's generators as far as there are such devices here."""
+        """Rebuild a state from `plain()`, without CUDA devices that this machine lacks."""
         cuda = {i: s for i, s in dict(state["cuda"]).items() if i < torch.cuda.device_count()}
         return cls(state["cpu"], cuda, state.get("python"), state.get("numpy"))

@@ -1,4 +1,4 @@
-"""The forms of a batch's parts: in words, and how many samples they tell of."""
+"""How many samples a batch has, read from the shapes of its parts; and short descriptions of parts for errors."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,19 +11,18 @@ from metakd.errors import MetaKDError
 
 
 class Sizes(NamedTuple):
-    """Numbers of samples that a value may stand for, the likeliest first; `sure` where the first holds by itself."""
+    """Possible numbers of samples in a value, the likeliest first; `sure` if the first needs no confirmation."""
 
     possible: tuple[int, ...] = ()
     sure: bool = False
 
 
 def possible_sizes(value: Any) -> Sizes:
-    """What the form of a value says about its number of samples.
+    """Numbers of samples that the form of a value allows.
 
-    A tensor has its first dimension, a `PackedSequence` as many as its first step has; a sequence of mappings or of
-    scalars has one sample an element. Where all parts of a nest agree, that is its size; a sequence of them may also
-    have one sample an element. Where they disagree, a list has one sample an element; a tuple or a record may be like
-    CTC's `(labels, lengths)` and has any of their sizes.
+    A tensor gives its first dimension, a `PackedSequence` the width of its first step, a sequence of mappings or
+    scalars its length. A nest gives the size on which its parts agree. If they disagree, a list has one sample per
+    element, but a tuple may be like CTC's `(labels, lengths)`: any of the parts' sizes is possible.
 
     Examples:
         >>> import torch
@@ -51,13 +50,7 @@ def possible_sizes(value: Any) -> Sizes:
 
 
 def of_parts(parts: list[Any]) -> Sizes:
-    """The sizes that all parts with a size may have, sure if one part's are; or else all of theirs, none of them sure.
-
-    Examples:
-        >>> import torch
-        >>> of_parts([torch.zeros(4), torch.zeros(4, 2), None]), of_parts([torch.zeros(4), torch.zeros(1)]).possible
-        (Sizes(possible=(4,), sure=True), (4, 1))
-    """
+    """The sizes shared by all parts that have one, sure if one part is; without shared sizes all of theirs, unsure."""
     found = [sizes for part in parts if (sizes := possible_sizes(part)).possible]
     found.sort(key=lambda sizes: not sizes.sure)
     union = tuple(dict.fromkeys(size for sizes in found for size in sizes.possible))
@@ -70,33 +63,26 @@ class UndecidedError(MetaKDError):
 
 
 def decided(what: str, targets: Any, outputs: Any, inputs: list[Any], *, several: bool) -> tuple[int, str]:
-    """The number of samples, and which part says so: the targets, or else the outputs, or else the inputs.
+    """The number of samples, and the part that shows it: the targets, else the outputs, else the inputs.
 
-    Where that part's form allows several numbers, it is the first that another part allows, too.
+    If that part allows several numbers, the first one that another part allows wins.
 
     Args:
-        what: names the batch in errors.
+        what: the batch's name in errors.
         targets: or None.
-        outputs: the student's, or None where they are not known.
-        inputs: the arguments of the student.
-        several: whether the user gave them as several. A single one must hold as many samples as the targets; of
-            several, one may be of another length.
+        outputs: the student's, or None if unknown.
+        inputs: the student's arguments.
+        several: whether the user gave several arguments. A single one must hold as many samples as the targets.
 
     Raises:
-        MetaKDError: nothing tells, or the parts contradict each other, or there is no sample.
-
-    Examples:
-        >>> import torch
-        >>> labels, lengths, x = torch.zeros(9), torch.ones(3), torch.zeros(3, 5, 2)
-        >>> decided("the batch", (labels, lengths), None, [x], several=False)
-        (3, 'batch.targets')
+        MetaKDError: no part shows a number, parts contradict each other, or there is no sample.
     """
     given = of_parts(inputs)
     parts = {"batch.targets": possible_sizes(targets), "the outputs": possible_sizes(outputs), "batch.inputs": given}
     source = next((name for name, sizes in parts.items() if sizes.possible), "")
     if not source or _is_scalar(targets):
         raise MetaKDError(
-            f"cannot tell how many samples {what} has, it holds no tensor with a batch dimension; give inputs and "
+            f"cannot tell how many samples {what} has: it holds no tensor with a batch dimension; give inputs and "
             "targets of shape (B, ...), such as the labels as Batch(targets=...), or the number as Batch(size=...)"
         )
     told = parts.pop(source)
@@ -121,13 +107,7 @@ def decided(what: str, targets: Any, outputs: Any, inputs: list[Any], *, several
 
 
 def described(value: Any) -> str:
-    """A value in a few words: type, and shape or what it holds.
-
-    Examples:
-        >>> import torch
-        >>> described({"x": torch.zeros(2, 3)}), described((torch.zeros(4), None))
-        ('{x: torch.float32 (2, 3)}', '(torch.float32 (4,), None)')
-    """
+    """A value in a few words: its type, and its shape or contents."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -138,13 +118,7 @@ def described(value: Any) -> str:
 
 
 def is_integer(value: Tensor) -> bool:
-    """Whether a tensor holds integers.
-
-    Examples:
-        >>> import torch
-        >>> is_integer(torch.arange(2)), is_integer(torch.zeros(2)), is_integer(torch.ones(2).bool())
-        (True, False, False)
-    """
+    """Whether a tensor holds integers; booleans do not count."""
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 

@@ -1,1 +1,1 @@
-"""The stations of one call, from the arguments to the weight model's step, and what puts everything back."""
+"""The stations of one call in order, from the arguments to the weight model's step, and the rollback."""

@@ -1,4 +1,4 @@
-"""The parts that a balancer is given: their checks, and the default weight model."""
+"""Checks of a balancer's arguments, and the default weight model."""
 
 import warnings
 from typing import Any
@@ -18,16 +18,7 @@ from metakd.weighting import LossMLP
 
 
 def check_parts(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -> None:
-    """Raise a `MetaKDError` where a part is not what it should be.
-
-    Examples:
-        >>> from metakd.estimators import OneStep
-        >>> student = nn.Linear(1, 1)
-        >>> check_parts(student, torch.optim.SGD(student.parameters()), OneStep)
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: estimator is the class OneStep; give an object of it, OneStep()
-    """
+    """Check the student, the optimizer and the estimator, or raise a `MetaKDError`."""
     if not isinstance(student, nn.Module):
         raise MetaKDError(f"student must be an nn.Module with a trainable parameter, got {type(student).__name__}")
     if not any(p.requires_grad for p in student.parameters()):
@@ -37,16 +28,10 @@ def check_parts(student: nn.Module, optimizer: Optimizers, estimator: Estimator)
 
 
 def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -> Memory:
-    """What estimators should know about the student from the start; the findings of `validate` are said here, once.
+    """Run `validate`: raise its errors, show its warnings once, and return what estimators should know.
 
     Raises:
         MetaKDError: a finding is an error.
-
-    Examples:
-        >>> from metakd.estimators import OneStep
-        >>> student = nn.Linear(1, 1)
-        >>> validated(student, torch.optim.SGD(student.parameters()), OneStep()).forward_mode is None
-        True
     """
     findings = validate(student, optimizer, estimator)
     if errors := [str(finding) for finding in findings if finding.level == "error"]:
@@ -57,15 +42,7 @@ def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -
 
 
 def check_teacher(teacher: Any) -> None:
-    """Raise a `MetaKDError` where the teacher is neither None nor one that can be called, nor a sequence of such.
-
-    Examples:
-        >>> check_teacher(nn.Linear(1, 1)); check_teacher([torch.relu, nn.Linear(1, 1)])
-        >>> check_teacher([nn.Linear(1, 1), "resnet56"])
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: teacher[1] is of type str; a teacher is an nn.Module or any other callable ...
-    """
+    """Check that the teacher is None, a callable object or a sequence of these, or raise a `MetaKDError`."""
     if teacher is None:
         return
     ensemble = members(teacher)
@@ -97,22 +74,12 @@ _TEACHERS = (
 
 
 def weighting_dtype(like: torch.Tensor) -> torch.dtype:
-    """The real floating-point type, float32 or finer, of a weight model beside a parameter of the student.
-
-    Examples:
-        >>> weighting_dtype(torch.zeros(1, dtype=torch.complex128)), weighting_dtype(torch.zeros(1).half())
-        (torch.float64, torch.float32)
-    """
+    """The weight model's dtype beside a student parameter: real, and at least float32."""
     return torch.promote_types(like.dtype.to_real(), torch.float32)
 
 
 def default_weighting(student: FunctionalStudent, width: int | None, terms: int) -> LossMLP:
-    """BiKD's weight model where the student is, in `weighting_dtype`; drawn without a trace on the random numbers.
-
-    Examples:
-        >>> default_weighting(FunctionalStudent(nn.Linear(1, 1)), width=2, terms=3).terms
-        3
-    """
+    """BiKD's weight model on the student's device; its random start leaves the generators unchanged."""
     like = next(iter(student.trainable().values()))
     with student.untouched():
         return LossMLP(width, terms).to(like.device, weighting_dtype(like))

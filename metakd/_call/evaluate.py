@@ -1,4 +1,4 @@
-"""What terms and weight models answer, known to be finite and to fit."""
+"""Evaluates terms and weight models, and checks that the results are finite and have the right shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,16 +12,10 @@ from metakd.terms import Term, evaluate
 
 
 def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where: str, *, finite: bool = True) -> Tensor:
-    """All terms' losses (B, M), known to be finite.
+    """The losses (B, M) of all terms.
 
     Raises:
-        MetaKDError: a term failed, or a loss is NaN or infinite and that was not allowed by `finite=False`.
-
-    Examples:
-        >>> import torch
-        >>> checked_losses({"half": lambda z, batch: z / 2}, torch.ones(2), Batch(torch.ones(2)), "the batch")
-        tensor([[0.5000],
-                [0.5000]])
+        MetaKDError: a term fails, or with `finite` a loss is NaN or infinite.
     """
     losses = widened(evaluate(terms, outputs, batch))
     if finite and (broken := not_finite(losses, list(terms), where)):
@@ -30,13 +24,7 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
 
 
 def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
-    """Which of the losses (B, M) is NaN or infinite, in words; None where all are finite.
-
-    Examples:
-        >>> import torch
-        >>> not_finite(torch.tensor([[1.0, torch.inf]]), ["hard", "soft"], "the batch")
-        "term 'soft' is inf for sample 0 of the batch (1 of 2 losses are not finite)"
-    """
+    """A sentence about the first loss (B, M) that is NaN or infinite; None if there is none."""
     finite = losses.detach().isfinite()
     if bool(finite.all()):
         return None
@@ -47,7 +35,7 @@ def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
 
 
 def _cause(outputs: Any, batch: Batch) -> str:
-    """Where NaN or infinity in a loss comes from."""
+    """The source of NaN or infinity in a loss, and its cure."""
     for values, what, cure in (
         (batch.inputs, "the batch's inputs hold", "look at the data"),
         (batch.teacher, "the teacher's outputs hold", "look at the teacher"),
@@ -60,17 +48,11 @@ def _cause(outputs: Any, batch: Batch) -> str:
 
 
 def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, batch: Batch, losses: Tensor) -> Tensor:
-    """The weight model's answer, known to be finite and shaped like the losses.
+    """The weight model's weights (B, M).
 
     Raises:
-        MetaKDError: it is not, or the model raised (chained).
-
-    Examples:
-        >>> import torch
-        >>> losses = torch.zeros(2, 1)
-        >>> evaluate_weights(lambda features, batch: 1 + features, losses, Batch(None), losses)
-        tensor([[1.],
-                [1.]])
+        MetaKDError: the model raises an error (chained), or its answer is not finite or has another shape than the
+        losses.
     """
     try:
         with as_written(features.device.type):
@@ -80,8 +62,8 @@ def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, ba
     except Exception as error:
         raise MetaKDError(
             f"the weight model raised {type(error).__name__}: {error}; it is called as weighting(features, batch) with "
-            f"features {tuple(features.shape)} in {features.dtype} on {features.device} and returns (B, M): move or "
-            "cast it to where the student is (balancer.to), or fit it to the features"
+            f"features {tuple(features.shape)} in {features.dtype} on {features.device} and returns (B, M); move or "
+            "cast it as the student (balancer.to), or fit it to the features"
         ) from error
     if not isinstance(weights, Tensor) or weights.shape != losses.shape:
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

@@ -1,4 +1,4 @@
-"""A gradient that is known already, handed on to the user's `loss.backward()`."""
+"""Passes a gradient that is already known to the user's `loss.backward()`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 def hand_over(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
-    """The same value, whose backward adds these gradients to the leaves, without running the graph again.
+    """The same loss value, but its backward adds the given gradients to the leaves and runs no graph.
 
     Examples:
         >>> w = torch.ones(1, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A torch optimizer's saved state, looked at closely: torch itself compares the numbers of parameters alone."""
+"""Checks a torch optimizer's saved state; torch itself compares the numbers of parameters only."""
 
 import copy
 from collections.abc import Mapping
@@ -13,17 +13,10 @@ from metakd.errors import MetaKDError
 
 
 def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: str, key: str = "") -> None:
-    """Compare a saved state with the optimizer that is to take it.
+    """Compare a saved state with the optimizer that will load it.
 
     Raises:
-        MetaKDError: naming what differs: the groups, the kind of the optimizer, the shape of a parameter's state.
-
-    Examples:
-        >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> check_optimizer_state(torch.optim.SGD([w], lr=0.1).state_dict(), torch.optim.Adam([w]), "the training")
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: the training's 'param_groups' are of another kind in the saved state: ...
+        MetaKDError: groups, kind of optimizer or the shape of a parameter's state differ; the message names them.
     """
     at = f"{key}." if key else ""
     own = optimizer.state_dict()
@@ -53,24 +46,17 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: s
         p, place = by_number[number], f"{at}state.{number}"
         check_keys(held, optimizer.state.get(p) or dict.fromkeys(names[p.ndim]), where, place)
         for name, value in held.items():
-            # A tensor that is as deep as the parameter holds a number for each of its entries, or for its rows.
+            # A tensor with the parameter's number of dimensions has one number per entry, or per row or column.
             if isinstance(value, Tensor) and value.ndim == p.ndim and not _fits(value, p):
                 shapes = f"shape {tuple(value.shape)} in the saved state, for a parameter of {tuple(p.shape)}"
                 raise MetaKDError(f"{where}'s {place + '.' + str(name)!r} has {shapes} here; {CURE}")
 
 
 def load_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: str, key: str = "") -> None:
-    """Check a saved state, and let the optimizer take up a copy of it.
+    """Check a saved state, and load a copy of it into the optimizer.
 
     Raises:
-        MetaKDError: it does not fit, or left the optimizer without a setting; the caller puts it back then.
-
-    Examples:
-        >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> mine, state = (torch.optim.SGD([w], lr=lr) for lr in (0.1, 0.2))
-        >>> load_optimizer_state(state.state_dict(), mine, "the training")
-        >>> mine.param_groups[0]["lr"]
-        0.2
+        MetaKDError: it does not fit, or the optimizer lacks a setting after loading; the caller then rolls back.
     """
     check_optimizer_state(saved, optimizer, where, key)
     settings = [group.keys() - _OF_SCHEDULERS for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Several processes that train one student: what they agree on, and the means that they take together."""
+"""Several processes that train one student: they agree on each station of a call, and average."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,35 +14,27 @@ from metakd.errors import MetaKDError
 from metakd.estimators.problem import Mean, unchanged
 from metakd.inner import Params
 
-_LENGTH = 256  # bytes of what a rank says
+_LENGTH = 256  # bytes of a rank's message
 
 
 class Ranks:
-    r"""The processes whose gradients a student's `DistributedDataParallel` averages; without that wrapper, this one.
+    r"""The processes whose gradients the student's `DistributedDataParallel` averages; without it, this process alone.
 
-    The inner and the outer loss of the R ranks' common problem are means of those that the ranks have for their own
-    batches, so that every gradient of it is a mean as well:
+    The R ranks solve one problem, whose inner and outer loss are means over the ranks. So every gradient is a mean,
+    too:
 
     $$\nabla_\theta\, \mathrm{inner} = \frac{1}{R} \sum_{r=1}^{R} \nabla_\theta\, \mathrm{inner}_r.$$
 
-    With batches of one size on all ranks it is the problem of one process on the joined batch. (Samples that the model
-    itself relates, as BatchNorm does, meet those of their own rank only.)
+    With equal batch sizes it is the problem of one process on the joined batch, except that BatchNorm relates samples
+    of its own rank only.
 
-    No rank waits in vain: before each collective operation the ranks tell each other, in a message of fixed size, where
-    they are. One that raised inside `together()` says so instead, and where they differ all raise.
-
-    Args:
-        student: the student, wrappers included.
-
-    Examples:
-        >>> ranks = Ranks(nn.Linear(2, 2))
-        >>> ranks.several, ranks.mean is unchanged
-        (False, True)
+    No rank waits in vain: before each collective operation the ranks exchange a message of fixed size that says where
+    they are, or which error they raised inside `together()`. If messages differ, all ranks raise.
     """
 
     def __init__(self, student: nn.Module) -> None:
         self._wrapper = data_parallel(student)
-        self._told = False
+        self._reported = False
         self.mean: Mean = self._mean if self.several else unchanged
         if self._wrapper is not None:
             self._group = self._wrapper.process_group
@@ -52,42 +44,39 @@ class Ranks:
 
     @property
     def several(self) -> bool:
-        """Whether the student is wrapped for several processes, were it by one of them."""
+        """Whether the student is wrapped for several processes, even if there is only one."""
         return self._wrapper is not None
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block in which no rank waits for one that raised an exception; for an interrupted one it does."""
-        self._told = not self.several
+        """A block in which an exception is reported to waiting ranks; an interruption (Ctrl-C) is not."""
+        self._reported = not self.several
         try:
             yield
         except Exception as error:
-            if not self._told:
-                with suppress(MetaKDError):  # the rank's own error says more
+            if not self._reported:
+                with suppress(MetaKDError):  # the rank's own error is more helpful
                     self._exchange(f"raised {type(error).__name__}: {error}")
             raise
 
     def agree(self, where: str) -> None:
-        """Go on when all ranks are here.
-
-        Args:
-            where: what this rank is about to do; the same words on all ranks.
+        """Wait until all ranks are at `where`, the same words on all of them.
 
         Raises:
-            MetaKDError: a rank has raised an exception, is about to do something else, or cannot be reached.
+            MetaKDError: a rank raised an exception, is elsewhere, or cannot be reached.
         """
         if self._wrapper is None:
             return
         if self._wrapper._join_config.enable:
-            self._told = True
+            self._reported = True
             raise MetaKDError(
-                "DistributedDataParallel.join() keeps ranks waiting that the balancer needs; leave it out and give all "
-                "ranks the same number of batches (DistributedSampler does)"
+                "DistributedDataParallel.join() keeps ranks waiting, but the balancer needs them; leave it out and "
+                "give all ranks the same number of batches (DistributedSampler does)"
             )
         said = self._exchange(f"is at {where}")
         if len(set(said)) == 1:
             return
-        self._told = True
+        self._reported = True
         failed = [r for r, text in enumerate(said) if text.startswith("raised ")]
         shown = failed or [said.index(text) for text in dict.fromkeys(said)]
         what = "; ".join(f"rank {self._names[r]} {said[r]}" for r in shown[:4])
@@ -100,10 +89,10 @@ class Ranks:
         raise MetaKDError(f"{what}. Here, on rank {self._names[self._rank]}: {cure}")
 
     def joined(self, rows: Tensor, what: str) -> tuple[Tensor, slice]:
-        """The rows of all ranks, rank by rank, and which of them are this one's.
+        """The rows of all ranks in order, and the slice of this rank's own.
 
         Raises:
-            MetaKDError: see `agree`; also ranks that have not as many rows.
+            MetaKDError: see `agree`; also if ranks have different numbers of rows.
         """
         if not self.several:
             return rows, slice(None)
@@ -116,10 +105,10 @@ class Ranks:
 
     @torch.no_grad()
     def share(self, module: nn.Module, *, parameters: bool) -> None:
-        """Rank 0's buffers of a module for all ranks, as `DistributedDataParallel` does; its parameters on demand.
+        """Copy rank 0's buffers of a module to all ranks, and its parameters if asked.
 
         Raises:
-            MetaKDError: see `agree`; also modules of different sizes.
+            MetaKDError: see `agree`; also if the modules differ in size.
         """
         values = [*module.buffers(), *(module.parameters() if parameters else ())]
         if not self.several or not values:
@@ -132,13 +121,7 @@ class Ranks:
 
     @torch.no_grad()
     def _mean(self, values: Gradients, like: Params, what: str) -> Gradients:
-        """The mean over the ranks; None where it is None on all ranks.
-
-        Args:
-            values: by name; None, or nothing, for zero.
-            like: tensors of the same shapes, for every name.
-            what: they are, for the error.
-        """
+        """The mean over the ranks for the names in `like`; None if it is None on all ranks."""
         dtype = reduce(torch.promote_types, (p.dtype for p in like.values()), torch.float32)
         found = {name: g for name in like if (g := values.get(name)) is not None}
         parts = [found[name].to_dense() if name in found else torch.zeros_like(p) for name, p in like.items()]
@@ -153,7 +136,7 @@ class Ranks:
         }
 
     def _exchange(self, text: str) -> list[str]:
-        """What each rank says here."""
+        """Tell all ranks a text; return every rank's text."""
         own = bytearray(text.encode()[:_LENGTH])
         board = torch.zeros(self._size, _LENGTH, dtype=torch.uint8)
         board[self._rank, : len(own)] = torch.frombuffer(own, dtype=torch.uint8)
@@ -167,7 +150,7 @@ class Ranks:
         try:
             dist.all_reduce(tensor, group=self._group)
         except RuntimeError as error:
-            self._told = True
+            self._reported = True
             raise MetaKDError(
                 f"rank {self._names[self._rank]} cannot reach the others ({str(error).splitlines()[0][:160]}); look "
                 "for an error of another rank, or a loader that ended earlier: give all ranks as many batches"
@@ -175,11 +158,6 @@ class Ranks:
 
 
 def checksum(module: nn.Module) -> float:
-    """A number that is the same for the same parameters.
-
-    Examples:
-        >>> checksum(nn.Threshold(1.0, 2.0))
-        0.0
-    """
+    """The sum of all parameters: equal models have equal sums."""
     sums = [value.detach().double().sum() for value in module.parameters()]
     return float(torch.stack([value.to(sums[0].device) for value in sums]).sum()) if sums else 0.0

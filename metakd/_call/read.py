@@ -1,4 +1,4 @@
-"""A loader's item as a batch that has all its terms may ask for."""
+"""Turns a loader's item into a batch with everything that terms may need."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,25 +18,12 @@ def read_batch(
     student: FunctionalStudent,
     needed_by: Term | None = None,
 ) -> Batch:
-    """The item as a batch, with the teacher's outputs where anything may ask for them.
+    """Read the item as a batch, and add the teacher's outputs unless the batch has them or its only term ignores them.
 
-    Args:
-        item: as the loader yields it, or a batch already.
-        what: names it in errors.
-        batch_fn: item -> `Batch`.
-        teacher: run unless the batch has its outputs; or None.
-        student: whose buffers and random numbers the teacher must not touch.
-        needed_by: the one term that will read the batch, if there is just one.
+    `what` names the batch in errors. The teacher must not change the student's buffers, nor the generators.
 
     Raises:
         MetaKDError: the item is no batch, is empty or contradicts itself, or the teacher failed.
-
-    Examples:
-        >>> import torch
-        >>> from torch import nn
-        >>> item, student = torch.ones(4, 2), FunctionalStudent(nn.Linear(2, 3))
-        >>> read_batch(item, "the batch", Batch, nn.Linear(2, 3), student).teacher.shape
-        torch.Size([4, 3])
     """
     with blamed(f"reading {what}"):
         batch = item if isinstance(item, Batch) else batch_fn(item)

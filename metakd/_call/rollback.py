@@ -1,4 +1,4 @@
-"""A block of work that happens as a whole or not at all."""
+"""A block that happens completely or not at all."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,20 +15,15 @@ from metakd._call.weight_step import WeightingStep
 from metakd._virtual.functional import FunctionalStudent, put_back
 from metakd._virtual.python_state import PythonState
 from metakd._virtual.reach import reach
-from metakd.batch import Batch, as_it_is
+from metakd.batch import Batch, detached_copy
 
 
 class Snapshot:
-    """All that a step of a balancer may change in the user's modules, as it was before.
+    """Everything that a balancer's step may change in the user's objects, as it was before.
 
-    Args:
-        student: its buffers, attributes and the generators are kept; its parameters are never written to, but they
-            leave their places during a virtual pass.
-        step: the weight model and its gradients are kept, and its optimizer's state from `keep_optimizer()` on.
-        contents: dicts that are kept too, their values as they are.
-
-    Attributes:
-        start: where a pass of the student from here starts.
+    It keeps the student's buffers, attributes and generators, the weight model with its gradients, the given dicts, and
+    from `keep_optimizer()` on the weight model's optimizer. The student's parameters are never written to, but a
+    virtual pass moves them out of their places.
     """
 
     def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
@@ -43,20 +38,20 @@ class Snapshot:
         self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
 
     def keep_batch(self, batch: Batch) -> Batch:
-        """A copy of a batch that a pass may write to."""
-        kept = as_it_is(batch)
+        """A copy of the batch that a pass may write to."""
+        kept = detached_copy(batch)
         pairs = zip(tensors(batch), tensors(kept), strict=True)
         self._inputs = [(t, t._version, value) for t, value in pairs if not t.is_inference()]
         return kept
 
     def keep_optimizer(self) -> None:
-        """Copy the state of the weight model's optimizer too; called right before it steps."""
+        """Keep the weight model's optimizer state; called right before its step."""
         if self._step.optimizer is not None:
             self._put_optimizer_back = _keep_optimizer(self._step.optimizer)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back, bit for bit."""
+        """Restore everything, bit for bit."""
         put_back(self.start)
         for t, version, value in self._inputs:
             if t._version != version:
@@ -74,18 +69,7 @@ class Snapshot:
 
 @contextmanager
 def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
-    """Put everything back where the block ends in an exception, Ctrl-C included.
-
-    Examples:
-        >>> norm, table = nn.BatchNorm1d(2), nn.Linear(1, 1)
-        >>> try:
-        ...     with all_or_nothing(Snapshot(FunctionalStudent(norm), WeightingStep(table, None, 1))):
-        ...         _ = norm(torch.randn(4, 2))
-        ...         raise KeyboardInterrupt
-        ... except KeyboardInterrupt:
-        ...     print(norm.running_mean)
-        tensor([0., 0.])
-    """
+    """Restore everything if the block raises an exception, Ctrl-C included."""
     try:
         yield
     except BaseException:
@@ -94,7 +78,7 @@ def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
 
 
 def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Copies an optimizer's state; the result puts it back, into the tensors that hold it now."""
+    """Copy an optimizer's state; the returned function restores it into the same tensors."""
     state = {p: {name: (value, _copy(value)) for name, value in held.items()} for p, held in optimizer.state.items()}
     groups = [(group, dict(group)) for group in optimizer.param_groups]
 
@@ -105,7 +89,7 @@ def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 name: value.copy_(kept) if isinstance(value, Tensor) else _copy(kept)
                 for name, (value, kept) in held.items()
             }
-        optimizer.param_groups[:] = [group for group, _ in groups]  # loading a state makes new ones
+        optimizer.param_groups[:] = [group for group, _ in groups]  # loading a state replaces the groups
         for group, kept in groups:
             _refill(group, kept)
 
@@ -123,7 +107,7 @@ def _copy(value: Any) -> Any:
 
 
 def _keep_lazy_parts(module: nn.Module) -> Callable[[], None]:
-    """The layers of a model that do not know their sizes yet; the result makes them forget those they found."""
+    """Remember the lazy layers without sizes; the returned function makes them lazy again."""
     parts = [part for part in module.modules() if isinstance(part, LazyModuleMixin)]
     contents = [(d, dict(d)) for part in parts for d in (vars(part), *vars(part).values()) if isinstance(d, dict)]
     unsized = [t for part in parts for t in (*part.parameters(False), *part.buffers(False)) if is_lazy(t)]

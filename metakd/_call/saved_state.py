@@ -1,4 +1,4 @@
-"""Whether a saved state fits the object that is to load it."""
+"""Checks that a saved state fits the object that will load it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,22 +13,10 @@ from metakd.errors import MetaKDError
 
 
 def check_state(saved: Any, own: Any, where: str, key: str = "") -> None:
-    """Compare the keys, the tensors' shapes and dtypes and the kinds of values of two nested states.
-
-    Args:
-        saved: the state that was loaded.
-        own: the state of the object that is to take it, as its `state_dict()` gives it.
-        where: what the object is called in the message.
-        key: where in the object's state these two are.
+    """Compare two nested states by keys, shapes, dtypes and kinds of values; `where` and `key` locate them in errors.
 
     Raises:
-        MetaKDError: naming the first keys, or the key and the two shapes or values, that differ.
-
-    Examples:
-        >>> check_state({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, "the balancer")
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: the balancer's 'w' has shape (2,) in the saved state and (3,) here; ...
+        MetaKDError: they differ; the message has the first keys, shapes or values that do.
     """
     if isinstance(own, Mapping):
         check_keys(saved, own, where, key)
@@ -46,10 +34,10 @@ def check_state(saved: Any, own: Any, where: str, key: str = "") -> None:
 
 
 def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Module) -> None:
-    """Whether a saved balancer fits this one, whose state is `own`; its optimizer's state is left to others.
+    """Compare a saved balancer with this one's state `own`, except for the optimizer's.
 
     Raises:
-        MetaKDError: naming what differs, or what cannot be: numbers below zero, NaN.
+        MetaKDError: they differ, or the saved one is damaged (negative numbers, NaN).
     """
     where = "the balancer"
     check_keys(saved, own, where, "")
@@ -79,10 +67,10 @@ def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Modul
 
 
 def check_kind(saved: Any, own: Any, what: str) -> None:
-    """Whether two sets of names are of one kind of object; another version of torch may know more, or fewer.
+    """Compare two sets of names; a version of torch may add names or lack some, but not both.
 
     Raises:
-        MetaKDError: each has names that the other has not.
+        MetaKDError: each set has names that the other lacks.
     """
     foreign, missing = saved - own, own - saved
     if foreign and missing:
@@ -91,15 +79,7 @@ def check_kind(saved: Any, own: Any, what: str) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """A block that loads a saved state, in which every error becomes a `MetaKDError`.
-
-    Examples:
-        >>> with loading("the scheduler"):
-        ...     {}["last_epoch"]
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: the scheduler cannot take the saved state (KeyError: 'last_epoch'); ...
-    """
+    """A block that loads a saved state; every error becomes a `MetaKDError`."""
     try:
         yield
     except MetaKDError:
@@ -109,16 +89,10 @@ def loading(what: str) -> Iterator[None]:
 
 
 def check_keys(saved: Any, own: Any, where: str, key: str, known: Any = ()) -> None:
-    """Whether the saved mapping has the keys of the own one; it may have those in `known`.
+    """Check that the saved mapping has the keys of `own`; keys in `known` are optional.
 
     Raises:
-        MetaKDError: naming the keys that are missing, and those that are not known here.
-
-    Examples:
-        >>> check_keys({"a": 1}, {"b": 2}, "the balancer", "pending")
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: the saved state does not fit the balancer at 'pending': missing ['b'], not known ...
+        MetaKDError: keys are missing or unknown; the message names them.
     """
     if not isinstance(saved, Mapping):
         raise MetaKDError(
@@ -135,7 +109,7 @@ def _difference(missing: Any, foreign: Any) -> str:
 
 
 def _alike(saved: Any, own: Any) -> bool:
-    """Whether a saved value may take the place of one that is neither a mapping nor a tensor."""
+    """Whether a saved value may replace one that is neither a mapping nor a tensor."""
     if own is None or saved is None:
         return True
     if isinstance(own, tuple | list):

@@ -14,31 +14,32 @@ from metakd._call.known_gradient import hand_over
 from metakd._virtual.functional import FunctionalStudent, Start, data_parallel
 from metakd._virtual.kernels import compiled_parts
 from metakd._virtual.precision import autocasts_to_float16, ran_in_float16
-from metakd._virtual.swapping import swapped
+from metakd._virtual.swapping import swap_in
 from metakd.batch import Batch
 from metakd.inner import as_real
 from metakd.terms import Term
 
 
 class TrainPass:
-    """One forward pass of the student itself and its terms: it updates batch statistics and draws random numbers.
+    """One forward pass of the student itself and its terms; it updates batch statistics and draws random numbers.
 
-    The gradient of a loss on its graph is taken without touching `.grad` and without running the hooks that the user
-    registered on parameters; where nothing stands in the way, the same gradient serves the user's `loss.backward()`.
+    The lookahead's gradient comes from this pass's graph, without touching `.grad` and without running hooks on
+    parameters. If nobody would notice, the user's `loss.backward()` reuses that gradient instead of running the graph
+    again.
 
     Args:
         student: the module the user trains, wrappers included.
         functional: the same student as a function.
-        batch: the training batch, whose tensors the pass may write to.
+        batch: the training batch; the pass may write to its tensors.
         terms: evaluated on the outputs.
         start: where the pass starts.
-        hooked: whether the pass is known to hang hooks on activations.
+        hooked: whether the pass is known to register hooks on activations.
         what: the batch's name in errors.
 
     Attributes:
-        outputs: of the student.
-        losses: (B, M) of the terms; they may be infinite where the pass ran in float16.
-        written: the names of parameters that the pass wrote to.
+        outputs: the student's.
+        losses: (B, M), infinite ones allowed if the pass ran in float16.
+        written: names of the parameters that the pass wrote to.
 
     Examples:
         >>> student, batch = nn.Linear(2, 1, bias=False), Batch(torch.ones(1, 2))
@@ -65,7 +66,7 @@ class TrainPass:
         self.compiled = bool(compiled_parts(student))
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
-        # What hooks on activations see in the user's backward pass, a gradient handed over would not show them.
+        # Hooks on activations run in a backward pass through the graph only, so the gradient must not be handed over.
         self._watched = hooked or any(
             m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules()
         )
@@ -75,16 +76,16 @@ class TrainPass:
         self._gradients: list[Tensor | None] | None = None
         views: dict[int, Tensor] = {}
         if self._hooked:
-            # Gradients taken at a view of a parameter do not run the parameter's hooks; the real backward does.
+            # Gradients with respect to a view of a parameter skip the parameter's hooks; the user's backward runs them.
             views = {id(p): p.view_as(p) for p in self._variables.values()}
             self._variables = {name: views[id(p)] for name, p in self._variables.items()}
-            # The wrapper for several processes has to know of a forward pass whose gradients it is to average.
+            # DistributedDataParallel averages gradients only after a forward pass through its wrapper.
             student = data_parallel(student) or functional.module
         self.float16 = autocasts_to_float16(functional.device_type)
         versions = {name: p._version for name, p in self._variables.items()}
-        with swapped(start.state.tensors, views):
+        with swap_in(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
-            # Gradients are below float16's range unless a scaler lifts them, which the user's own backward pass may.
+            # Gradients underflow in float16 unless a scaler scales the loss, which only the user's backward pass does.
             self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
             self.losses = checked_losses(terms, self.outputs, batch, what, finite=not self.float16)
         self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
@@ -92,17 +93,15 @@ class TrainPass:
 
     @property
     def can_hand_over(self) -> bool:
-        """Whether the gradient may stand in for the real backward pass: exact, and with no one else to notice."""
+        """Whether the gradient may replace the real backward pass: it is exact, and nobody observes the graph."""
         return not (self._hooked or self._watched or self._upstream or self.float16)
 
     def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[Collection[str]], Gradients] | None:
-        """Gives the gradient of the loss in the parameters of some names, None for those that it does not reach.
+        """A function from names of parameters to the loss's gradient; None if the graph cannot give it.
 
-        Where the loss needs its own backward pass later (`keep_graph`) no more than these is computed; else all, to be
-        handed over.
-
-        None in place of the function where the pass ran in float16, and where the user's backward pass needs the graph
-        again and compiled code lets it go after the first.
+        With `keep_graph` the loss needs its own backward pass later, so only the gradients asked for are computed.
+        Otherwise all are, for `handed_over`. The graph cannot give it in float16, nor if compiled code would free the
+        graph that the user still needs.
         """
         if self.float16:
             return None
@@ -115,28 +114,28 @@ class TrainPass:
         if keep_graph:
             wanted = {name: self._variables[name] for name in names}
             return {name: self._known(g) for name, g in gradients(loss, wanted, retain_graph=True).items()}
-        if self._gradients is None:  # an estimator may ask twice
+        if self._gradients is None:  # an estimator may ask several times
             self._leaves = graph_leaves(loss)
-            # The graph stays, for the user may hold other losses on it, such as an auxiliary loss of the model.
+            # Keep the graph: the user may have another loss on it, such as an auxiliary loss of the model.
             retain = not self.compiled
             self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=retain, allow_unused=True))
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: self._known(found.get(id(self._variables[name]))) for name in names}
 
     def last_gradient_of(self, loss: Tensor, names: Collection[str]) -> Gradients:
-        """The same by a backward pass after which the graph is gone."""
+        """The loss's gradient by a backward pass that frees the graph."""
         found = gradients(loss, {name: self._variables[name] for name in names})
         return {name: self._known(g) for name, g in found.items()}
 
     def _known(self, gradient: Tensor | None) -> Tensor | None:
-        """A gradient as estimators want it: dense, real, in the dtype of virtual passes."""
+        """A gradient as estimators expect it: dense, real, in the dtype of virtual passes."""
         if gradient is None:
             return None
         known: Tensor = self._cast(as_real(gradient.to_dense()))
         return known
 
     def handed_over(self, loss: Tensor) -> Tensor:
-        """The loss whose gradient is known: its backward hands that on, where it may."""
+        """The loss; if its gradient is known and may be reused, its backward passes that on."""
         if self._gradients is None or not self.can_hand_over:
             return loss
         return hand_over(loss, self._leaves, self._gradients)

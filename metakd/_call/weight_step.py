@@ -1,4 +1,4 @@
-"""The weight model's side of a step: hypergradients are gathered, averaged, and given to its optimizer."""
+"""The weight model's side of a step: hypergradients are accumulated, averaged, and given to its optimizer."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd._autodiff import filled
+from metakd._autodiff import with_zeros
 from metakd._call.optimizer_state import load_optimizer_state
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Mean, unchanged
@@ -17,23 +17,23 @@ Gradient = dict[str, Tensor]
 
 
 class Pending(NamedTuple):
-    """Hypergradients gathered since the weight model last moved: their sum by name, and their number."""
+    """Hypergradients since the weight model's last step: their sum by name, and their number."""
 
     total: Gradient
     number: int
 
 
 class WeightingStep:
-    """Owns the weight model, its optimizer and the hypergradients that wait for its next step.
+    """Owns the weight model, its optimizer and the accumulated hypergradients.
 
     Args:
         weighting: the weight model.
-        optimizer: its optimizer; None for Adam(lr=1e-3, weight_decay=1e-4), BiKD's.
-        accumulate: hypergradients averaged before each step.
-        mean: of a hypergradient over the processes that each have a part of it.
+        optimizer: its optimizer; None for BiKD's Adam(lr=1e-3, weight_decay=1e-4).
+        accumulate: how many hypergradients each step averages.
+        mean: averages a hypergradient over processes.
 
     Raises:
-        MetaKDError: the optimizer is not a torch optimizer, or holds none of the weight model's parameters.
+        MetaKDError: the optimizer is no torch optimizer, or has none of the weight model's parameters.
 
     Examples:
         >>> table = nn.Linear(1, 1, bias=False)
@@ -67,7 +67,7 @@ class WeightingStep:
 
     @property
     def moves_next(self) -> bool:
-        """Whether the next hypergradient makes the weight model move."""
+        """Whether the next hypergradient makes the weight model step."""
         return self.pending.number + 1 >= self.accumulate
 
     def params(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class WeightingStep:
         return {name: p for name, p in self.weighting.named_parameters() if p.requires_grad}
 
     def pull_back(self, weights: Tensor, cotangent: Tensor) -> Gradient:
-        """The hypergradient in the weight model's parameters, from the one in the weights (B, M).
+        """The hypergradient in the weight model's parameters from the one in the weights (B, M).
 
         Raises:
             MetaKDError: the weights do not depend on the parameters.
@@ -87,26 +87,19 @@ class WeightingStep:
                 "hypergradient; pass meta_batch=None to use a frozen weight model"
             )
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
-        return filled(dict(zip(params, found, strict=True)), params)
+        return with_zeros(dict(zip(params, found, strict=True)), params)
 
     def take(self, gradient: Gradient, before_step: Callable[[], None], *, felt: bool = True) -> Tensor:
-        """Gather one hypergradient; step the weight model where it is the last of `accumulate`.
+        """Accumulate this process's part of a hypergradient; step the weight model if `accumulate` have come together.
 
-        Afterwards every parameter's `.grad` is this hypergradient.
-
-        Args:
-            gradient: by name, as in `params()`; this process's part, of whose mean all that follows is said.
-            before_step: called right before the optimizer steps.
-            felt: whether the meta loss feels the weights, so that a hypergradient of zero is the weight model's doing.
-
-        Returns:
-            The Euclidean norm of this hypergradient, a scalar tensor.
+        Afterwards every parameter's `.grad` is this hypergradient, and its norm is returned. `before_step` runs right
+        before the optimizer's step. `felt` says that the meta loss depends on the weights.
 
         Raises:
-            MetaKDError: it is exactly zero although the meta loss feels the weights.
+            MetaKDError: the hypergradient is exactly zero although the meta loss depends on the weights.
         """
         params = self.params()
-        gradient = filled(self._mean({**gradient}, params, "the hypergradient"), params)
+        gradient = with_zeros(self._mean({**gradient}, params, "the hypergradient"), params)
         if felt and not any(bool(g.any()) for g in gradient.values()):
             raise MetaKDError(
                 "the hypergradient of the weight model is exactly zero although its weights influence the meta "
@@ -128,10 +121,10 @@ class WeightingStep:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """The weight model, its optimizer and what is pending, copied."""
+        """Copies of the weight model, its optimizer and the accumulated hypergradients."""
         weights = self.weighting.state_dict()
         return {
-            # A model with lazy layers that has not seen a batch has nothing to save yet.
+            # A model whose lazy layers have seen no batch has nothing to save.
             "weighting": {} if any(map(is_lazy, weights.values())) else clones(weights),
             "weighting_optimizer": {} if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
             "pending": clones(self.pending.total),
@@ -139,11 +132,11 @@ class WeightingStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict()` was taken."""
+        """Continue from a `state_dict()`."""
         if state["weighting"]:
             self.weighting.load_state_dict(state["weighting"])
         if self.optimizer is not None:
-            # After the weights, for lazy layers know their sizes only now.
+            # After the weights, because lazy layers learn their sizes there.
             load_optimizer_state(state["weighting_optimizer"], self.optimizer, "the balancer", "weighting_optimizer")
         params = self.params()
         total = {name: value.detach().to(params[name], copy=True) for name, value in state["pending"].items()}
@@ -151,7 +144,7 @@ class WeightingStep:
 
 
 def clones(values: Mapping[str, Tensor]) -> Gradient:
-    """Detached copies, by name."""
+    """Detached copies by name."""
     return {name: value.detach().clone() for name, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""What is said where a virtual pass differs from the real one."""
+"""The errors when a virtual pass differs from the real one."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,15 +13,11 @@ from metakd.inner import Params
 
 
 def check_losses(real: Tensor, virtual: Tensor, names: Sequence[str], limit: float, where: str) -> None:
-    """See that two passes over `where` gave the same losses (B, M) of the terms.
-
-    Raises:
-        MetaKDError: they differ; naming the term and the sample.
-    """
+    """Raise if two passes gave different losses (B, M); the message names the term and the sample."""
     for k, name in enumerate(names):
         one, other = real[:, k].double(), virtual[:, k].double()
         difference = one - other
-        floor = CANCELLED * len(one) ** 0.5  # of losses near zero rounding is all there is
+        floor = CANCELLED * len(one) ** 0.5  # losses near zero are rounding only
         if bool(difference.norm() <= limit * (max(one.norm(), other.norm()) + floor)):
             continue
         i = int(difference.abs().argmax())
@@ -32,7 +28,7 @@ def check_losses(real: Tensor, virtual: Tensor, names: Sequence[str], limit: flo
 
 
 class _Sizes(NamedTuple):
-    """Norms of a parameter's gradient in the real and in the virtual pass, and of their difference."""
+    """Norms of a parameter's gradient in the real pass, in the virtual pass, and of their difference."""
 
     real: float
     virtual: float
@@ -47,19 +43,10 @@ def check_gradients(
     limit: float,
     where: str,
 ) -> None:
-    """See that two passes over `where` gave the same gradient at these parameters.
+    """Raise if two passes gave different gradients at `params`; the message names the parameters.
 
-    Args:
-        real: the gradient of the real pass.
-        virtual: that of the virtual pass.
-        params: where.
-        again: the virtual pass's gradient at other parameters. A gradient that vanishes leaves nothing but rounding,
-            which a few roundings of the parameters change as much.
-        limit: the relative error from which on they differ.
-        where: the batch, for the message.
-
-    Raises:
-        MetaKDError: they differ; naming the parameters.
+    `again` computes the virtual gradient elsewhere. A vanishing gradient is rounding only: then a few roundings of the
+    parameters change it as much as the two passes differ, and that is no error.
     """
     wrong = _other_gradients(real, virtual, limit)
     if wrong and is_faint(real, params, limit):
@@ -79,7 +66,7 @@ def check_gradients(
 
 
 def _other_gradients(real: Gradients, virtual: Gradients, limit: float) -> dict[str, _Sizes]:
-    """The parameters whose gradients differ."""
+    """The parameters whose gradients differ by more than the limit."""
     total = norm(real.values())
     sizes = {
         name: _Sizes(norm([one]), norm([virtual[name]]), _difference(one, virtual[name])) for name, one in real.items()
@@ -92,7 +79,7 @@ def _other_gradients(real: Gradients, virtual: Gradients, limit: float) -> dict[
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> float:
-    """The norm of the difference of two gradients; None is nothing."""
+    """The norm of the difference of two gradients; None counts as zero."""
     if one is None or other is None:
         return norm([one, other])
     return norm([one.double() - other.double()])
@@ -100,12 +87,14 @@ def _difference(one: Tensor | None, other: Tensor | None) -> float:
 
 _HIDDEN_STATE = (
     "The student or the loss draws from a random generator, keeps a counter, a cache or a copy of parameters, or "
-    "changes a tensor, where virtual passes cannot follow. Keep such things as attributes or buffers of the module, "
-    "draw from torch's default generator, read parameters as attributes, and write to clones; or pass verify=False if "
-    "no hypergradient needs to be exact"
+    "changes a tensor, in a place that virtual passes cannot see. Keep such things as attributes or buffers of the "
+    "module, draw from torch's default generator, read parameters as attributes, key dicts by a parameter or its name "
+    "instead of id(parameter), and write to clones; or pass verify=False if no hypergradient needs to be exact"
 )
 _ELSEWHERE = (
     "The student or a loss reads these parameters from a place where virtual passes cannot swap them: an object of "
-    "another package, a view of them, a cache of what was computed from them. Read them as attributes of the module; "
-    "or pass verify=False if no hypergradient needs to be exact"
+    "another package, a view, a cache, a dict keyed by id(parameter), or a custom backward that recomputes a part of "
+    "the model. Virtual parameters are other objects: read them as attributes of the module, key dicts by the "
+    "parameter or its name, and recompute with torch.utils.checkpoint; or pass verify=False if no hypergradient needs "
+    "to be exact"
 )

@@ -1,4 +1,4 @@
-"""The proof on the user's own model: when are virtual passes compared with real ones, and what follows from it?"""
+"""The proof on the user's own model: when it is due, and what follows from it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,21 @@ from metakd.estimators import Estimator
 from metakd.estimators.memory import Memory
 from metakd.terms import Term
 
-_VARIANTS = 4  # of shapes and switches, with all else the same; sequences may have another length in every batch
+_VARIANTS = 4  # proofs per combination of shapes and switches: the length of sequences may change in every batch
 
 
 class Proofs:
-    """Proves, once for each state of a balancer's parts, that its virtual passes compute what real ones do.
+    """Proves, once per state of a balancer's parts, that virtual passes compute what real passes do.
 
     Args:
-        verify: True; a number n, to prove it again at every n-th hypergradient; False for never.
+        verify: True; a number n to repeat the proof at every n-th hypergradient; False for never.
 
     Attributes:
-        repeats: False where compiled code draws random numbers of its own, so that the lookahead takes its gradient
-            from a virtual pass.
-        hooked: whether a forward pass hangs hooks on activations; they are to see the user's backward pass.
+        repeats: False if compiled code draws its own random numbers; the lookahead's gradient is then a virtual pass's.
+        hooked: whether a forward pass registers hooks on activations, which must see the user's backward pass.
 
     Raises:
         MetaKDError: another `verify`.
-
-    Examples:
-        >>> Proofs(0)
-        Traceback (most recent call last):
-        ...
-        metakd.errors.MetaKDError: verify is 0, but must be an integer of at least 1
     """
 
     def __init__(self, verify: bool | int) -> None:
@@ -53,23 +46,23 @@ class Proofs:
         self._losses: Tensor | None = None
 
     def due(self, student: FunctionalStudent, inputs: Any, terms: Mapping[str, Term], estimator: Estimator) -> bool:
-        """Whether a hypergradient from a batch with these inputs needs a proof first; counts it."""
+        """Whether the next hypergradient needs a proof first; counts hypergradients."""
         if not self._wanted:
             return False
-        stands_on = what_it_stands_on(student, inputs, terms, estimator)
+        key = proof_key(student, inputs, terms, estimator)
         self._since += 1
         again = self._period is not None and self._since > self._period
-        variants = sum(parts == stands_on[0] for parts, _ in self._proven)
-        if (stands_on in self._proven or variants >= _VARIANTS) and not again:
+        variants = sum(parts == key[0] for parts, _ in self._proven)
+        if (key in self._proven or variants >= _VARIANTS) and not again:
             return False
-        self._proven, self._since = self._proven | {stands_on}, 1
+        self._proven, self._since = self._proven | {key}, 1
         return True
 
-    def give(self, objective: Objective, memory: Memory) -> None:
-        """Compare the passes of an objective, and have the estimator compare forward mode with reverse mode.
+    def prove(self, objective: Objective, memory: Memory) -> None:
+        """Compare an objective's passes with real ones, and tell the estimator to compare its derivatives.
 
         Raises:
-            MetaKDError: losses or gradients differ; the message names the term, or the parameters.
+            MetaKDError: losses or gradients differ.
         """
         found = compare_passes(objective)
         if found is None:
@@ -77,13 +70,10 @@ class Proofs:
         memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
 
-    def see(self, train: TrainPass) -> None:
-        """Look at the training pass of a call.
+    def check_train_pass(self, train: TrainPass) -> None:
+        """Check a call's training pass: it must not write to parameters.
 
-        A compiled one is compared with the virtual one of the proof, which ran it as written.
-
-        Raises:
-            MetaKDError: it wrote to parameters.
+        A compiled pass is also compared with the proof's virtual pass, which ran the Python code.
         """
         if self._wanted:
             check_unwritten(train.written)
@@ -92,22 +82,22 @@ class Proofs:
             self.repeats = self.repeats and same_losses(train.losses, losses)
 
 
-def what_it_stands_on(
+def proof_key(
     student: FunctionalStudent, inputs: Any, terms: Mapping[str, Term], estimator: Estimator
 ) -> tuple[Hashable, Hashable]:
-    """What a proof holds for: modules, their modes and hooks, terms, estimator; and shapes of inputs and switches.
+    """What a proof is valid for: modules with modes and hooks, terms and estimator; and shapes of inputs and switches.
 
-    Switches are attributes of the user's own modules that are True, False, None or text.
+    Switches are attributes of the user's modules that are True, False, None or strings.
 
     Examples:
         >>> import torch
         >>> layer = nn.Dropout()
         >>> net = FunctionalStudent(nn.Sequential(nn.Linear(1, 1), layer))
-        >>> before = what_it_stands_on(net, torch.ones(2, 3), {}, None)
-        >>> before == what_it_stands_on(net, torch.ones(5, 3), {}, None)
+        >>> before = proof_key(net, torch.ones(2, 3), {}, None)
+        >>> before == proof_key(net, torch.ones(5, 3), {}, None)
         True
         >>> _ = layer.eval()
-        >>> before == what_it_stands_on(net, torch.ones(5, 3), {}, None)
+        >>> before == proof_key(net, torch.ones(5, 3), {}, None)
         False
     """
     modules = tuple((id(m), m.training, *_hooks(m)) for m in student.module.modules())
@@ -131,6 +121,6 @@ def _hooks(module: nn.Module) -> Iterator[Hashable]:
 
 
 def _code(function: Any) -> Hashable:
-    """What tells one function from another, though it is made anew in every iteration."""
+    """An identity of a function's code: users create lambdas anew in every iteration."""
     found = bare(function)
     return id(found.__code__) if isinstance(found, types.FunctionType) else id(found)

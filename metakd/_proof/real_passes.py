@@ -1,4 +1,4 @@
-"""The passes of the student itself that a proof compares with, its parameters moved for the time."""
+"""The student's real passes that a proof compares with; its parameters are moved for the time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from metakd._proof.demands import check_apart, check_disjoint, check_same_parame
 from metakd._virtual.functional import FunctionalStudent, Start, put_back
 from metakd._virtual.kernels import no_parametrization_cache, uncompiled
 from metakd._virtual.precision import as_written
-from metakd.batch import Batch, as_it_is
+from metakd.batch import Batch, detached_copy
 from metakd.errors import MetaKDError
 from metakd.estimators.tolerance import tolerance_of
 from metakd.inner import Params
 from metakd.terms import Term
 
-_MOVES = 0.05, 5e-4  # relative; far enough for a pass that takes no notice of it to give other losses
+_MOVES = 0.05, 5e-4  # relative; far enough to change the losses of a pass that reads the right parameters
 
 
 class Pass(NamedTuple):
-    """A pass over a batch: the real one's terms, and the same losses as a function of the parameters."""
+    """A pass over a batch: the terms of the real pass, and the same losses as a function of the parameters."""
 
     what: str
     batch: Batch
@@ -36,8 +36,8 @@ class Pass(NamedTuple):
     virtual: Callable[[Params], Tensor]
 
 
-class Real(NamedTuple):
-    """What a real pass gave: losses (B, M), the gradient of their sum with `mixed` weights, at these parameters."""
+class RealResult(NamedTuple):
+    """A real pass's losses (B, M), gradient of their `uncancelled_mean`, parameters and tolerance."""
 
     losses: Tensor
     gradient: Gradients
@@ -45,11 +45,12 @@ class Real(NamedTuple):
     limit: float
 
 
-def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks) -> list[Real] | None:
-    """The passes by the student itself, in order; those after the first with its parameters moved for the time.
+def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks) -> list[RealResult] | None:
+    """Run the passes by the student itself, in order, each after the first with its parameters moved.
 
-    A model may not work far from where it is, such as one with a matrix that has to stay positive definite. Then they
-    move less, and at last not at all, which shows whether the failure is the model's own.
+    A moved pass reveals code that reads parameters from elsewhere. Some models fail away from their parameters, such as
+    one with a matrix that must stay positive definite. Then the moves get smaller, at last zero, to see if the model
+    itself fails.
     """
     check_disjoint(student.trainable())
     failures: list[Exception] = []
@@ -61,14 +62,14 @@ def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, ho
                 failures.append(error.failure)
                 put_back(start)
             else:
-                if len(failures) % 2:  # it passes now, so the failure was not the move's
+                if len(failures) % 2:  # the same move works now, so it did not cause the failure
                     raise failures[-1]
                 return found
     raise failures[-1]
 
 
 class _MovedTooFarError(Exception):
-    """A pass after the first failed."""
+    """A pass with moved parameters failed."""
 
     def __init__(self, failure: Exception) -> None:
         super().__init__()
@@ -77,8 +78,8 @@ class _MovedTooFarError(Exception):
 
 def _passes_moved_by(
     size: float, student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks
-) -> list[Real] | None:
-    trained, found, nodes = student.trainable(), list[Real](), set[Any]()
+) -> list[RealResult] | None:
+    trained, found, nodes = student.trainable(), list[RealResult](), set[Any]()
     start.state.guard_iterators()
     with (
         _parameters_put_back(trained),
@@ -90,7 +91,7 @@ def _passes_moved_by(
             values = {name: p.detach().clone() for name, p in trained.items()}
             try:
                 with hooks, no_parametrization_cache(), _no_autocast_cache():
-                    train = TrainPass(student.module, student, as_it_is(batch), terms, start, what=what)
+                    train = TrainPass(student.module, student, detached_copy(batch), terms, start, what=what)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -104,25 +105,20 @@ def _passes_moved_by(
             check_arrays()
             check_apart(train.losses, nodes)
             with as_written(student.device_type):
-                gradient = train.last_gradient_of(mixed(train.losses), trained)
-            found.append(Real(train.losses.detach(), gradient, params, tolerance_of(train.losses)))
+                gradient = train.last_gradient_of(uncancelled_mean(train.losses), trained)
+            found.append(RealResult(train.losses.detach(), gradient, params, tolerance_of(train.losses)))
             _move(trained, size, seed=t)
     return found
 
 
-def mixed(losses: Tensor) -> Tensor:
-    """A weighted mean in which no two losses cancel, whatever their signs.
-
-    Examples:
-        >>> mixed(torch.tensor([[1.0], [1.0]]))
-        tensor(1.3851)
-    """
+def uncancelled_mean(losses: Tensor) -> Tensor:
+    """A weighted mean whose weights all differ, so that no two losses cancel."""
     weights = 1 + 0.5 * torch.arange(losses.numel(), device=losses.device).cos()
     return weighted_mean(weights.view_as(losses).to(losses.dtype), losses)
 
 
 class Hooks(TorchFunctionMode):
-    """A block that notices hooks on activations, which a gradient that is handed over would pass by."""
+    """A block that notices hooks on activations: a gradient that is handed over would not run them."""
 
     found = False
 
@@ -133,7 +129,7 @@ class Hooks(TorchFunctionMode):
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """A block that finds no parameter cast by autocast before, and leaves none."""
+    """A block without cached casts of parameters, before and after."""
     torch.clear_autocast_cache()
     try:
         yield
@@ -143,9 +139,9 @@ def _no_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def _parameters_put_back(params: Params) -> Iterator[None]:
-    """A block that may write to parameters; puts back their values, version counters and `requires_grad`.
+    """A block that may write to parameters; it restores their values, version counters and `requires_grad`.
 
-    Else a graph of the user's on the same parameters would count as modified.
+    The counters matter: autograd would report the parameters as modified in a graph that the user still holds.
     """
     kept = [p.detach().clone() for p in params.values()]
     with ExitStack() as stack:
@@ -162,16 +158,18 @@ def _parameters_put_back(params: Params) -> Iterator[None]:
 
 @torch.no_grad()
 def _move(params: Params, size: float, seed: int) -> None:
-    """Change each parameter by a share of itself and of its mean size, so that small entries may change their sign."""
+    """Change each entry in place by a share of itself and of the mean size, so that small entries may change sign."""
     generator = torch.Generator().manual_seed(seed)
     for p in params.values() if size else ():
-        share = size * (3 * torch.rand(p.shape, generator=generator) - 1).to(p)  # so that the norm changes, too
+        share = size * (3 * torch.rand(p.shape, generator=generator) - 1).to(
+            p
+        )  # mean above zero, so that the norm changes, too
         p.add_(share * (p + p.abs().mean()) if bool(p.any()) else share * _MOVES[0])
 
 
 @contextmanager
 def _arrays_put_back(arrays: Sequence[Any]) -> Iterator[Callable[[], None]]:
-    """A block that may write to NumPy arrays, which are put back; gives what raises where one was written to."""
+    """A block that restores NumPy arrays; gives a function that raises if one was written to."""
     kept = [array.copy() for array in arrays]
 
     def check() -> None:

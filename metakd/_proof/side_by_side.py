@@ -1,4 +1,4 @@
-"""Real passes and virtual ones over the same batches: do they give the same losses and gradients?"""
+"""Compares losses and gradients of real and virtual passes over the same batches."""
 
 from __future__ import annotations
 
@@ -10,34 +10,28 @@ from torch import Tensor
 from metakd._autodiff import gradients, leaves
 from metakd._call.objective import Objective
 from metakd._proof.differences import check_gradients, check_losses
-from metakd._proof.real_passes import Hooks, Pass, Real, mixed, real_passes
+from metakd._proof.real_passes import Hooks, Pass, RealResult, real_passes, uncancelled_mean
 from metakd._virtual.precision import as_written
 from metakd.errors import MetaKDError, blamed
 from metakd.estimators.tolerance import tolerance_of
 
-_AT_MOVED = 5e-3  # of gradients there; checkpoints of code that is not pure give slightly others when recomputed
+_AT_MOVED = 5e-3  # tolerance on gradients at moved parameters: recomputing impure checkpoints changes them slightly
 
 
 class Compared(NamedTuple):
-    """What a comparison without a difference found.
-
-    Attributes:
-        losses: (B, M) of the virtual pass over the first batch.
-        hooked: whether the real passes hang hooks on activations.
-    """
+    """What a comparison without a difference gives: the first virtual losses (B, M), and whether hooks were seen."""
 
     losses: Tensor
     hooked: bool
 
 
 def compare_passes(objective: Objective) -> Compared | None:
-    """Run the first inner steps' passes and the meta batch's both ways; compare losses and gradients.
+    """Compare losses and gradients of real and virtual passes over the first inner steps and the meta batch.
 
-    All passes but the first find the parameters moved: one that reads them from another place takes no notice of
-    that, nor does one that keeps what it computed from them.
+    All passes but the first run at moved parameters, which reveals code that reads or caches the parameters elsewhere.
 
     Returns:
-        None where a real pass ran in float16, whose losses virtual passes do not repeat.
+        None if a real pass ran in float16, whose losses virtual passes do not repeat.
 
     Raises:
         MetaKDError: they differ, a virtual pass fails, or a real pass writes to parameters.
@@ -68,22 +62,23 @@ def same_losses(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _compared(one: Pass, real: Real, *, moved: bool) -> Tensor:
-    """The losses of a virtual pass, which are those of the real one, and so is their gradient."""
+def _compared(one: Pass, real: RealResult, *, moved: bool) -> Tensor:
+    """Raise if a virtual pass differs from the real one in losses or gradient; return its losses."""
     theta = leaves(real.params)
     dtypes = "/".join(sorted({str(p.dtype) for p in theta.values()}))
-    with blamed(f"a virtual pass in {dtypes} over {one.what}, unlike the real one"):
+    other = "virtual parameters are other objects: key dicts by the parameter or its name, not by id(parameter)"
+    with blamed(f"a virtual pass in {dtypes} over {one.what}, unlike the real one ({other}),"):
         virtual = one.virtual(theta)
         repeated = virtual if moved else one.virtual(theta)
-    limit = max(tolerance_of(virtual), real.limit)  # virtual passes may be the finer ones
+    limit = max(tolerance_of(virtual), real.limit)  # virtual passes may have finer arithmetic
     where = f"{one.what}, with the parameters moved a little," if moved else one.what
-    for losses in (virtual, repeated):  # what goes round in a circle may fit once
+    for losses in (virtual, repeated):  # a state that alternates may fit once
         check_losses(real.losses, losses.detach(), list(one.terms), limit, where)
     if moved:
         limit = max(limit, _AT_MOVED)
     if not moved or all(bool(g.isfinite().all()) for g in real.gradient.values() if g is not None):
-        found = gradients(mixed(virtual), theta)
+        found = gradients(uncancelled_mean(virtual), theta)
         check_gradients(
-            real.gradient, found, theta, lambda near: gradients(mixed(one.virtual(near)), near), limit, where
+            real.gradient, found, theta, lambda near: gradients(uncancelled_mean(one.virtual(near)), near), limit, where
         )
     return virtual.detach()

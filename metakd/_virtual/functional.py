@@ -1,4 +1,4 @@
-"""A student as a pure function of its parameters, its buffers and the random numbers it draws."""
+"""A student as a pure function of its parameters, buffers, Python state and random numbers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from metakd.inner import as_real
 
 
 class Start(NamedTuple):
-    """All that one forward pass reads besides parameters and inputs: buffers, Python objects and generators."""
+    """Everything that a forward pass reads besides parameters and inputs: buffers, Python objects and generators."""
 
     state: PythonState
     rng: RngState
@@ -29,30 +29,19 @@ class Start(NamedTuple):
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's own module inside `torch.compile` and (Distributed)DataParallel wrappers.
 
-    Virtual steps run the bare module: compiled graphs drop second-order terms, and data-parallel wrappers
-    would communicate.
-
-    Examples:
-        >>> bare = nn.Linear(2, 2)
-        >>> unwrap(nn.DataParallel(bare)) is bare
-        True
+    Virtual passes run this bare module: compiled graphs drop second-order terms, data-parallel wrappers communicate.
     """
     *_, bare = _layers(module)
     return bare
 
 
 def data_parallel(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The wrapper that averages a student's gradients over several processes, if there is one.
-
-    Examples:
-        >>> data_parallel(nn.Linear(2, 2)) is None
-        True
-    """
+    """The wrapper that averages the student's gradients over processes, or None."""
     return next((m for m in _layers(module) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """A module with all of its wrappers, from the outermost to the bare one."""
+    """The module and its wrapped modules, from the outermost wrapper to the bare module."""
     while True:
         yield module
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -64,19 +53,19 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class FunctionalStudent:
-    """Runs a module on given parameters without leaving a trace on it.
+    """Runs a module on given parameters and leaves it unchanged.
 
-    `run(params, inputs, start, then)` is a pure function: each parameter is swapped in wherever the module, its hooks
-    and the terms hold it, buffers and attributes are those of `start` and are written to copies, the generators start
-    where `start` says, and only differentiable kernels are used. Calling it twice with the same arguments gives the
-    same, dropout and batch statistics included. It is called inside `untouched`, which puts everything back.
+    `run(params, inputs, start, then)` is a pure function. It swaps each parameter wherever the module, its hooks or the
+    terms hold it, writes to copies of buffers and attributes, sets the generators to `start`, and uses differentiable
+    kernels. The same arguments give the same result, dropout and batch statistics included. It needs an open
+    `untouched` block, which restores everything.
 
     Args:
-        module: the student; wrappers of `torch.compile` and data parallelism are looked through.
-        dtype: run in this floating-point type in place of the module's own; by default in float32 where that is half
-            precision, in which a step of the optimizer is lost in rounding.
-        others: gives whatever else a pass calls: terms, meta loss, features.
-        apart: modules that none of these may touch: the weight model.
+        module: the student, possibly wrapped by `torch.compile` or data parallelism.
+        dtype: floating-point type of the runs; by default the module's own, but float32 for half precision, where
+            rounding would swallow an optimizer step.
+        others: returns what else a pass calls: terms, meta loss, features.
+        excluded: a module that passes must not touch: the weight model.
 
     Examples:
         >>> student = FunctionalStudent(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
@@ -92,39 +81,39 @@ class FunctionalStudent:
         module: nn.Module,
         dtype: torch.dtype | None = None,
         others: Callable[[], Sequence[Any]] = tuple,
-        apart: nn.Module | None = None,
+        excluded: nn.Module | None = None,
     ) -> None:
-        self.module, self._others, self._apart = unwrap(module), others, apart
+        self.module, self._others, self._excluded = unwrap(module), others, excluded
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
-        self._home: PythonState | None = None
+        self._real_state: PythonState | None = None
 
     def trainable(self) -> Params:
-        """The parameters that ask for gradients, by name; tied ones once. The very tensors of the module."""
+        """The module's own parameters that require gradients, by name; tied ones once."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def detached(self) -> Params:
-        """`trainable()` cut from autograd, in the dtype of the runs; complex ones as their real view."""
+        """`trainable()` without autograd history, in the dtype of the runs; complex ones as real views."""
         return {name: self.cast(as_real(p.detach())) for name, p in self.trainable().items()}
 
     def cast(self, value: Any) -> Any:
-        """A nest of tensors with the floating-point and complex ones in the dtype of the runs."""
+        """A nest with its floating-point and complex tensors in the dtype of the runs."""
         return value if self._dtype is None else map_tensors(partial(_cast, self._dtype), value)
 
     @property
     def device_type(self) -> str:
-        """The type of the devices that hold the student."""
+        """The type of the student's device."""
         return next(self.module.parameters()).device.type
 
     @property
     def devices(self) -> set[torch.device]:
-        """The devices that hold the student."""
+        """The student's devices."""
         return {p.device for p in self.module.parameters()}
 
     def start(self) -> Start:
-        """What a pass from here starts with, copied."""
-        apart = [] if self._apart is None else list(self._apart.modules())
-        state = PythonState(reach([self.module, *self._others()], apart))
+        """Capture the state that a pass from here starts with."""
+        excluded = [] if self._excluded is None else list(self._excluded.modules())
+        state = PythonState(reach([self.module, *self._others()], excluded))
         return Start(state, RngState.capture(self.devices))
 
     def run(
@@ -136,14 +125,9 @@ class FunctionalStudent:
         *,
         wants_end: bool = False,
     ) -> tuple[Any, Start | None]:
-        """One forward pass on `params`, and what `then` makes of its outputs while they are swapped in.
+        """Run one forward pass on `params`; return what `then` makes of its outputs, and the end state if `wants_end`.
 
-        Args:
-            params: by name, as in `detached()`.
-            inputs: of the module, which may write to them.
-            start: where the pass starts.
-            then: outputs -> result; terms that use the student's own layers find the same parameters there.
-            wants_end: give the start of a pass right after this one as well.
+        `then` runs while the parameters are swapped in, as terms may use the student's own layers.
         """
         start.rng.restore()
         return self._inside(params, start, lambda: then(call(self.module, self.cast(inputs))), wants_end=wants_end)
@@ -151,8 +135,8 @@ class FunctionalStudent:
     def _inside(
         self, params: Params, start: Start, function: Callable[[], Any], *, wants_end: bool = False
     ) -> tuple[Any, Start | None]:
-        """A function's value from `start` on while `params` are swapped in, and where it ends."""
-        if self._home is None:
+        """Call a function from `start` on with `params` swapped in; return its value, and the end state if asked."""
+        if self._real_state is None:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
         named, state = dict(self.module.named_parameters()), start.state
         swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in named.items()}
@@ -164,7 +148,7 @@ class FunctionalStudent:
                 value = function()
             return value, self._end(state, swaps) if wants_end else None
         finally:
-            self._home.put_back()
+            self._real_state.put_back()
 
     def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:
         if new is None:
@@ -182,23 +166,22 @@ class FunctionalStudent:
 
     @contextmanager
     def untouched(self) -> Iterator[Start]:
-        """A block after which all is put back; gives the start of a pass from here.
+        """A block that ends by restoring everything a pass may change; gives the start of a pass from here.
 
-        Put back are buffers, attributes, what hooks and terms left in objects of theirs, and the generators. Virtual
-        passes leave all this behind; a backward pass through the real forward pass changes buffers where it recomputes
-        a checkpointed BatchNorm.
+        Virtual passes change buffers, attributes, objects of hooks and terms, and generators. A backward pass through
+        the real forward pass does so, too, if it recomputes a checkpointed BatchNorm.
         """
-        start, home = self.start(), self._home
-        self._home = start.state
+        start, home = self.start(), self._real_state
+        self._real_state = start.state
         try:
             yield start
         finally:
-            self._home = home
+            self._real_state = home
             put_back(start)
 
 
 def put_back(start: Start) -> None:
-    """Make everything what it was at `start`."""
+    """Restore everything to its state at `start`."""
     start.rng.restore()
     start.state.put_back()
     start.state.put_values_back()

@@ -1,4 +1,4 @@
-"""Iterators that a student holds: nothing can put them back, so virtual passes may not take from them."""
+"""Iterators that a student holds. Nothing can rewind them, so virtual passes must not advance them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from metakd.errors import MetaKDError
 
 
 def is_iterator(value: Any) -> bool:
-    """Whether a value is an iterator.
-
-    Examples:
-        >>> is_iterator(iter([])), is_iterator([])
-        (True, False)
-    """
+    """Whether a value is an iterator."""
     kind: Any = type(value)  # mypy does not take a class for hashable
     return _makes_iterators(kind)
 
@@ -26,11 +21,11 @@ def _makes_iterators(kind: type) -> bool:
     return hasattr(kind, "__next__") and not issubclass(kind, nn.Module)
 
 
-class Untouchable:
-    """Stands where an iterator was.
+class RefusingIterator:
+    """Takes an iterator's place and refuses to advance.
 
     Examples:
-        >>> next(Untouchable("numbers", iter([])))
+        >>> next(RefusingIterator("numbers", iter([])))
         Traceback (most recent call last):
         ...
         metakd.errors.MetaKDError: a forward pass takes the next item of an iterator ('numbers', a list_iterator)...
@@ -39,7 +34,7 @@ class Untouchable:
     def __init__(self, key: Any, iterator: Any) -> None:
         self._key, self._iterator = key, iterator
 
-    def __iter__(self) -> Untouchable:
+    def __iter__(self) -> RefusingIterator:
         return self
 
     def __next__(self) -> Any:

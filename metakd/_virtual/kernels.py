@@ -1,4 +1,4 @@
-"""What virtual passes run in place of code that cannot be differentiated again."""
+"""Differentiable replacements for operations whose fast kernels lack derivatives or have wrong ones."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -24,19 +24,13 @@ from metakd.errors import MetaKDError
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """A block whose operations have forward-mode derivatives and correct second derivatives.
 
-    Attention runs its math kernel, recurrent layers torch's own ones, compiled parts run as written, the functions in
-    `_SAME_FUNCTION` as formulas, and code under autocast to float16 as written. What cannot be helped stays what it is
-    (`metakd.validate` knows it).
+    Attention uses its math kernel, recurrent layers torch's own kernels, compiled parts their Python code, and the
+    functions in `_SAME_FUNCTION` formulas. Autocast to float16 is off. Operations without a replacement stay (see
+    `metakd.validate`).
 
     Raises:
-        MetaKDError: an embedding whose gradient is not the derivative of the loss, or compiled parts in the module
-            where torch is older than 2.6.
-
-    Examples:
-        >>> v, g = torch.ones(1, 4), torch.ones(1, 1)
-        >>> with differentiable_kernels(nn.Identity()):
-        ...     torch.func.jvp(lambda v: torch._weight_norm(v, g, 0), (v,), (v,))[1]
-        tensor([[0., 0., 0., 0.]])
+        MetaKDError: an embedding's gradient is not the derivative of its loss, or torch before 2.6 cannot run compiled
+            parts as Python code.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -50,30 +44,19 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
 
 
 def compiled_parts(module: nn.Module) -> list[str]:
-    """The names of the submodules that `torch.compile(part)` or `part.compile()` compiled.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-        >>> model[1].compile(backend="eager")
-        >>> compiled_parts(model)
-        ['1']
-    """
+    """Names of the submodules that `torch.compile(part)` or `part.compile()` compiled."""
     return [
         name for name, m in module.named_modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None
     ]
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[None]:
-    """A block in which compiled parts run as written.
+    """A block that runs compiled parts as Python code.
 
-    Compiled code gives no second derivatives, and drops those of forward mode without a word.
+    Compiled code has no second derivatives, and silently drops tangents.
 
     Raises:
-        MetaKDError: there are such parts, and torch is older than 2.6.
-
-    Examples:
-        >>> with uncompiled(nn.Identity()):
-        ...     pass
+        MetaKDError: a part is compiled, and torch is older than 2.6.
     """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
@@ -82,22 +65,22 @@ def uncompiled(module: nn.Module) -> AbstractContextManager[None]:
         return stance
     if parts := compiled_parts(module):
         raise MetaKDError(
-            f"parts of the student are compiled ({parts[:5]}), and torch {torch.__version__} cannot run them as "
-            "written in virtual steps; use torch 2.6 or later, or compile it as a whole: torch.compile(student)"
+            f"parts of the student are compiled ({parts[:5]}), and torch {torch.__version__} cannot run their Python "
+            "code in virtual steps; use torch 2.6 or later, or compile the whole student: torch.compile(student)"
         )
     return nullcontext()
 
 
 @contextmanager
 def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """A block whose activation checkpoints are recomputed inside `run`, whenever that will be.
+    """A block whose activation checkpoints are later recomputed inside `run`.
 
-    Recomputing happens in the backward pass, when the module has its own parameters again.
+    Recomputation happens in the backward pass, when the module has its own parameters again.
     """
     hook, thread = checkpointing._checkpoint_hook, get_ident()
 
     def replaying(frame: Any) -> Any:
-        if get_ident() != thread:  # torch has one hook for all threads, and another may train meanwhile
+        if get_ident() != thread:  # all threads share torch's hook; another one may be training
             return hook(frame)
         recompute = frame.recompute_fn
         frame.recompute_fn = lambda *args: run(partial(recompute, *args))
@@ -112,10 +95,7 @@ def recomputed_by(run: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
 
 @contextmanager
 def no_parametrization_cache() -> Iterator[None]:
-    """A block in which `parametrize.cached()` of the user's remembers nothing that was computed outside.
-
-    Else a virtual pass would take the parametrized tensors of the real parameters.
-    """
+    """A block with an empty `parametrize.cached()`, whose entries come from the real parameters."""
     kept, parametrize._cache = parametrize._cache, {}
     try:
         yield
@@ -124,20 +104,20 @@ def no_parametrization_cache() -> Iterator[None]:
 
 
 class _Formulas(TorchFunctionMode):
-    """A block where functions of torch run as others that compute the same, and never under autocast to float16."""
+    """A block that replaces functions by equivalent ones, and keeps autocast to float16 off."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self._kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if autocasts_to_float16(self._kind):  # a block within the student; its end puts back what was before it
+        if autocasts_to_float16(self._kind):  # the student opened such a block; its end restores the setting
             torch.set_autocast_enabled(self._kind, False)
         return _SAME_FUNCTION.get(func, func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """The fused kernel has no forward mode, and its double backward takes the norm for a constant."""
+    """The fused kernel has no forward mode, and its double backward treats the norm as a constant."""
     if dim == -1:
         norm: Tensor = torch.linalg.vector_norm(v)
     else:
@@ -153,7 +133,7 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _lookup(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Sparse gradients cannot be the tangents of dual numbers, nor be measured."""
+    """An embedding with dense gradients: sparse ones cannot be tangents of dual numbers, nor be measured."""
 
     def dense(*args: Any, **options: Any) -> Any:
         for flag, why in _NO_DERIVATIVE.items():
@@ -180,7 +160,7 @@ def _recurrent(kernel: Callable[..., Any]) -> Callable[..., Any]:
 _NO_DERIVATIVE = {
     "max_norm": "rewrites its weight in every forward pass, so that virtual steps would change the student; use "
     "max_norm=None and shorten the vectors in forward: x * (max_norm / x.norm(dim=-1, keepdim=True)).clamp(max=1)",
-    "scale_grad_by_freq": "makes its gradient another thing than the loss's derivative, so that no hypergradient is "
+    "scale_grad_by_freq": "makes its gradient differ from the loss's derivative, so that no hypergradient is "
     "exact; use scale_grad_by_freq=False",
 }
 

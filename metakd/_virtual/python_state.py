@@ -1,4 +1,4 @@
-"""What a student's code has left in Python objects: captured, put back, and run again with other tensors in it."""
+"""The state that a student's code keeps in Python objects: captured, restored, or restored with other tensors in it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
-from metakd._virtual.iterators import Untouchable, is_iterator
+from metakd._virtual.iterators import RefusingIterator, is_iterator
 from metakd._virtual.reach import Places
-from metakd._virtual.swapping import Place, exchanged
+from metakd._virtual.swapping import Place, substituted
 from metakd.errors import MetaKDError
 
 _SMALL = 2**16  # entries of a tensor that is copied although it is no buffer
@@ -26,27 +26,13 @@ _SMALL = 2**16  # entries of a tensor that is copied although it is no buffer
 class PythonState:
     """The contents of all places that a pass can reach, and the values of the tensors there that it may write to.
 
-    Contents are kept by identity. Values are kept of buffers and of small tensors without a gradient. Parameters are
-    never written to; a larger tensor that is written to and no buffer is an error (`check_written`).
-
-    Args:
-        places: where to look.
+    Contents are kept by identity. Values are kept of buffers and of small tensors without gradients. A pass must not
+    write to parameters, nor to larger tensors that are no buffers (`check_written`).
 
     Attributes:
-        large_arrays: those whose values are not kept.
+        large_arrays: NumPy arrays too large to keep a copy.
         tensors: the places of all tensors.
-        values: id of a tensor -> a copy of its value, for those that a pass may write to.
-
-    Examples:
-        >>> from torch import nn
-        >>> from metakd._virtual.reach import reach
-        >>> layer = nn.Linear(1, 1)
-        >>> layer.calls = 1
-        >>> state = PythonState(reach([layer]))
-        >>> layer.calls = 2
-        >>> state.put_back()
-        >>> layer.calls
-        1
+        values: id of a tensor -> a copy of its value.
     """
 
     def __init__(self, places: Places) -> None:
@@ -81,10 +67,7 @@ class PythonState:
                 yield from Place.all_of(container, key, value)
 
     def put_back(self, swaps: Mapping[int, Tensor] | None = None) -> None:
-        """Make the contents what they were; a tensor whose id is in `swaps` becomes the one there.
-
-        Values are not written: see `put_values_back`.
-        """
+        """Restore the contents, with the tensors whose ids are in `swaps` replaced; values stay unwritten."""
         for mapping, keys, values in (*self._mappings, *self._long_mappings):
             if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and _same(mapping, keys)):
                 _refill(mapping, keys, values)
@@ -112,27 +95,27 @@ class PythonState:
             self._swap(swaps)
 
     def guard_iterators(self) -> None:
-        """Have each iterator refuse to go on, until `put_back`."""
+        """Make every iterator refuse to advance, until `put_back`."""
         for container, key, iterator in self._iterators:
-            container[key] = Untouchable(key, iterator)
+            container[key] = RefusingIterator(key, iterator)
 
     def _swap(self, swaps: Mapping[int, Tensor]) -> None:
         for container, key, value, tensor in self.tensors:
             if id(tensor) in swaps:
-                container[key] = exchanged(value, swaps)
+                container[key] = substituted(value, swaps)
         for mapping, keys, _ in self._mappings:
             if keys and isinstance(keys[0], Tensor):
-                entries = [(exchanged(key, swaps), mapping[key]) for key in keys]
+                entries = [(substituted(key, swaps), mapping[key]) for key in keys]
                 mapping.clear()
                 mapping.update(entries)
         for kept, members in self._sets:
             if any(isinstance(member, Tensor) for member in members):
                 kept.clear()
-                kept.update(exchanged(member, swaps) for member in members)
+                kept.update(substituted(member, swaps) for member in members)
 
     @torch.no_grad()
     def put_values_back(self) -> None:
-        """Write the kept values into their tensors, whatever shape those have now, and their gradients."""
+        """Write the kept values into their tensors, even if a pass has changed their shapes."""
         for kept, gradient in self._gradients:
             kept.grad = gradient
         for *_, tensor in self.tensors:
@@ -140,36 +123,34 @@ class PythonState:
             if value is None:
                 continue
             if tensor.shape == value.shape and tensor.dtype == value.dtype:
-                tensor.data.copy_(value)  # by .data, for a graph that waits for its backward may hold it
+                tensor.data.copy_(value)  # a graph may have saved it; .data does not count as modification
             else:
                 tensor.data = value.clone()
 
     def check_written(self) -> None:
-        """See that no tensor was written to whose value is not kept.
-
-        Raises:
-            MetaKDError: naming where it is kept.
-        """
+        """Raise if a pass has written to a tensor whose value is not kept."""
         for container, key, _, tensor in self.tensors:
             if id(tensor) in self._versions and self._versions[id(tensor)] != tensor._version:
                 raise MetaKDError(
                     f"a forward pass writes to a tensor of {tensor.numel()} numbers that is no buffer "
-                    f"({key!r} of {_owner(container)}), so that virtual passes would change it; register it: "
+                    f"({key!r} of {_owner(container)}), so virtual passes would change it; register it: "
                     "module.register_buffer(name, tensor, persistent=False)"
                 )
 
     def translated(self, names: Mapping[int, Tensor]) -> PythonState:
-        """The same state where each tensor whose id is in `names` stands for the one there, and has its value now.
+        """A copy in which the tensors in `names` (by id) are replaced by those there, with their present values.
 
-        Other tensors lose tangents and graphs: what one pass leaves behind is a constant to the next.
+        Other tensors lose tangents and graphs: what one pass leaves behind is a constant for the next.
         """
         new = object.__new__(PythonState)
         now = {id(t): names.get(id(t), _constant(t)) for *_, t in self.tensors}
 
         def translate(value: Any) -> Any:
-            return exchanged(value, now) if isinstance(value, Tensor | tuple) else value
+            return substituted(value, now) if isinstance(value, Tensor | tuple) else value
 
-        new._mappings = [(m, keys, [translate(v) for v in values]) for m, keys, values in self._mappings]
+        # Keys and members, too: dicts and sets may hold parameters of the pass that ends here.
+        new._mappings = [(m, [*map(translate, keys)], [*map(translate, values)]) for m, keys, values in self._mappings]
+        new._sets = [(found, {*map(translate, members)}) for found, members in self._sets]
         new._lists = [(found, [translate(v) for v in values]) for found, values in self._lists]
         vars(new).update({name: value for name, value in vars(self).items() if name not in vars(new)})
         new.tensors, new._versions, new._gradients = list(new._tensors()), {}, []
@@ -180,7 +161,7 @@ class PythonState:
 
 
 def _same(mapping: MutableMapping[Any, Any], keys: list[Any]) -> bool:
-    """Whether a mapping of as many entries has the keys, in their order; tensors may be among them."""
+    """Whether a mapping of equal length has these very keys in order; `==` would compare tensors by entries."""
     return all(map(is_, mapping, keys))
 
 
@@ -191,13 +172,13 @@ def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any
     for key, value in wanted.items():
         if key not in mapping or mapping[key] is not value:
             mapping[key] = value
-    if isinstance(mapping, dict) and not _same(mapping, keys):  # in the old order, too
+    if isinstance(mapping, dict) and not _same(mapping, keys):  # restore the order
         mapping.clear()
         mapping.update(wanted)
 
 
 def _capture(generator: Any) -> Callable[[], object]:
-    """Gives what puts a generator back to where it is now."""
+    """Return a function that restores a generator to its present state."""
     if isinstance(generator, torch.Generator):
         return partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.Random):
@@ -207,7 +188,7 @@ def _capture(generator: Any) -> Callable[[], object]:
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    """A tensor as the next pass reads it: without tangent or graph; a parameter stays what it is."""
+    """A tensor as the next pass reads it: no tangent, no graph; parameters stay themselves."""
     if tensor.is_leaf and tensor.requires_grad:
         return tensor
     primal: Tensor = forward_ad.unpack_dual(tensor).primal

@@ -1,4 +1,4 @@
-"""The walk over all Python objects that a student's own code can read and write."""
+"""The walk over all Python objects that a student's code can read and write."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from torch import Tensor, nn
 
 from metakd._virtual.variables import Cell, ClassVariables, Scripted, Slots, Variables, slots_of
 
-_LONGEST = 2_000  # entries of a container that is looked into; data sets are longer
-_KEPT = 20_000  # entries of one whose own contents are kept
-_MOST = 20_000  # objects of a walk
+_LONGEST = 2_000  # the walk enters containers up to this length; data sets are longer
+_KEPT = 20_000  # contents are kept up to this length
+_MOST = 20_000  # objects per walk
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARTS = ("_parameters", "_buffers", "_modules")
 _OF_MODULES = {*vars(nn.Module()), *HOOKS, *_PARTS} - {"training"}
 _OF_HOOKS = [name for name, v in vars(nn.Module()).items() if isinstance(v, dict) and name not in _PARTS]
 _PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {dict, list, tuple, set, frozenset, deque}
 _LEAVES = _PLAIN | {Tensor, nn.Parameter}
-_OF_DATA = {"argparse", "collections", "types"}  # whose objects hold what users put into them
+_OF_DATA = {"argparse", "collections", "types"}  # their objects hold the user's data
 _NOT_THE_USERS = {"torch", "torchopt", "torchvision", "numpy", "metakd", "builtins", *sys.stdlib_module_names} - {
     "__main__"
 }
 
 
 class Places:
-    """Where code can leave something behind.
+    """Where code can store state.
 
     Attributes:
-        mappings: dicts, attributes of objects, and the variables of functions.
+        mappings: dicts, attributes of objects, and variables of functions.
         lists: lists and deques.
         sets: sets.
-        long: lists, deques and dicts with too many entries to look into.
-        endless: containers with even more, which a pass may yet add to.
-        hooks: the dicts of hooks that every module has.
-        generators: of random numbers, beside those that every program has.
+        long: lists, deques and dicts that are too long to enter.
+        endless: even longer containers, of which only the length is kept.
+        hooks: every module's dicts of hooks.
+        generators: random generators other than the global ones.
         arrays: NumPy arrays.
-        modules: all modules, the student's and others that terms and hooks hold.
+        modules: all modules, including those that terms and hooks hold.
     """
 
     def __init__(self) -> None:
@@ -59,39 +60,29 @@ class Places:
         self.modules: list[nn.Module] = []
 
 
-def reach(roots: Iterable[Any], apart: Iterable[Any] = ()) -> Places:
-    """Walk from modules, terms and hooks over all that they hold: attributes, containers, closures, global variables.
+def reach(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
+    """Walk from the roots (student, terms, hooks) to all they hold: attributes, containers, closures, global variables.
 
-    Modules, containers and generators are always looked into, other objects where their class belongs to a package of
-    the roots. Global and class variables count where the code is the user's own and not an installed package's.
-
-    Args:
-        roots: the student, terms, feature functions.
-        apart: objects to leave out, with all that only they hold.
-
-    Examples:
-        >>> model = nn.Linear(2, 2)
-        >>> model.seen = []
-        >>> any(found is model.seen for found in reach([model]).lists)
-        True
+    The walk enters modules, containers and generators, and other objects if their class is from a package of the roots.
+    Global and class variables count only in the user's own code. Objects in `excluded` are skipped.
     """
     roots = list(roots)
-    places, known, kept = Places(), {id(value) for value in apart}, []
+    places, known, kept = Places(), {id(value) for value in excluded}, []
     packages = {_package(of) for root in roots for of in _owners(root)} - _NOT_THE_USERS
-    # Modules first, in case that the walk ends before it has seen all.
-    waiting = deque([m for root in roots if isinstance(root, nn.Module) for m in root.modules()])
-    waiting += [*roots, *_global_hooks()]
-    while waiting and len(known) < _MOST:
-        value = waiting.popleft()
+    # Containers inside containers come last, in case the walk reaches its limit: data lies there, and seldom modules.
+    waiting, data = deque([*roots, *_global_hooks()]), deque[Any]()
+    while (waiting or data) and len(known) < _MOST:
+        value = (waiting or data).popleft()
         if id(value) not in known:
             known.add(id(value))
-            kept.append(value)  # an object that goes away would leave its id to another
-            waiting.extend(v for v in _parts(value, places, packages) if type(v) not in _LEAVES)
+            kept.append(value)  # keeps it alive, as a new object could reuse the id
+            parts = [v for v in _parts(value, places, packages) if type(v) not in _LEAVES]
+            (data if type(value) in _CONTAINERS else waiting).extend(parts)
     return places
 
 
 def _owners(root: Any) -> Iterator[Any]:
-    """What the packages of the user's own code are read off."""
+    """Functions and classes whose packages hold the user's code."""
     if isinstance(root, nn.Module):
         for module in root.modules():
             yield type(module)
@@ -102,7 +93,7 @@ def _owners(root: Any) -> Iterator[Any]:
 
 
 def bare(function: Any) -> Any:
-    """The function inside a hook's wrapper, a partial or a bound method; of other objects the class.
+    """The function inside a hook's wrapper, a partial or a bound method; the class of any other object.
 
     Examples:
         >>> bare(functools.partial(reach, [])) is reach, bare(nn.Tanh())
@@ -128,7 +119,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 def _vars(value: Any) -> dict[str, Any]:
-    """An object's attributes; none for one that has no dict of them."""
+    """An object's `__dict__`, or an empty one."""
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) else {}
 
@@ -142,7 +133,7 @@ def _package_of(module: str) -> str:
 
 
 def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
-    """Note where the object can be written to, and give what it holds."""
+    """Record where the object stores state, and return what it holds."""
     if isinstance(value, nn.Module):
         return _of_module(value, places)
     if isinstance(value, Tensor):
@@ -202,7 +193,7 @@ def _of_container(value: Any, places: Places) -> Iterable[Any]:
 
 def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
     places.modules.append(module)
-    if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
+    if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
         places.mappings += [Scripted(module._parameters), Scripted(module._buffers)]
         return list(module._modules.values())
     attributes = vars(module)
@@ -215,7 +206,7 @@ def _of_module(module: nn.Module, places: Places) -> Iterable[Any]:
 
 
 def _of_class(owner: type, places: Places) -> Iterable[Any]:
-    """The methods and the variables of a user's class, and the classes that it comes from."""
+    """The methods and variables of a user's class, and its bases."""
     if not _local(owner.__module__):
         return owner.__bases__ if _package(owner) not in _NOT_THE_USERS else ()
     places.mappings.append(ClassVariables(owner))
@@ -224,7 +215,7 @@ def _of_class(owner: type, places: Places) -> Iterable[Any]:
 
 def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
     if _package(function) == "metakd":
-        return ()  # what the library's own hooks look at is no business of a pass
+        return ()  # the library's own hooks hold no state of a pass
     held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     places.mappings += [Cell(cell) for cell in function.__closure__ or ()]
     held += [value for cell in function.__closure__ or () for value in Cell(cell).values()]
@@ -240,7 +231,7 @@ def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _local(module: str | None) -> bool:
-    """Whether a module is the user's own, and not of an installed package or of Python itself."""
+    """Whether a module is the user's own code, not an installed package or Python's."""
     if module is None or _package_of(module) in _NOT_THE_USERS:
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -250,7 +241,7 @@ def _local(module: str | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The global names that a function's code mentions, those of functions inside it as well."""
+    """The global names that a function's code mentions, including inner functions."""
     inside = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
     return tuple(dict.fromkeys([*code.co_names, *inside]))
 

@@ -1,4 +1,4 @@
-"""Other tensors in the places of those that code holds, for a while."""
+"""Temporarily replaces tensors wherever code holds them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ class Place(NamedTuple):
 
 
 def held(value: Any) -> Iterator[Tensor]:
-    """A tensor itself, or those in a tuple.
-
-    Examples:
-        >>> import torch
-        >>> len(list(held((torch.ones(1), ("name", torch.ones(2))))))
-        2
-    """
+    """The tensor itself, or the tensors in a tuple."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
@@ -39,43 +33,26 @@ def held(value: Any) -> Iterator[Tensor]:
             yield from held(member)
 
 
-def exchanged(value: Any, swaps: Mapping[int, Tensor]) -> Any:
-    """An entry in which each tensor whose id is in `swaps` is the one there; the same object where none is.
-
-    Examples:
-        >>> import torch
-        >>> one, other = torch.zeros(1), torch.ones(1)
-        >>> exchanged(("w", one), {id(one): other})
-        ('w', tensor([1.]))
-    """
+def substituted(value: Any, swaps: Mapping[int, Tensor]) -> Any:
+    """An entry with the tensors in `swaps` (by id) replaced; the same object if there are none."""
     if isinstance(value, Tensor):
         return swaps.get(id(value), value)
     if not isinstance(value, tuple):
         return value
-    members = [exchanged(member, swaps) for member in value]
+    members = [substituted(member, swaps) for member in value]
     if all(map(is_, members, value)):
         return value
     return value._make(members) if hasattr(value, "_make") else type(value)(members)
 
 
 @contextmanager
-def swapped(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[None]:
-    """A block in which other tensors are where those with the ids in `swaps` were; what else changes there, stays.
-
-    Examples:
-        >>> import torch
-        >>> kept = {"w": torch.ones(1)}
-        >>> with swapped(list(Place.all_of(kept, "w", kept["w"])), {id(kept["w"]): torch.zeros(1)}):
-        ...     kept["w"]
-        tensor([0.])
-        >>> kept["w"]
-        tensor([1.])
-    """
+def swap_in(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[None]:
+    """A block with the tensors in `swaps` (by id) replaced; entries that the block itself changes stay changed."""
     done: list[tuple[Place, Any]] = []
     try:
         for place in places:
             if id(place.tensor) in swaps:
-                done.append((place, exchanged(place.value, swaps)))
+                done.append((place, substituted(place.value, swaps)))
                 place.container[place.key] = done[-1][1]
         yield
     finally:
@@ -86,18 +63,8 @@ def swapped(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[No
 
 @contextmanager
 def with_parameters(module: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """A block in which a module has other parameters; those that are left out stay.
-
-    `torch.func.functional_call` does not put back what has two names.
-
-    Examples:
-        >>> import torch
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> with with_parameters(layer, {"weight": torch.tensor([[5.0]])}):
-        ...     layer(torch.ones(1, 1))
-        tensor([[5.]])
-    """
+    """A block with other parameters in a module. `functional_call` would not restore tied parameters."""
     owners = [part._parameters for part in module.modules()]
     places = [Place(owner, name, p, p) for owner in owners for name, p in owner.items() if p is not None]
-    with swapped(places, {id(p): params[name] for name, p in module.named_parameters() if name in params}):
+    with swap_in(places, {id(p): params[name] for name, p in module.named_parameters() if name in params}):
         yield

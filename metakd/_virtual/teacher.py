@@ -1,4 +1,4 @@
-"""The teacher's outputs, without a trace on the teacher."""
+"""Runs the teacher and leaves it unchanged."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -15,12 +15,7 @@ Teacher: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 
 
 def members(teacher: Any) -> list[Any] | None:
-    """The teachers of an ensemble; None for a single one.
-
-    Examples:
-        >>> members([len, abs]), members(len)
-        ([<built-in function len>, <built-in function abs>], None)
-    """
+    """The teachers of an ensemble; None for a single teacher."""
     if isinstance(teacher, nn.ModuleList):
         return list(teacher)
     several = isinstance(teacher, Sequence) and not isinstance(teacher, str) and not callable(teacher)
@@ -28,22 +23,13 @@ def members(teacher: Any) -> list[Any] | None:
 
 
 def teacher_outputs(teacher: Teacher, inputs: Any) -> Any:
-    """Run the teacher without gradients, and in eval mode where it is a module; its modes are put back.
+    """Run the teacher without gradients, and in eval mode if it is a module; modes are restored.
 
-    An exported module runs in the mode that it was exported in, a function's modules in the mode that they have.
-
-    Returns:
-        Its outputs; of an ensemble, the list of its members' outputs.
+    Exported modules run in the mode of their export; modules inside a function keep their mode. An ensemble gives a
+    list.
 
     Raises:
-        MetaKDError: the teacher raised something (chained).
-
-    Examples:
-        >>> norm = nn.BatchNorm1d(2)
-        >>> teacher_outputs(norm, torch.ones(3, 2)).requires_grad, norm.training
-        (False, True)
-        >>> [outputs.shape for outputs in teacher_outputs([norm, torch.sum], torch.ones(3, 2))]
-        [torch.Size([3, 2]), torch.Size([])]
+        MetaKDError: the teacher raised an error (chained).
     """
     ensemble = members(teacher)
     one_or_all: list[Any] = [teacher] if ensemble is None else ensemble
@@ -52,28 +38,20 @@ def teacher_outputs(teacher: Teacher, inputs: Any) -> Any:
         name = "the teacher" if ensemble is None else f"teacher {position}"
         with blamed(name), _as_judge(one), torch.no_grad():
             outputs.append(call(one, inputs))
-    torch.clear_autocast_cache()  # older torch would cast what it shares with the student without gradients
+    torch.clear_autocast_cache()  # older torch would reuse gradient-free casts of parameters shared with the student
     return outputs[0] if ensemble is None else outputs
 
 
 def _as_judge(teacher: Any) -> AbstractContextManager[None]:
+    """A block with the teacher, or a method's owner, in eval mode."""
     owner = getattr(teacher, "__self__", teacher)  # of a method
     return in_eval_mode(owner) if isinstance(owner, nn.Module) else nullcontext()
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """A block with the module in eval mode; afterwards every part has the mode it had.
-
-    Examples:
-        >>> module = nn.Dropout()
-        >>> with in_eval_mode(module):
-        ...     print(module.training)
-        False
-        >>> module.training
-        True
-    """
-    # A frozen script has no mode.
+    """A block with the module in eval mode; every submodule gets its mode back."""
+    # Frozen scripts have no mode.
     modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     if not any(mode for _, mode in modes):
         yield

@@ -1,4 +1,4 @@
-"""Variables of functions, classes and modules as mappings, so that they can be read and put back like any dict."""
+"""Variables of functions, classes and modules as mappings, so that they can be captured and restored like dicts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from typing import Any
 
 
 class Variables(MutableMapping[Any, Any]):
-    """Some of the entries of another mapping.
-
-    Examples:
-        >>> everything = {"calls": 1, "torch": ...}
-        >>> some = Variables(everything, ["calls"])
-        >>> some["calls"] = 2
-        >>> dict(some), everything["calls"]
-        ({'calls': 2}, 2)
-    """
+    """Some entries of another mapping."""
 
     def __init__(self, variables: Any, names: Sequence[str]) -> None:
         self._variables, self._names = variables, names
@@ -39,16 +31,7 @@ class Variables(MutableMapping[Any, Any]):
 
 
 class Cell(MutableMapping[Any, Any]):
-    """A variable that a function shares with the one around it, under the name "value".
-
-    Examples:
-        >>> def counter(count=0):
-        ...     return lambda: count
-        >>> function = counter(3)
-        >>> Cell(function.__closure__[0])["value"] = 5
-        >>> function()
-        5
-    """
+    """A closure's variable, under the key "value"."""
 
     def __init__(self, cell: types.CellType) -> None:
         self._cell = cell
@@ -56,7 +39,7 @@ class Cell(MutableMapping[Any, Any]):
     def __getitem__(self, name: str) -> Any:
         try:
             return self._cell.cell_contents
-        except ValueError:  # it has no value yet
+        except ValueError:  # the variable has no value yet
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -77,15 +60,7 @@ class Cell(MutableMapping[Any, Any]):
 
 
 class ClassVariables(Variables):
-    """What a class holds beside its methods.
-
-    Examples:
-        >>> class Student:
-        ...     calls = 0
-        >>> ClassVariables(Student)["calls"] = 2
-        >>> Student.calls
-        2
-    """
+    """A class's variables, without methods."""
 
     def __init__(self, owner: type) -> None:
         self._owner = owner
@@ -100,18 +75,7 @@ class ClassVariables(Variables):
 
 
 class Slots(MutableMapping[Any, Any]):
-    """The attributes of an object whose class has `__slots__`.
-
-    Examples:
-        >>> class Meter:
-        ...     __slots__ = ("count",)
-        >>> meter = Meter()
-        >>> len(Slots(meter))
-        0
-        >>> Slots(meter)["count"] = 3
-        >>> meter.count
-        3
-    """
+    """The attributes of an object whose class has `__slots__`."""
 
     def __init__(self, owner: Any) -> None:
         self._owner, self._names = owner, slots_of(owner)
@@ -136,14 +100,7 @@ class Slots(MutableMapping[Any, Any]):
 
 
 def slots_of(value: Any) -> tuple[str, ...]:
-    """The names of all slots of an object, those without a value as well.
-
-    Examples:
-        >>> class Point:
-        ...     __slots__ = ("x", "y")
-        >>> slots_of(Point())
-        ('x', 'y')
-    """
+    """The names of an object's slots, with or without a value."""
     kind: Any = type(value)  # mypy does not take a class for hashable
     return _slots(kind)
 
@@ -154,7 +111,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 class Scripted(MutableMapping[Any, Any]):
-    """The parameters or the buffers of a scripted module, which torch wraps in something that is no mapping."""
+    """A scripted module's parameters or buffers, which torch wraps in an object that is no mapping."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
@@ -166,7 +123,7 @@ class Scripted(MutableMapping[Any, Any]):
         self._wrapped[name] = value
 
     def __delitem__(self, name: str) -> None:
-        raise KeyError(name)  # a scripted module keeps what it was built with
+        raise KeyError(name)  # scripted modules cannot lose entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._wrapped.keys())

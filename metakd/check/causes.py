@@ -1,4 +1,4 @@
-"""Why a hypergradient and the finite differences of its function may disagree, in plain words."""
+"""Explains in plain words why a hypergradient and finite differences may disagree."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,18 +13,14 @@ Along = Callable[[float], float]
 
 
 def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, estimator: Estimator, steps: int) -> str:
-    """The likeliest cause of a disagreement in one tensor, and where to look.
+    """The likeliest cause of a disagreement in one tensor.
 
     Args:
         estimated: directional derivatives by the hypergradient.
-        slopes: the same ones by finite differences.
+        slopes: the same by finite differences.
         along: h -> the outer loss with the tensor moved by h along the first direction.
-        estimator: whose hypergradient it is.
+        estimator: the hypergradient's estimator.
         steps: K.
-
-    Examples:
-        >>> hint([0.0], [Slope(0.3, 0.0)], lambda h: 0.1 + 0.3 * h, lambda problem: None, 1)
-        'the estimate is zero: the losses use a cut copy of this tensor (.detach(), .item(), torch.no_grad())'
     """
     differences = [slope.value for slope in slopes]
     here, again = along(0.0), along(0.0)
@@ -36,7 +32,7 @@ def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, esti
     if not all(map(math.isfinite, (*differences, along(5e-2), along(-5e-2)))):
         return "the outer loss is NaN or infinite close by; a logarithm, a root or a division left its domain"
     if not is_exact(estimator, steps):
-        return f"{type(estimator).__name__} is an approximation; check it with the tolerance= that you can live with"
+        return f"{type(estimator).__name__} is an approximation; check it with a tolerance= that you accept"
     if here == float(torch.tensor(here, dtype=torch.float32)) and here != round(here, 3):
         return "the outer loss has float32 precision: something casts to it inside (.float(), a float32 constant)"
     if math.hypot(*estimated) <= 1e-9 * math.hypot(*differences):
@@ -51,8 +47,8 @@ def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, esti
     within = all(abs(e - slope.value) <= 100 * slope.spread for e, slope in zip(estimated, slopes, strict=True))
     if unsure > 1e-4 or within:
         return (
-            f"kinks close by: the differences themselves are known to {unsure:.0e} only, at every step size (ReLU, "
-            "max, clamp, batch statistics of few samples), so they cannot say who is right. Check at another point, "
+            f"kinks close by: the differences themselves are only accurate to {unsure:.0e}, at every step size (ReLU, "
+            "max, clamp, batch statistics of few samples), so they cannot tell which is right. Check at another point, "
             "with a larger batch, or against estimators.Unroll()"
         )
     ratios = [e / d for e, d in zip(estimated, differences, strict=True) if d]
@@ -67,4 +63,4 @@ def hint(estimated: Sequence[float], slopes: Sequence[Slope], along: Along, esti
     )
 
 
-_NEAR = 1e-8  # a kink that is farther away than this is no kink of the point itself
+_NEAR = 1e-8  # a kink farther away is not at the point itself

@@ -1,4 +1,4 @@
-"""`check_hypergradient`: hypergradients against central finite differences, in float64."""
+"""`check_hypergradient`: compares hypergradients with central finite differences in float64."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from metakd._autodiff import norm
 from metakd.balancer import BilevelLossBalancer
 from metakd.check.causes import hint
 from metakd.check.finite_differences import slope_at_zero
-from metakd.check.real_steps import Look, double, looking
+from metakd.check.real_steps import Candidate, double, in_float64
 from metakd.errors import MetaKDError
 from metakd.estimators import Adjoint, Estimator, Problem
 from metakd.estimators.build import Nest, Optimizer, build_problem
@@ -25,11 +25,11 @@ class Check(NamedTuple):
     """What `check_hypergradient` found.
 
     Attributes:
-        relative_error: for each meta-parameter, |estimated - finite differences| / |finite differences|,
-            Euclidean norms over the directions; 1e-12 of the outer loss is rounding and counts as no difference.
-        estimated: for each meta-parameter, the directional derivatives that the estimator's hypergradient gives.
-        finite_differences: the same ones by central differences.
-        tolerance: on the relative errors.
+        relative_error: |estimated - finite differences| / |finite differences| for each meta-parameter, with Euclidean
+            norms over the directions; differences up to 1e-12 of the outer loss are rounding and do not count.
+        estimated: directional derivatives from the estimator's hypergradient, for each meta-parameter.
+        finite_differences: the same by central differences.
+        tolerance: the largest accepted relative error.
 
     Examples:
         >>> found = Check({"phi": 2e-9}, {"phi": [0.5]}, {"phi": [0.5]}, 1e-6)
@@ -44,7 +44,7 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One line: whether, and how well, the two agree."""
+        """One line that says whether the two agree, and how well."""
         worst = max(self.relative_error, key=lambda name: _nan_is_largest(self.relative_error[name]))
         error = self.relative_error[worst]
         word = "exact" if error <= self.tolerance else "wrong"
@@ -72,9 +72,9 @@ def check_hypergradient(
     $\langle \nabla_\phi, d \rangle$ with $\big(F(\phi + h d) - F(\phi - h d)\big) / 2h$, extrapolated to $h \to 0$
     (Ridders, 1982), where $F(\phi)$ runs the K inner steps and the outer loss in float64 with first-order gradients.
 
-    Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)`, the
-    arguments of `hypergradient`; and `check_hypergradient(balancer, batches, meta_batch)`, which checks a balancer's
-    hypergradient through K = len(batches) steps in its weight model's parameters, and leaves no trace on it.
+    Two ways to call it: `check_hypergradient(inner, outer, params, meta_params, batches, optimizer=...)` takes the
+    arguments of `hypergradient`; `check_hypergradient(balancer, batches, meta_batch)` checks a balancer's
+    hypergradient through K = len(batches) steps in its weight model's parameters, and leaves the balancer unchanged.
 
     Args:
         inner: the inner loss, or a balancer.
@@ -85,18 +85,18 @@ def check_hypergradient(
         optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one.
         optimizer_state: the state to start from.
         outer_batches: as in `hypergradient`.
-        estimator: what is checked; None for `Adjoint()`, with a balancer its own.
-        directions: random directions a tensor.
-        tolerance: on the relative error of each tensor.
-        seed: of the directions.
+        estimator: the estimator to check; None for `Adjoint()`, or for the balancer's own.
+        directions: number of random directions for each tensor.
+        tolerance: the largest accepted relative error of a tensor.
+        seed: for the directions.
 
     Returns:
-        `Check(relative_error, estimated, finite_differences, tolerance)`, where all errors are within the tolerance;
-            its `verdict` is a line to print.
+        `Check(relative_error, estimated, finite_differences, tolerance)` if all errors are within the tolerance; its
+            `verdict` is a line to print.
 
     Raises:
-        MetaKDError: an error is above the tolerance; for each such tensor the message has the numbers and the likeliest
-            cause.
+        MetaKDError: an error is above the tolerance; the message has the numbers and the likeliest cause for each such
+            tensor.
 
     Examples:
         >>> import torchopt
@@ -109,8 +109,8 @@ def check_hypergradient(
     """
     if isinstance(inner, BilevelLossBalancer):
         estimator = checked_estimator(estimator or inner.estimator)
-        with looking(inner, outer, params, estimator) as look:
-            return _compare(look, estimator, len(outer), directions, tolerance, seed)
+        with in_float64(inner, outer, params, estimator) as candidate:
+            return _compare(candidate, estimator, len(outer), directions, tolerance, seed)
     if meta_params is None or batches is None or optimizer is None:
         given = {"meta_params": meta_params, "batches": batches, "optimizer": optimizer}
         raise MetaKDError(
@@ -125,26 +125,28 @@ def check_hypergradient(
     with torch.enable_grad():
         gradient = estimate(estimator, replace(problem, memory=Memory(compare=True))).gradient
         whole = solved(estimator, problem)
-        look = Look(gradient, problem.meta_params, lambda phi: _outer_after_inner(whole, phi))
-        return _compare(look, estimator, len(problem.batches), directions, tolerance, seed)
+        candidate = Candidate(gradient, problem.meta_params, lambda phi: _outer_after_inner(whole, phi))
+        return _compare(candidate, estimator, len(problem.batches), directions, tolerance, seed)
 
 
-def _compare(look: Look, estimator: Estimator, steps: int, directions: int, tolerance: float, seed: int) -> Check:
+def _compare(
+    candidate: Candidate, estimator: Estimator, steps: int, directions: int, tolerance: float, seed: int
+) -> Check:
     generator = torch.Generator().manual_seed(seed)
     check = Check({}, {}, {}, tolerance)
-    scale, rounding = norm(look.gradient.values()), 1e-12 * abs(look.outer_after_inner(look.meta_params))
+    scale, rounding = norm(candidate.gradient.values()), 1e-12 * abs(candidate.outer_after_inner(candidate.meta_params))
     wrong = []
-    for name, g in look.gradient.items():
+    for name, g in candidate.gradient.items():
         drawn = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g.device) for _ in range(directions)]
         units = [direction / direction.norm().clamp(min=1e-300) for direction in drawn]
-        ways = [_along(look, name, unit) for unit in units]
+        ways = [_along(candidate, name, unit) for unit in units]
         estimated = [float((g * unit).sum()) for unit in units]
         slopes = [slope_at_zero(along) for along in ways]
         error = _relative(estimated, [slope.value for slope in slopes], scale, rounding)
         for step in _SMALLER_STEPS:
             if error <= tolerance:
                 break
-            # A kink within a large step misleads it; where no kink is near, smaller steps know the slope less well.
+            # Large steps may cross a kink, small steps have more rounding: take the one that agrees best with itself.
             finer = [slope_at_zero(along, step=step) for along in ways]
             slopes = [min(pair, key=lambda slope: slope.spread) for pair in zip(finer, slopes, strict=True)]
             error = _relative(estimated, [slope.value for slope in slopes], scale, rounding)
@@ -163,23 +165,23 @@ def _compare(look: Look, estimator: Estimator, steps: int, directions: int, tole
     return check
 
 
-def _along(look: Look, name: str, unit: Tensor) -> Callable[[float], float]:
-    """The outer loss with one meta-parameter moved by h along a unit direction, as a function of h."""
-    value = look.meta_params[name]
-    return lambda h: look.outer_after_inner({**look.meta_params, name: value + h * unit})
+def _along(candidate: Candidate, name: str, unit: Tensor) -> Callable[[float], float]:
+    """The outer loss as a function of h, with one meta-parameter moved by h along a unit direction."""
+    value = candidate.meta_params[name]
+    return lambda h: candidate.outer_after_inner({**candidate.meta_params, name: value + h * unit})
 
 
 def _outer_after_inner(problem: Problem, meta_params: Params) -> float:
-    """F(phi): the outer loss after the inner steps, with first-order gradients alone."""
+    """F(phi), the outer loss after the inner steps, with first-order gradients only."""
     params, _ = problem.at(meta_params).sweep()
     with torch.no_grad():
         return float(torch.stack([outer(params, meta_params) for outer in problem.outers]).mean())
 
 
 def _relative(estimated: list[float], differences: list[float], scale: float, rounding: float) -> float:
-    """|e - d| / |d| over a tensor's directions, beyond what rounding alone does to d.
+    """|e - d| / |d| over a tensor's directions, without the rounding of d.
 
-    A derivative of nothing beside the whole gradient's counts as 1e-9 of that.
+    |d| is at least 1e-9 of the whole gradient: below that a derivative counts as zero.
     """
     error = max(math.dist(estimated, differences) - rounding, 0.0)
     return error / max(math.hypot(*differences), 1e-9 * scale, 1e-300)

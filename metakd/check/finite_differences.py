@@ -6,19 +6,14 @@ from typing import NamedTuple
 
 
 class Slope(NamedTuple):
-    """A derivative by differences, and how far it may be off as far as the differences themselves can tell."""
+    """A derivative by differences, and how far these disagree among themselves."""
 
     value: float
     spread: float
 
 
 def derivative(function: Callable[[float], float], *, step: float = 5e-2, shrink: float = 2.0, rows: int = 8) -> float:
-    """The value of `slope_at_zero`.
-
-    Examples:
-        >>> round(derivative(lambda h: 3.0 * h), 9)
-        3.0
-    """
+    """The value of `slope_at_zero`."""
     return slope_at_zero(function, step=step, shrink=shrink, rows=rows).value
 
 
@@ -27,16 +22,16 @@ def slope_at_zero(
 ) -> Slope:
     """The derivative at 0 by central differences, extrapolated to a step of zero.
 
-    A tableau of (f(h) - f(-h)) / 2h at shrinking h, of which Richardson's extrapolation removes the errors in h^2,
-    h^4, ...; the entry wins whose distance to its neighbours, plus what rounding does to it, is smallest. Source:
-    Ridders, "Accurate computation of F'(x) and F'(x) F''(x)", Advances in Engineering Software (1982). Ours differs in
-    counting the rounding and in trying all h, for early agreement may be chance.
+    Richardson's extrapolation removes the errors in h^2, h^4, ... from a tableau of (f(h) - f(-h)) / 2h at shrinking h.
+    The entry with the smallest distance to its neighbours, plus its rounding, wins. Source: Ridders, "Accurate
+    computation of F'(x) and F'(x) F''(x)", Advances in Engineering Software (1982). Ours differs in counting the
+    rounding and in trying all h, as early agreement may be chance.
 
     Args:
         function: evaluated at +-h, in float64.
         step: the largest h.
-        shrink: each h is the one before divided by this.
-        rows: how many h are tried.
+        shrink: the factor between one h and the next.
+        rows: the number of h.
 
     Examples:
         >>> import math

@@ -1,4 +1,4 @@
-"""A balancer in float64: the hypergradient as training takes it, and what real steps lead to."""
+"""A balancer in float64: its hypergradient as training computes it, and the outcome of real steps."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from metakd._virtual.functional import FunctionalStudent, Start, put_back
 from metakd._virtual.precision import as_written
 from metakd._virtual.swapping import with_parameters
 from metakd.balancer import BilevelLossBalancer
-from metakd.batch import Batch, as_it_is
+from metakd.batch import Batch, detached_copy
 from metakd.estimators import Estimator
 from metakd.estimators.estimate import estimate, solved
 from metakd.inner import Params, apply
 from metakd.weighting.features import evaluate_features
 
 
-class Look(NamedTuple):
-    """A hypergradient, and the function that it is the gradient of.
+class Candidate(NamedTuple):
+    """A hypergradient, and the function whose gradient it should be.
 
     Attributes:
-        gradient: in the weight model's parameters, by the very way that training takes.
+        gradient: in the weight model's parameters, computed exactly as training does.
         meta_params: these parameters.
         outer_after_inner: meta_params -> the meta loss after K real steps of the student itself.
     """
@@ -42,19 +42,18 @@ class Look(NamedTuple):
 
 
 @contextmanager
-def looking(
+def in_float64(
     balancer: BilevelLossBalancer, batches: Sequence[Any], meta_batch: Any, estimator: Estimator
-) -> Iterator[Look]:
-    """A block with a balancer's hypergradient in float64; afterwards everything is bit for bit what it was.
+) -> Iterator[Candidate]:
+    """A block with a balancer's hypergradient in float64; afterwards everything is bit for bit as before.
 
-    One batch goes the way of a call: a real forward pass, the lookahead from its graph, the influence of each loss,
-    then the weight model. Several go the way of `meta_step`. In a training of several processes it is what this one
-    sees of its own batches.
+    One batch follows a call: real forward pass, lookahead from its graph, influence of each loss, weight model. Several
+    batches follow `meta_step`. With several processes it is this process's own problem.
     """
     with balancer._untouched() as start, torch.enable_grad():
         known = [balancer._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = balancer._batch(meta_batch, "the meta batch", balancer.meta_loss)
-        balancer._problem_in_phi(balancer._objective(balancer._functional, known, meta, start))  # lazy layers get sizes
+        balancer._problem_in_phi(balancer._objective(balancer._functional, known, meta, start))  # sizes lazy layers
         model = balancer.weighting
         tensors = [*(t for *_, t in start.state.tensors), *model.parameters(), *model.buffers()]
         known, meta = double(known), double(meta)
@@ -65,16 +64,16 @@ def looking(
             student.untouched() as begin,
         ):
             steps = _RealSteps(balancer, known, meta, begin)
-            way = _way_of_a_call if len(known) == 1 else _way_of_a_meta_step
-            gradient = way(balancer, known, meta, begin)
+            compute = _gradient_of_call if len(known) == 1 else _gradient_of_meta_step
+            gradient = compute(balancer, known, meta, begin)
             phi = {name: p.detach() for name, p in balancer._step.params().items()}
-            yield Look(gradient, phi, steps)
+            yield Candidate(gradient, phi, steps)
 
 
-def _way_of_a_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
+def _gradient_of_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
     student = balancer._functional
     balancer._prove(batches, meta_batch)
-    train = TrainPass(student.module, student, as_it_is(batches[0]), balancer.terms, start)
+    train = TrainPass(student.module, student, detached_copy(batches[0]), balancer.terms, start)
     features = evaluate_features(balancer.features, train.losses, train.outputs, batches[0])
     with student.untouched() as end:
         objective = balancer._objective(student, batches, meta_batch, start, end)
@@ -84,7 +83,9 @@ def _way_of_a_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_bat
     return gradient
 
 
-def _way_of_a_meta_step(balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> Params:
+def _gradient_of_meta_step(
+    balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start
+) -> Params:
     objective = balancer._objective(balancer._functional, batches, meta_batch, start)
     problem = balancer._problem_in_phi(objective)
     balancer._prove(batches, meta_batch)
@@ -93,7 +94,7 @@ def _way_of_a_meta_step(balancer: BilevelLossBalancer, batches: list[Batch], met
 
 @contextmanager
 def _as_one_process(balancer: BilevelLossBalancer, estimator: Estimator) -> Iterator[FunctionalStudent]:
-    """A block in which the balancer has this estimator, and a student of no other dtype and no other process."""
+    """A block in which the balancer has this estimator, and its student the present dtype and no other process."""
     owners: list[dict[str, Any]] = [*map(vars, (balancer, balancer._memory, balancer._proofs))]
     kept = [dict(owner) for owner in owners]
     try:
@@ -108,7 +109,7 @@ def _as_one_process(balancer: BilevelLossBalancer, estimator: Estimator) -> Iter
 
 
 class _RealSteps:
-    """phi -> the meta loss after the steps, by the student's own forward passes and its parameters written to."""
+    """phi -> the meta loss after real steps: the student's own forward passes, its parameters written to."""
 
     def __init__(self, balancer: BilevelLossBalancer, batches: list[Batch], meta_batch: Batch, start: Start) -> None:
         self._balancer, self._batches, self._meta_batch, self._start = balancer, batches, meta_batch, start
@@ -129,7 +130,7 @@ class _RealSteps:
                     ahead, state = apply(self._optimizer, gradient, state, student.detached())
                 for name, p in variables.items():
                     p.data = torch.view_as_complex(ahead[name]) if p.is_complex() else ahead[name]
-            meta = as_it_is(self._meta_batch)
+            meta = detached_copy(self._meta_batch)
             with torch.no_grad():
                 outputs = call(student.module, meta.inputs)
                 losses = checked_losses({"meta_loss": self._balancer.meta_loss}, outputs, meta, "the meta batch")
@@ -141,8 +142,8 @@ class _RealSteps:
 
     def _gradient(self, meta_params: Params, t: int, batch: Batch) -> dict[str, Tensor | None]:
         balancer, student = self._balancer, self._balancer._functional
-        train = TrainPass(student.module, student, as_it_is(batch), balancer.terms, self._start)
-        if t not in self._features:  # constant in phi, as the weight model's inputs are
+        train = TrainPass(student.module, student, detached_copy(batch), balancer.terms, self._start)
+        if t not in self._features:  # constant in phi, like the weight model's detached inputs
             self._features[t] = evaluate_features(balancer.features, train.losses, train.outputs, batch)
         model = balancer.weighting
         with with_parameters(model, meta_params), torch.no_grad():
@@ -153,7 +154,7 @@ class _RealSteps:
 
 @contextmanager
 def doubled(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which these very tensors hold float64 (complex128) values; afterwards they hold what they held.
+    """A block in which these tensors hold float64 (complex128) values; afterwards they hold their old values.
 
     Examples:
         >>> w = torch.ones(2)
@@ -178,12 +179,7 @@ def doubled(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def double(value: Any) -> Any:
-    """A nest with floating-point tensors in float64 and complex ones in complex128.
-
-    Examples:
-        >>> double([torch.ones(1), torch.ones(1, dtype=torch.complex64), 3])[1].dtype
-        torch.complex128
-    """
+    """A nest with floating-point tensors in float64 and complex ones in complex128."""
 
     def finer(t: Tensor) -> Tensor:
         return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t

@@ -1,4 +1,4 @@
-"""Hypergradient estimators, one a file, and `hypergradient` in front of them."""
+"""Hypergradient estimators, one per file, and the function `hypergradient` that calls them."""
 
 from metakd.estimators.adjoint import Adjoint
 from metakd.estimators.bilevel import hypergradient

@@ -18,28 +18,27 @@ class Adjoint:
     r"""Exact hypergradient of any number of inner steps; memory does not grow with their graphs.
 
     A first sweep takes the K steps $(\theta_{t+1}, s_{t+1}) = F(\theta_t, s_t, g_t)$ without second-order graphs and
-    keeps the parameters $\theta_t$, the optimizer's state $s_t$ and the gradient $g_t$ of each. Then the adjoint
-    $\lambda_t$, the gradient of the outer loss in $(\theta_t, s_t)$, walks back: pulled through the update it gives the
-    cotangent $u_t$ of $g_t$, and with step t's graph built anew, alone,
+    keeps each step's parameters $\theta_t$, optimizer state $s_t$ and gradient $g_t$. Then the adjoint $\lambda_t$, the
+    gradient of the outer loss in $(\theta_t, s_t)$, walks back. Pulling it through the update gives the cotangent $u_t$
+    of $g_t$; then step t's graph is rebuilt, alone, and
 
     $$u_t = \left(\frac{\partial F}{\partial g_t}\right)^{\!\top} \lambda_{t+1}, \qquad
       \lambda_t = \left(\frac{\partial F}{\partial (\theta_t, s_t)}\right)^{\!\top} \lambda_{t+1}
       + \big(\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t,\, 0\big), \qquad
       \frac{d\, \mathrm{outer}}{d \phi} = \sum_t \nabla^2_{\phi\theta}\, \mathrm{inner}\; u_t.$$
 
-    The first step needs the mixed product alone: in a balancer that is `OneStep`'s forward-mode pass. Source: the
+    The first step needs only the mixed product, which is `OneStep`'s forward-mode pass in a balancer. Source: the
     low-memory reverse of Franceschi et al. (2017) and MixFlow-MG (arXiv 2505.00793). Ours differs in starting from the
-    real optimizer's state, in its groups and skipped parameters, and in replaying random numbers, and in a balancer
-    buffers, where a step is evaluated again. `Unroll` gives the same numbers to rounding.
+    real optimizer's state, in supporting its groups and skipped parameters, and in replaying random numbers (and a
+    balancer's buffers) when it evaluates a step again. `Unroll` gives the same numbers to rounding.
 
     Args:
-        mode: how the two products are taken where both are asked for. `"reverse"` and `"auto"` are a double backward,
-            `"forward"` the tangents of a gradient taken with dual numbers, which was never faster where we measured.
-        offload: where the $\theta_t$, $g_t$ and $s_t$ of the first sweep wait, as in `"cpu"`; None for where they are.
+        mode: how to compute both products together. `"reverse"` and `"auto"` use a double backward, `"forward"` the
+            tangents of a gradient with dual numbers, which was never faster in our measurements.
+        offload: device for the $\theta_t$, $g_t$ and $s_t$ of the first sweep, such as `"cpu"`; None to leave them.
 
     Raises:
-        MetaKDError: another mode; when called without a batch, or where the model lacks the mode's second
-            derivatives.
+        MetaKDError: another mode; when called without a batch, or if the model lacks the mode's second derivatives.
 
     Examples:
         >>> import torchopt
@@ -65,5 +64,5 @@ class Adjoint:
         return walk_back(problem, len(problem.batches), first=mixed_alone(), later=later, offload=self.offload)
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return True

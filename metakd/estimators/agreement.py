@@ -1,4 +1,4 @@
-"""What `hypergradient(verify=...)` compares: products, repeated evaluations, and whole hypergradients."""
+"""What `hypergradient(verify=...)` compares: products, repeated evaluations, and hypergradients."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, NoSecondDerivative, filled, gradients, leaves, norm
+from metakd._autodiff import Gradients, NoSecondDerivative, gradients, leaves, norm, with_zeros
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, checked_scalar
 from metakd.estimators.tolerance import CANCELLED, tolerance, tolerance_of
@@ -25,17 +25,13 @@ def reject_other_products(
     reverse: Callable[[], tuple[Gradients, Gradients]],
     what: str,
 ) -> None:
-    """Compare forward-mode products of u, in params and in meta, with those of reverse mode.
-
-    Raises:
-        MetaKDError: they differ, or the model has no reverse mode to compare with; `what` names the forward way.
-    """
+    """Raise if forward-mode products of u differ from reverse mode's; `what` names the forward way in errors."""
     try:
         expected = reverse()
     except NoSecondDerivative as error:
         raise MetaKDError(
-            f"{what} cannot be compared with reverse mode, which this model lacks ({error.fact}); alone it may be "
-            "wrong without a word. verify=False takes it as it is; estimators.FiniteDifference() needs neither"
+            f"{what} cannot be compared with reverse mode, which this model lacks ({error.fact}), so it may be "
+            "silently wrong. Pass verify=False to accept that; estimators.FiniteDifference() needs neither mode"
         ) from error
     theta = leaves({name: params[name] for name in u})
     loss = problem.inner({**params, **theta}, {name: m.detach() for name, m in meta.items()}, batch)
@@ -43,15 +39,11 @@ def reject_other_products(
     lengths = norm(gradients(loss, theta).values()) * norm(u.values())
     for found, right, like in zip(forward, expected, (params, meta), strict=True):
         if found:
-            _reject_difference(found, filled(right, like), limit, lengths, what)
+            _reject_difference(found, with_zeros(right, like), limit, lengths, what)
 
 
 def reject_impure(problem: Problem) -> None:
-    """Evaluate the inner loss of the first step and the outer loss twice, from the same generators.
-
-    Raises:
-        MetaKDError: one of them gives another value the second time.
-    """
+    """Raise if the first inner loss or the outer loss gives another value the second time, from equal generators."""
     theta, meta = leaves(problem.params), leaves(problem.meta_params)
     _reject_another_value("the inner loss", lambda: problem.inner_loss(theta, meta, 0))
     for i, outer in enumerate(problem.outers):
@@ -70,11 +62,7 @@ def _reject_another_value(name: str, loss: Callable[[], Tensor]) -> None:
 
 
 def reject_other_hypergradient(found: Params, expected: Params, by: tuple[Any, Any]) -> None:
-    """Compare two exact estimators' hypergradients.
-
-    Raises:
-        MetaKDError: they differ; the message has the numbers.
-    """
+    """Raise if the hypergradients of two exact estimators differ."""
     one, other = by
     limit = max((tolerance(g.dtype, g.device.type) for g in expected.values()), default=0.0)
     _reject_difference(found, expected, limit, 0.0, f"the hypergradient by {one}", f"that by {other}")
@@ -92,17 +80,17 @@ def _reject_difference(
     for name, right in expected.items():
         value = found.get(name)
         difference = norm([right if value is None else value - right])
-        floor = torch.finfo(right.dtype).eps / 10  # below that nothing can be told from rounding
+        floor = torch.finfo(right.dtype).eps / 10  # smaller differences are rounding
         if not difference <= limit * norm([right]) + rounding + floor and bool(right.isfinite().all()):
             raise MetaKDError(
                 f"{what} differs from {than} by {difference:.3g} in {name!r}: {_numbers(value)} against "
-                f"{_numbers(right)}. An operation has a wrong derivative in one of the two ways, or a loss is not a "
+                f"{_numbers(right)}. An operation has a wrong derivative in one of the two, or a loss is not a "
                 "pure function; use estimators.Adjoint(), and check_hypergradient to see which is right"
             )
 
 
 def _numbers(value: Tensor | None) -> str:
-    """The first few of a tensor's numbers."""
+    """A tensor's first few numbers."""
     if value is None:
         return "nothing"
     few = ", ".join(f"{v:.4g}" for v in value.detach().flatten()[:4].tolist())

@@ -1,10 +1,10 @@
-"""An estimator's results as its answer, and what is asked of every answer."""
+"""Builds an estimator's answer, and checks every answer."""
 
 from typing import Any
 
 from torch import Tensor
 
-from metakd._autodiff import Gradients, filled
+from metakd._autodiff import Gradients, with_zeros
 from metakd.batch import map_tensors
 from metakd.errors import MetaKDError
 from metakd.estimators.links import missing_link
@@ -21,16 +21,15 @@ def answer(
     optimizer_state: Any,
     params_gradient: Params | None = None,
 ) -> Hypergradient:
-    """The results, detached, with zeros where nothing depends on a meta-parameter."""
-    answers = outer_loss, filled(gradient, problem.meta_params), params, optimizer_state, params_gradient
+    """The detached results; zeros for meta-parameters without influence."""
+    answers = outer_loss, with_zeros(gradient, problem.meta_params), params, optimizer_state, params_gradient
     return Hypergradient(*map_tensors(Tensor.detach, answers))
 
 
 def check_answer(problem: Problem, found: Hypergradient) -> None:
-    """See that a hypergradient says something. Zero does, where the outer loss is connected to the meta-parameters.
+    """Raise if a hypergradient is NaN or infinite, empty, or zero because nothing connects the losses.
 
-    Raises:
-        MetaKDError: it is NaN or infinite, or nothing connects the two, or there is nothing to differentiate in.
+    A zero is valid if the outer loss is connected to the meta-parameters.
     """
     gradient = found.gradient
     # With several processes a zero gradient is fine: other ranks may contribute.
@@ -40,13 +39,13 @@ def check_answer(problem: Problem, found: Hypergradient) -> None:
             raise MetaKDError(f"the hypergradient is zero for all meta-parameters {list(gradient)[:5]}: {reason}")
     if not gradient and found.params_gradient is None:
         raise MetaKDError(
-            "meta_params is empty, and this estimator has no gradient in params: there is nothing to differentiate in. "
+            "meta_params is empty, and this estimator has no gradient in params, so there is nothing to compute. "
             "Give a meta-parameter, or use estimators.Adjoint()"
         )
     for name, g in gradient.items():
         if not bool(g.isfinite().all()):
             raise MetaKDError(
                 f"the hypergradient of {name!r} has {int((~g.isfinite()).sum())} NaN or infinite entries of "
-                f"{g.numel()}; a square root, a norm or a power at zero in the inner loss or in its optimizer does "
-                "that (add a small number under the root), as does an inner loss without second derivatives"
+                f"{g.numel()}; likely causes are a square root, a norm or a power at zero in the inner loss or in "
+                "its optimizer (add a small number under the root), or an inner loss without second derivatives"
             )

@@ -1,4 +1,4 @@
-"""`hypergradient`: the pure function under the balancer, for any bilevel problem."""
+"""`hypergradient`: the pure function below the balancer, for any bilevel problem."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,37 +41,37 @@ def hypergradient(
       \theta_{t+1} = \theta_t + \mathrm{update}_\phi\big(\nabla_\theta\, \mathrm{inner}(\theta_t, \phi, b_t),\,
       s_t\big),$$
 
-    with the batch $b_t$ and the optimizer's state $s_t$ of step t; also the gradient in $\theta_0$, for what is learned
-    about where the steps begin. Nothing that is passed in is changed.
+    with the batch $b_t$ and the optimizer's state $s_t$ of step t. It also computes the gradient in $\theta_0$, to
+    learn where the steps begin. The arguments stay unchanged.
 
-    The losses may draw random numbers, from torch's, Python's and NumPy's global generators: a step draws the same ones
-    whenever an estimator evaluates it, and after the call the generators are as after each step and each outer loss
-    once. Tensors may be complex: estimators and optimizers, and so the optimizer's state, have their real and imaginary
-    parts in a last dimension of 2.
+    The losses may draw random numbers from torch's, Python's and NumPy's global generators. A step draws the same ones
+    whenever an estimator evaluates it; afterwards the generators are as if each step and each outer loss ran once.
+    Tensors may be complex: estimators and optimizers (and the optimizer's state) see their real and imaginary parts in
+    a last dimension of 2.
 
     Args:
-        inner: (params, meta_params, batch) -> scalar, a pure function but for the random numbers.
-        outer: (params, meta_params) -> scalar, likewise; with `outer_batches` (params, meta_params, batch).
-        params: theta_0 by name; dicts may be nested, and the losses and the result see them nested alike.
-        meta_params: phi by name, likewise; `{}` where the gradient in theta_0 is all that is asked for.
-        batches: one for each inner step, handed to `inner` as they are.
-        optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one where
-            they are its learning rate or another of its numbers, as in `lambda m: torchopt.sgd(lr=m["lr"])`. What
-            TorchOpt gets wrong in its own is mended on the way (`metakd.inner.repaired`).
+        inner: (params, meta_params, batch) -> scalar, a pure function apart from random numbers.
+        outer: (params, meta_params) -> scalar, also pure; with `outer_batches` (params, meta_params, batch).
+        params: theta_0 by name; dicts may be nested, and the losses and the result have the same nesting.
+        meta_params: phi by name, possibly nested; `{}` to ask for the gradient in theta_0 only.
+        batches: one for each inner step, passed to `inner` unchanged.
+        optimizer: a TorchOpt `GradientTransformation`, or a function of the meta-parameters that returns one, if they
+            are its learning rate or another setting: `lambda m: torchopt.sgd(lr=m["lr"])`. Errors of TorchOpt's own
+            optimizers are repaired (`metakd.inner.repaired`).
         optimizer_state: the state to start from; None for `optimizer.init(params)`.
         outer_batches: the outer loss is the mean over these, with one batch's graph in memory at a time.
         estimator: how to compute it; None for `Adjoint()`, exact for any K.
-        verify: None compares what could be wrong without a word, which is an explicit forward mode, with reverse mode.
-            True compares more, at twice the time or more: the losses with themselves, evaluated again, and an estimator
-            that is exact for K steps with `Unroll` (`Unroll` with `Adjoint`). False compares nothing.
+        verify: None compares an explicit forward mode, which could be silently wrong, with reverse mode. True also
+            evaluates the losses twice and compares an estimator that is exact for K steps with `Unroll` (`Unroll` with
+            `Adjoint`), which takes at least twice the time. False compares nothing.
 
     Returns:
-        `Hypergradient(outer_loss, gradient, params, optimizer_state, params_gradient)`, all detached.
+        `Hypergradient(outer_loss, gradient, params, optimizer_state, params_gradient)`, detached.
 
     Raises:
         MetaKDError: no batches, parameters that are not floating-point tensors, a loss that is not a finite
-            scalar, a hypergradient that is NaN or infinite, an outer loss that nothing connects to the
-            meta-parameters, a comparison that fails.
+            scalar, a hypergradient that is NaN or infinite, an outer loss without connection to the
+            meta-parameters, or a failed comparison.
 
     Examples:
         >>> import torchopt
@@ -112,7 +112,7 @@ def hypergradient(
 
 
 def _compare(problem: Problem, estimator: Estimator, found: Hypergradient) -> None:
-    """Compare an exact estimator's hypergradient with another's; random numbers come again."""
+    """Raise if an exact estimator's hypergradient differs from another exact one's."""
     if not is_exact(estimator, len(problem.batches)):
         return
     other = Adjoint() if estimator == Unroll() else Unroll()

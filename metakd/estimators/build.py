@@ -1,4 +1,4 @@
-"""The arguments of `hypergradient` as a problem: checked, names flat, tensors real, random numbers repeatable."""
+"""Turns the arguments of `hypergradient` into a problem: checked, with flat names and real tensors."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from metakd.estimators.randomness import Replay
 from metakd.inner import GradientTransformation, repaired
 
 Nest = Mapping[str, Any]
-"""A dict of name -> tensor, or of name -> such a dict."""
+"""A dict of name -> tensor; dicts may be nested."""
 
 Optimizer = GradientTransformation | Callable[[Any], GradientTransformation]
 
@@ -29,12 +29,9 @@ def build_problem(
     *,
     outer_batches: Sequence[Any] | None = None,
 ) -> Problem:
-    """Check the arguments of `hypergradient` and put them together.
+    """Check the arguments of `hypergradient` and build its problem.
 
-    Its losses draw the same random numbers whenever a step, or an outer batch, is evaluated again.
-
-    Raises:
-        MetaKDError: an argument is not what it should be.
+    An evaluation that is repeated draws the same random numbers again.
     """
     for name, loss in (("inner", inner), ("outer", outer)):
         if not callable(loss):
@@ -88,7 +85,7 @@ def _listed(batches: Any, what: str) -> list[Any]:
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         shown = repr(batches) if isinstance(batches, int | float | str) else f"a {type(batches).__name__}"
         raise MetaKDError(
-            f"{what} is {shown}; give a list of batches, one for each, such as [batch_0, batch_1], or range(5) for a "
+            f"{what} is {shown}; give a list of batches, such as [batch_0, batch_1], or range(5) for a "
             "loss that needs no batch"
         )
     return list(batches)

@@ -1,4 +1,4 @@
-"""Losses whose graph can be differentiated twice: what torch gets wrong there is written out, or refused."""
+"""Replaces or refuses operations whose second derivatives torch gets wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,13 @@ from metakd._autodiff import NoSecondDerivative, graph_nodes, reject_marked
 
 
 def twice_differentiable(loss: Callable[[], Tensor], seen: set[Any] | None = None) -> Tensor:
-    """The loss, with a graph whose second derivatives are right as far as is known.
+    """Evaluate a pure loss so that its graph has right second derivatives, as far as is known.
 
-    torch's fused kernel of weight normalisation forgets in its second derivative that the norm depends on the weights.
-    A loss that uses it is evaluated again with the formula written out.
-
-    Args:
-        loss: evaluates the loss; a pure function.
-        seen: nodes of the graph that need no look any more; new ones are added.
+    The second derivative of torch's fused weight normalisation treats the norm as a constant. A loss that uses it is
+    evaluated again with the formula. Nodes in `seen` are not checked again; new ones are added.
 
     Raises:
-        NoSecondDerivative: an operation on the way is marked @once_differentiable, or has a wrong second derivative.
+        NoSecondDerivative: an operation is marked @once_differentiable, or has a wrong second derivative.
 
     Examples:
         >>> v, g = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.ones(1, 1)
@@ -40,7 +36,7 @@ def twice_differentiable(loss: Callable[[], Tensor], seen: set[Any] | None = Non
 
 
 class _WrittenOut(TorchFunctionMode):
-    """A block in which weight normalisation is v g / |v|."""
+    """A block in which weight normalisation is the formula v g / |v|."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:

@@ -1,4 +1,4 @@
-"""Is the double backward right? A backward may be right, and yet no function of its incoming gradient to autograd."""
+"""Checks the double backward: a backward may be right although autograd cannot differentiate it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from metakd._autodiff import (
     Gradients,
-    filled,
     gradients,
     graph_gradients,
     graph_nodes,
-    in_both,
+    joint_gradients,
     leaves,
     norm,
     second_order_gradients,
     slope,
+    with_zeros,
 )
 from metakd.errors import MetaKDError
 from metakd.estimators.curvature import twice_differentiable
@@ -29,12 +29,7 @@ Products = tuple[Gradients, Gradients]
 
 
 def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Params) -> None:
-    """Compare the losses' derivatives along u by a double backward with those that first-order gradients give.
-
-    Raises:
-        MetaKDError: they differ; naming the term.
-        NoSecondDerivative: there is no double backward.
-    """
+    """Raise if a double backward gives other derivatives of the losses along u than first-order gradients do."""
     weighted = problem.weighted
     assert weighted is not None
     moved = leaves({name: params[name] for name in u})
@@ -43,7 +38,7 @@ def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Para
     derivative = slope(graph_gradients((cotangent * losses).sum(), moved), u)
     tangent = torch.zeros_like(losses)
     if derivative is not None:
-        tangent = filled(second_order_gradients(derivative, {"w": cotangent}), {"w": losses.detach()})["w"]
+        tangent = with_zeros(second_order_gradients(derivative, {"w": cotangent}), {"w": losses.detach()})["w"]
     limit = problem.memory.tolerance or tolerance_of(losses)
     found = compare_influence(problem, params, batch, u, tangent.detach(), limit=limit)
     if found is not None:
@@ -53,14 +48,11 @@ def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Para
 def reject_wrong_products(
     problem: Problem, params: Params, meta: Params, batch: Any, u: Params, found: Products
 ) -> None:
-    """Compare products of u by a double backward with differences of first-order gradients along u.
+    """Raise if a double backward's products with u differ from finite differences of first-order gradients.
 
-    That is done where the loss has an operation of the user's own, whose backward may be wrong the second time, and
-    where its gradient is its derivative: a stop-gradient or a straight-through estimator is meant as it is. Where two
-    step sizes do not agree with each other, as near kinks, differences say nothing.
-
-    Raises:
-        MetaKDError: they differ.
+    It checks only losses with an operation of the user's own, and only if their gradient is their derivative: a
+    stop-gradient or a straight-through estimator is intended. Differences near kinks are no evidence: two step sizes
+    must agree with each other.
     """
     theta = leaves(params)
     loss = problem.inner(theta, leaves(meta), batch)
@@ -82,13 +74,13 @@ def reject_wrong_products(
         sides = []
         for step in (h, -h):
             near, phi = leaves(_moved(params, u, step)), leaves(meta)
-            sides.append(in_both(problem.inner(near, phi, batch), near, phi))
+            sides.append(joint_gradients(problem.inner(near, phi, batch), near, phi))
         return [(a - b) / (2 * h) for a, b in zip(*(list(_flat(side)) for side in sides), strict=True)]
 
     def _flat(products: Products) -> Iterator[Tensor]:
         for part, asked, like in zip(products, found, (params, meta), strict=True):
             wanted = {name: like[name] for name in asked}
-            yield from (value.detach().double() for value in filled({n: part[n] for n in wanted}, wanted).values())
+            yield from (value.detach().double() for value in with_zeros({n: part[n] for n in wanted}, wanted).values())
 
     coarse, fine, right = differences(h), differences(h / 8), list(_flat(found))
     off = norm(a - b for a, b in zip(fine, right, strict=True))
@@ -106,16 +98,16 @@ def _moved(params: Params, u: Params, step: float) -> Params:
 
 
 def _is_users_own(node: Any) -> bool:
-    """Whether a node is an `autograd.Function`, or an operation of `torch.library`."""
+    """Whether a node is a user's `autograd.Function`, or an operation of `torch.library`."""
     owner = str(getattr(getattr(type(node), "_forward_cls", None), "__module__", "torch.autograd"))
     return not owner.startswith(("metakd.", "torch.")) or owner.startswith("torch._library")
 
 
-_HALF = 1e-6  # roundings that leave no differences to compare with
+_HALF = 1e-6  # coarser rounding leaves no usable differences
 _DIFFERENT = 2e-2
 _CAUSES = (
     "The backward of an operation, or a hook on an activation, gives the right gradient but cannot be differentiated "
     "itself: it recomputes a part of the model, detaches, saves an intermediate of forward, or leaves torch (.data, "
     "NumPy). Write it with differentiable operations on ctx.saved_tensors (recompute with torch.utils.checkpoint), or "
-    "use estimators.FiniteDifference(), which needs gradients alone"
+    "use estimators.FiniteDifference(), which needs only gradients"
 )

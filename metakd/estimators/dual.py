@@ -1,4 +1,4 @@
-"""Forward-mode differentiation: dual numbers, one block of them at a time in the whole process."""
+"""Forward-mode differentiation with dual numbers, one block at a time in the whole process."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ _LOCK = RLock()  # torch has one level of dual numbers for all threads
 
 
 class LevelTaken(MetaKDError):
-    """Someone else differentiates in forward mode at this moment: outside of this library, or around this call.
+    """Another forward-mode differentiation is open, outside this library or around this call.
 
     Examples:
         >>> with forward_ad.dual_level(), dual_numbers():
@@ -28,7 +28,7 @@ class LevelTaken(MetaKDError):
 
 
 class _NoGradStopsTangents(TorchFunctionMode):
-    """A block where `torch.no_grad()` stops dual numbers too, as it stops reverse mode; by itself it lets them pass."""
+    """A block in which `torch.no_grad()` stops tangents, too; torch alone would let them pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
@@ -38,11 +38,7 @@ class _NoGradStopsTangents(TorchFunctionMode):
 
 @contextmanager
 def dual_numbers() -> Iterator[None]:
-    """A block of forward-mode differentiation; other threads wait for its end.
-
-    Raises:
-        LevelTaken: the level of dual numbers is someone else's.
-    """
+    """A block of forward-mode differentiation, one thread at a time; raises `LevelTaken` if one is open elsewhere."""
     with _LOCK, ExitStack() as stack:
         try:
             stack.enter_context(forward_ad.dual_level())
@@ -54,7 +50,7 @@ def dual_numbers() -> Iterator[None]:
 
 
 def duals(params: Params, u: Params) -> Params:
-    """Dual numbers that move along u; parameters that it leaves out do not move."""
+    """Parameters as dual numbers with tangent u; those without an entry in u stay constant."""
     return {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, gradients, in_both, leaves
+from metakd._autodiff import Gradients, gradients, joint_gradients, leaves
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, WeightedLosses
 from metakd.estimators.result import Hypergradient
@@ -19,26 +19,26 @@ from metakd.inner import Params
 
 @dataclass(frozen=True)
 class FiniteDifference:
-    r"""An approximation for models with neither forward-mode derivatives nor a double backward, and a quick way.
+    r"""A quick approximation, also for models with neither forward-mode derivatives nor a double backward.
 
-    `Adjoint`'s walk, with the products of $u$ and the inner loss's second derivatives by differences of its gradient,
+    It is `Adjoint`'s walk, but computes products of $u$ with the inner loss's second derivatives by differences,
 
     $$\nabla^2\, \mathrm{inner}(\theta, \phi)\, u \approx \frac{\nabla\, \mathrm{inner}(\theta + h u, \phi) -
       \nabla\, \mathrm{inner}(\theta - h u, \phi)}{2 h}, \qquad h = \epsilon / \lVert u \rVert,$$
 
-    in $\theta$ and in $\phi$ at once. The first step asks for the product in $\phi$ alone: for that the two sides are
-    forward passes without a graph of the student. With one side, $\theta - h u$ and $2h$ become $\theta$ and $h$; what
-    the training pass found at $\theta$ is taken from there, so that one forward pass is left, in place of `OneStep`'s
-    forward-mode pass. Both sides have the same batch statistics and the same random numbers as the training pass.
+    in $\theta$ and in $\phi$ at once. The first step needs only the product in $\phi$, so its two sides are forward
+    passes without a graph of the student. With one side, $\theta - h u$ and $2h$ become $\theta$ and $h$; the training
+    pass already has the losses at $\theta$, so one forward pass replaces `OneStep`'s forward-mode pass. Both sides
+    start with the buffers and random numbers of the training pass.
 
     The error is of the order of $\epsilon$ (one side) or $\epsilon^2$ (two sides) times a higher derivative, plus
-    the rounding of the losses over $\epsilon$. It is the losses that are differenced: what is constant to autograd
-    but moves with $\theta$, as behind `.detach()` or a straight-through estimator, counts here and does not in the
-    gradients that train the student. A balancer compares the two once and warns where they differ. With $\delta$
-    the arithmetic's precision the default takes $\epsilon = 3 \delta^{1/2}$ or $\delta^{1/3}$, which is where the
-    two sum to least for losses and derivatives of the order of one: 1e-3 and 5e-3 in float32. Across a kink within
-    $\epsilon$, as of ReLU, either is off by more. Through several steps the products' errors multiply: compare with
-    `Adjoint` once. In half precision, autocast included, rounding leaves nothing of the difference. Source: DARTS
+    the rounding of the losses over $\epsilon$. Differences include paths that autograd cuts, such as `.detach()` or a
+    straight-through estimator, so they may differ from the gradients that train the student; a balancer compares the
+    two once and warns if they do. With the arithmetic's precision $\delta$ the default is
+    $\epsilon = 3 \delta^{1/2}$ or $\delta^{1/3}$ (1e-3 or 5e-3 in float32), which minimises the sum of both errors for
+    losses and derivatives of order one. A kink within $\epsilon$, as of ReLU, adds to the error. Over several steps
+    the products' errors multiply: compare with `Adjoint` once. In half precision, autocast included, rounding
+    swallows the difference. Source: DARTS
     (Liu et al., ICLR 2019), two sides and $\epsilon = 0.01$ for one step of SGD. Ours differs in $\epsilon$, in the
     one side, and in taking any number of steps of any inner optimizer.
 
@@ -47,8 +47,8 @@ class FiniteDifference:
         sides: 2, or 1 for a single inner step.
 
     Raises:
-        MetaKDError: an epsilon that is not a positive number, or so small that no parameter moves; other sides; when
-            called without a batch, or with one side and several batches.
+        MetaKDError: epsilon is not a positive number, or so small that no parameter moves; sides is neither 1 nor 2;
+            when called without a batch, or with one side and several batches.
 
     Examples:
         >>> import torch, torchopt
@@ -81,7 +81,7 @@ class FiniteDifference:
     needs_second_derivatives: ClassVar[bool] = False
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return False
 
     def _in_meta(
@@ -96,7 +96,7 @@ class FiniteDifference:
             moved = _moved(params, u, step)
             try:
                 return gradients(problem.inner(moved, meta, batch), meta)
-            except RuntimeError:  # a loss may differentiate in the parameters itself, as it does in training
+            except RuntimeError:  # a loss may itself take gradients in the parameters, which needs leaves
                 return gradients(problem.inner(leaves(moved), meta, batch), meta)
 
         ahead = side(h)
@@ -112,14 +112,14 @@ class FiniteDifference:
         sides = []
         for step in (h, -h):
             theta = leaves(_moved(params, u, step))
-            sides.append(in_both(problem.inner(theta, meta, batch), theta, meta))
+            sides.append(joint_gradients(problem.inner(theta, meta, batch), theta, meta))
         (ahead, meta_ahead), (behind, meta_behind) = sides
         return _slope(ahead, behind, 2 * h), _slope(meta_ahead, meta_behind, 2 * h)
 
     def _compare(
         self, problem: Problem, weighted: WeightedLosses, params: Params, batch: Any, u: Params, h: Tensor
     ) -> None:
-        """Warn where the losses' differences are something else than their derivatives."""
+        """Warn if the losses' differences are not their derivatives."""
         if not bool(h):
             return
         with torch.no_grad():
@@ -128,14 +128,14 @@ class FiniteDifference:
         found = compare_influence(problem, params, batch, u, (ahead - behind) / (self.sides * h), limit=_TOLERANCE)
         if found is not None:
             warnings.warn(
-                f"FiniteDifference differs from autograd: {found}. It differences the losses, so that straight-through "
-                "estimators, .detach() and kinks such as ReLU's give other numbers than gradients do, and so does "
-                "rounding in half precision; where the model can be differentiated twice use estimators.OneStep()",
+                f"FiniteDifference differs from autograd: {found}. It takes differences of the losses, and "
+                "straight-through estimators, .detach(), kinks such as ReLU's or rounding in half precision make these "
+                "unlike gradients; if the model can be differentiated twice, use estimators.OneStep()",
                 stacklevel=3,
             )
 
     def _step(self, u: Params) -> Tensor:
-        """h; zero where u is zero."""
+        """The step size h; zero if u is zero."""
         length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in u.values()]))
         precision = torch.finfo(length.dtype).eps
         epsilon = self.epsilon or (3 * precision ** (1 / 2) if self.sides == 1 else precision ** (1 / 3))
@@ -154,8 +154,8 @@ def _moved(params: Params, u: Params, h: Tensor) -> Params:
 
 def _slope(ahead: Gradients, behind: Gradients, distance: Tensor) -> Gradients:
     pairs = {name: (a, behind[name]) for name, a in ahead.items()}
-    distance = torch.where(distance > 0, distance, 1.0)  # along u = 0 the two are the same
+    distance = torch.where(distance > 0, distance, 1.0)  # for u = 0 both sides are equal
     return {name: None if a is None or b is None else (a - b) / distance for name, (a, b) in pairs.items()}
 
 
-_TOLERANCE = 0.2  # of the differences, which have errors of their own
+_TOLERANCE = 0.2  # generous, as differences have errors of their own

@@ -10,16 +10,16 @@ from metakd.estimators.walk import walk_back
 
 @dataclass(frozen=True)
 class IdentityJacobian:
-    r"""An approximation for K > 1 that leaves out how a step's gradient depends on where the step started.
+    r"""An approximation for K > 1 that ignores how a step's gradient depends on the step's start.
 
     $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t=0}^{K-1} \nabla^2_{\phi\theta}\, \mathrm{inner}(\theta_t)\; u_t,
       \qquad \lambda_t = \left(\frac{\partial F}{\partial (\theta_t, s_t)}\right)^{\!\top} \lambda_{t+1},$$
 
-    with `Adjoint`'s $F$ and $u_t$ and without its $\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t$: each step costs one
-    mixed product in place of a rebuilt graph and a double backward. For K = 1 it is exact; for more steps its
+    with `Adjoint`'s $F$ and $u_t$, but without its $\nabla^2_{\theta\theta}\, \mathrm{inner}\; u_t$: each step costs
+    one mixed product instead of a rebuilt graph and a double backward. For K = 1 it is exact; for more steps its
     relative error is of the order of learning rate x curvature x K. Source: T1-T2 (Luketina et al., ICML 2016); SAMA
     (Choe et al., NeurIPS 2023) does so for adaptive optimizers. Ours differs in following the optimizer exactly:
-    momentum, decay and Adam's state carry the adjoints back, the Hessian alone is dropped.
+    momentum, decay and Adam's state carry the adjoints back, and only the Hessian is dropped.
 
     Raises:
         MetaKDError: when called without a batch.
@@ -40,5 +40,5 @@ class IdentityJacobian:
         return walk_back(problem, len(problem.batches), first=mixed_alone(), later=mixed_alone(), params_gradient=False)
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return steps <= 1

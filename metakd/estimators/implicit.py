@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, added, filled, graph_gradients, leaves, second_order_gradients, slope
+from metakd._autodiff import Gradients, added, graph_gradients, leaves, second_order_gradients, slope, with_zeros
+from metakd._basics.positive_int import positive_int
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
@@ -22,20 +23,19 @@ from metakd.inner import Params, conjugate_gradient, neumann_series
 class Implicit:
     r"""The derivative of an optimum $\theta^*(\phi)$ of the inner loss, however it was reached.
 
-    The K inner steps are taken first; they should end close to an optimum of $\mathrm{inner}$, the mean of the inner
-    loss over the batches (a batch given several times is evaluated once: the same object, or an equal number, string or
-    tuple of such). There its gradient is zero for every
-    $\phi$, so
+    The K inner steps come first; they should end close to an optimum of $\mathrm{inner}$, the mean of the inner loss
+    over the batches. (Repeated batches are evaluated once: the same object, or an equal number, string or tuple of
+    these.) At the optimum the gradient is zero for every $\phi$, so
 
     $$\frac{d\, \mathrm{outer}}{d \phi} = \nabla_\phi\, \mathrm{outer} - \nabla^2_{\phi\theta}\, \mathrm{inner}\; q,
       \qquad (\nabla^2_{\theta\theta}\, \mathrm{inner} + \delta I)\, q = \nabla_\theta\, \mathrm{outer}.$$
 
-    Time and memory do not depend on how many steps led there; each solver step is one product with the Hessian.
-    With one batch that goes through one kept graph; with several each product builds the graph of one batch after
-    the other. The error has three parts: the distance to the optimum, what the solver leaves over, and the damping
-    $\delta$. After n steps the solver's part falls like $((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^n$ for conjugate
+    Time and memory do not depend on the number of steps that led there; each solver step is one product with the
+    Hessian. One batch keeps its graph; with several batches each product rebuilds their graphs one after the other.
+    The error has three parts: the distance to the optimum, the solver's remaining error, and the damping $\delta$.
+    After n steps the solver's part falls like $((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^n$ for conjugate
     gradients and like $(1 - 1/\kappa)^n$ for the Neumann series, with $\kappa$ the Hessian's condition number.
-    Decay that the inner optimizer adds is not part of the loss: for L2 decay give it as damping.
+    Weight decay of the inner optimizer is not part of the loss: pass L2 decay as damping.
 
     Source: iMAML (Rajeswaran et al., NeurIPS 2019) for conjugate gradients, Lorraine et al. (AISTATS 2020) for the
     Neumann series. The solvers are TorchOpt's; ours differs in refusing Hessians that are not positive definite.
@@ -44,7 +44,7 @@ class Implicit:
         solver: `"cg"` (conjugate gradients) or `"neumann"`.
         steps: products with the Hessian.
         damping: $\delta$.
-        step_size: of the Neumann series; None for one over the largest curvature that five products find.
+        step_size: for the Neumann series; None for the inverse of the largest curvature, estimated by five products.
 
     Raises:
         MetaKDError: arguments out of range; a Hessian that is not positive definite; a model without second
@@ -70,8 +70,7 @@ class Implicit:
     def __post_init__(self) -> None:
         if self.solver not in ("cg", "neumann"):
             raise MetaKDError(f"Implicit has the solvers 'cg' and 'neumann', not {self.solver!r}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise MetaKDError(f"steps must be an integer of at least 1, got {self.steps!r}")
+        positive_int(self.steps, "steps")
         if not isinstance(self.damping, int | float) or not 0 <= self.damping < math.inf:
             raise MetaKDError(f"damping must be a number of at least 0, got {self.damping!r}")
         if self.step_size is not None:
@@ -92,7 +91,7 @@ class Implicit:
         return answer(problem, outer_loss, total, params, state)
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return False
 
     def _solve(self, matvec: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
@@ -102,9 +101,9 @@ class Implicit:
 
 
 class _Curvature:
-    """Products with the second derivatives of the mean inner loss, as vectors.
+    """Products of vectors with the second derivatives of the mean inner loss.
 
-    The graph of a single batch is kept; of several, one at a time is there, built anew for each product.
+    A single batch keeps its graph; for several batches each product rebuilds one graph after the other.
     """
 
     def __init__(self, problem: Problem, params: Params, names: list[str]) -> None:
@@ -116,7 +115,7 @@ class _Curvature:
         self._kept: Gradients | None = None
 
     def hessian_times(self, q: Tensor) -> Tensor:
-        """The product with the Hessian, the mean over all processes."""
+        """The product with the Hessian, averaged over processes."""
         product = self._product(q, self._moved)
         return self.vector(self._problem.of_all(product, self._moved))
 
@@ -125,8 +124,8 @@ class _Curvature:
         return self._product(q, self._meta)
 
     def vector(self, values: Gradients) -> Tensor:
-        """The values of the parameters that move, in one row."""
-        return torch.cat([value.flatten() for value in filled(values, self._moved).values()])
+        """The values of the moving parameters as one vector."""
+        return torch.cat([value.flatten() for value in with_zeros(values, self._moved).values()])
 
     @property
     def _moved(self) -> Params:
@@ -156,7 +155,7 @@ class _Curvature:
 
 
 def _key(batch: Any) -> Hashable:
-    """What tells batches apart: a plain value by itself, anything else by its identity."""
+    """A batch's identity: plain values by value, other objects by id."""
     if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
         return (tuple, *map(_key, batch))
     return (type(batch), batch) if isinstance(batch, str | bytes | int | float | None) else id(batch)

@@ -1,4 +1,4 @@
-"""The directional derivative of every single loss at once: one forward pass in dual numbers."""
+"""The directional derivatives of all losses from one forward pass with dual numbers."""
 
 from typing import Any
 
@@ -13,11 +13,7 @@ from metakd.inner import Params
 
 
 def influence(weighted: WeightedLosses, params: Params, batch: Any, u: Params) -> Tensor:
-    """<grad l_ik, u> for all samples and terms, (B, M).
-
-    Raises:
-        MetaKDError: nothing of u arrives at the losses, though all of it moves parameters that they depend on.
-    """
+    """<grad l_ik, u> for all samples and terms, (B, M); raise if an operation drops the tangent."""
     with dual_numbers():
         losses = weighted.losses(duals(params, u), batch)
         tangent: Tensor | None = forward_ad.unpack_dual(losses).tangent
@@ -27,5 +23,5 @@ def influence(weighted: WeightedLosses, params: Params, batch: Any, u: Params) -
 
 
 def in_weights(weighted: WeightedLosses, meta: Params, batch: Any, tangent: Tensor) -> Gradients:
-    """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; outside of dual numbers."""
+    """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; call it outside of dual numbers."""
     return gradients((weighted.weights(meta, batch) * tangent).sum() / tangent.shape[0], meta)

@@ -1,4 +1,4 @@
-"""Which link between the outer loss and the meta-parameters is missing."""
+"""Finds the missing link between the outer loss and the meta-parameters."""
 
 from functools import partial
 from typing import Any
@@ -11,17 +11,10 @@ from metakd.inner import Params
 
 
 def missing_link(problem: Problem) -> str | None:
-    """What cuts the outer loss off from the meta-parameters, in words; None where there is a way, if only for zeros.
+    """What disconnects the outer loss from the meta-parameters; None if they are connected.
 
-    Goes the inner steps again, along autograd's graphs.
-
-    Examples:
-        >>> import torch, torchopt
-        >>> sgd, start = torchopt.sgd(lr=0.1), {"x": torch.tensor(1.0)}
-        >>> problem = Problem(lambda p, m, batch: p["x"] ** 2 + m["w"], [lambda p, m: p["x"]], start,
-        ...                   {"w": torch.tensor(0.5)}, [None], lambda m: sgd, sgd.init(start))
-        >>> missing_link(problem)
-        'the outer loss feels the inner steps, but they do not depend on the meta-parameters. These are not used in ...'
+    A connection counts even if all derivatives are zero. The check takes the inner steps again, along autograd's
+    graphs.
     """
     moved: set[str] = set()
     depending: list[bool] = [False]
@@ -43,19 +36,19 @@ def missing_link(problem: Problem) -> str | None:
         )
     if moved.isdisjoint(felt):
         return (
-            f"the outer loss depends on {felt[:5]} alone, and the inner steps move {sorted(moved)[:5]} alone. One of "
+            f"the outer loss depends only on {felt[:5]}, and the inner steps move only {sorted(moved)[:5]}. One of "
             "the losses misses a part of the model"
         )
     if depending[0]:
         return None
     return (
-        "the outer loss feels the inner steps, but they do not depend on the meta-parameters. These are not used in "
-        f"the inner loss, or cut from it ({_CUTS}), or stand in a term of it that has no parameters in it"
+        "the outer loss depends on the inner steps, but they do not depend on the meta-parameters. The inner loss does "
+        f"not use these, cuts them off ({_CUTS}), or has them only in a term without parameters"
     )
 
 
 def _depends(problem: Problem, t: int, params: Params, state: Any) -> bool:
-    """Whether step t depends on the meta-parameters, as far as is known."""
+    """Whether step t depends on the meta-parameters; yes if that cannot be seen."""
     theta, meta = leaves(params), leaves(problem.meta_params)
     try:
         loss = twice_differentiable(partial(problem.inner_loss, theta, meta, t))
@@ -67,4 +60,4 @@ def _depends(problem: Problem, t: int, params: Params, state: Any) -> bool:
 
 
 _CUTS = ".detach(), .item(), torch.no_grad()"
-_OTHERS = f"It reads other tensors, or cut copies of these ({_CUTS})"
+_OTHERS = f"It reads other tensors, or copies that are cut off ({_CUTS})"

@@ -1,20 +1,19 @@
-"""What estimators learn about a problem and want to know at its next hypergradient."""
+"""What estimators learn about a problem and need at its next hypergradient."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Memory:
-    """Lives as long as the owner of a problem wants; a balancer keeps one for all its calls.
+    """What estimators learn about a problem; a balancer keeps one memory for all its calls.
 
     Attributes:
-        forward_mode: False where the model turned out to lack forward-mode derivatives, or to have wrong ones; else
-            None.
-        compare: whether forward-mode products are compared with reverse mode. The mixed product of a `weighted` problem
-            does so once and sets this to False; where nothing else vouches for forward mode, each product is compared.
-        compare_products: whether the next product by a double backward is compared with differences of gradients, which
-            sets this to False.
-        tolerance: the relative error from which on a comparison disagrees; None for what follows from the dtype.
+        forward_mode: False if the model lacks forward-mode derivatives or has wrong ones; else None.
+        compare: whether to compare forward-mode products with reverse mode. The mixed product of a `weighted` problem
+            does so once and sets this to False; for other problems each product is compared.
+        compare_products: whether to compare the next product by a double backward with differences of gradients; the
+            comparison sets this to False.
+        tolerance: the largest relative error in comparisons; None to derive it from the dtype.
 
     Examples:
         >>> memory = Memory()

@@ -1,4 +1,4 @@
-"""The mixed second derivative of the inner loss, times a vector: the heart of every exact estimator."""
+"""The product of a vector with the mixed second derivative of the inner loss: the core of every exact estimator."""
 
 import warnings
 from collections.abc import Callable
@@ -34,22 +34,15 @@ _T = TypeVar("_T")
 
 
 def mixed_alone(mode: Mode = "auto") -> Products:
-    """The mixed product without the one in the parameters: nothing before the first step asks for that."""
+    """The mixed product without the one in params, which the earliest step does not need."""
     return lambda problem, params, meta, batch, u: ({}, mixed_product(problem, params, meta, batch, u, mode=mode))
 
 
 def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u: Params, *, mode: Mode) -> Gradients:
-    """grad_phi of the directional derivative of the inner loss along u, with u held fixed.
+    """Compute grad_phi of the directional derivative of the inner loss along a fixed u.
 
-    Args:
-        problem: gives the inner loss, and remembers whether it has forward-mode derivatives.
-        params: theta, where the derivative is taken; detached.
-        meta: phi, leaves of autograd.
-        batch: of the inner loss.
-        u: the direction, for those parameters that it moves.
-        mode: `"forward"` is one pass with dual numbers, `"reverse"` a double backward. `"auto"` is the first for a
-            problem that is `weighted` and whose model has it, saying so once where it does not, and else the second:
-            where meta-parameters meet more than a product, torch's tangents may be constants to reverse mode.
+    Mode "forward" is one pass with dual numbers, "reverse" a double backward. "auto" uses "forward" for a `weighted`
+    problem, and warns once if the model cannot; otherwise "reverse", as torch's tangents may be constants to autograd.
 
     Raises:
         MetaKDError: the model lacks what the mode needs.
@@ -70,15 +63,15 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
         raise
     except Exception as error:
         problem.memory.compare = problem.memory.compare or isinstance(error, _WrongTangents)
-        instead = in_its_place(error, lambda: _reverse(*at))
+        instead = reverse_instead(error, lambda: _reverse(*at))
         lacks = f"an operation of this model has no forward-mode derivative ({first_line(error)})"
         what = str(error) if isinstance(error, _WrongTangents) else lacks
         if mode == "forward":
             raise MetaKDError(f"OneStep(mode='forward') fails: {what}; use mode='auto' or 'reverse'") from error
         problem.memory.forward_mode = False
         warnings.warn(
-            f"{what}; reverse mode takes its place from now on, as exact, with more time and memory "
-            "(OneStep(mode='reverse') does so in silence)",
+            f"{what}; reverse mode takes its place from now on: as exact, but with more time and memory "
+            "(OneStep(mode='reverse') does so without this warning)",
             stacklevel=3,
         )
         return instead
@@ -92,14 +85,14 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
 
 
 class _WrongTangents(MetaKDError):
-    """Forward mode answers something else than reverse mode."""
+    """Forward mode differs from reverse mode."""
 
 
-def in_its_place(error: Exception, reverse: Callable[[], _T]) -> _T:
-    """What reverse mode answers after forward mode failed: an error of the losses themselves comes up here again.
+def reverse_instead(error: Exception, reverse: Callable[[], _T]) -> _T:
+    """Run reverse mode after forward mode failed; an error of the losses themselves is raised again here.
 
     Raises:
-        MetaKDError: reverse mode has no derivative either.
+        MetaKDError: reverse mode lacks a derivative, too.
     """
     try:
         return reverse()
@@ -111,11 +104,7 @@ def in_its_place(error: Exception, reverse: Callable[[], _T]) -> _T:
 
 
 def _compared_influence(problem: Problem, params: Params, batch: Any, u: Params) -> Tensor:
-    """The losses' directional derivatives along u, compared with reverse mode where that is asked for.
-
-    Raises:
-        _WrongTangents: the two differ.
-    """
+    """The losses' derivatives along u; raise `_WrongTangents` if a due comparison finds reverse mode different."""
     assert problem.weighted is not None
     tangent = influence(problem.weighted, params, batch, u)
     if problem.memory.compare:
@@ -127,11 +116,11 @@ def _compared_influence(problem: Problem, params: Params, batch: Any, u: Params)
 
 
 def _through_tangent(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:
-    """Reverse mode through the whole inner loss's tangent; for those who say that theirs can be differentiated."""
+    """Reverse mode through the whole inner loss's tangent, which the caller says is differentiable."""
     with dual_numbers():
         loss = problem.inner(duals(params, u), meta, batch)
         derivative = forward_ad.unpack_dual(loss).tangent
-    # Outside of the block, where the backward pass has no tangents to carry along.
+    # Outside of the block, so that the backward pass does not compute tangents.
     return dict.fromkeys(meta) if derivative is None else gradients(derivative, meta)
 
 

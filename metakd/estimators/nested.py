@@ -1,4 +1,4 @@
-"""Nested dicts of tensors as flat ones of real tensors, and back; names are joined by "/"."""
+"""Nested dicts of tensors as flat dicts of real tensors, and back; names are joined by "/"."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ from metakd.inner import GradientTransformation, own
 
 
 def flatten(values: Any, what: str) -> dict[str, Any]:
-    """The leaves of a nest of mappings by path; `what` names it in errors.
+    """The leaves of nested mappings by path; `what` names them in errors.
 
     Raises:
-        MetaKDError: no mapping, an empty one, or two leaves with one path.
+        MetaKDError: it is no mapping, it is empty, or two leaves have the same path.
 
     Examples:
         >>> flatten({"layer": {"w": 1, "b": 2}}, "params")
@@ -35,7 +35,7 @@ def flatten(values: Any, what: str) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The nest shaped like `like` whose leaves are those of `flat`.
+    """The leaves of `flat` nested like `like`.
 
     Examples:
         >>> unflatten({"layer/w": 1, "layer/b": 2}, {"layer": {"w": None, "b": None}})
@@ -48,7 +48,7 @@ def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any], prefix: str = ""
 
 
 def as_given(flat: Mapping[str, Tensor], like: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The nest shaped like `like`, complex where that is.
+    """`unflatten` with complex leaves where `like` has them.
 
     Examples:
         >>> as_given({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor(1j)})
@@ -64,16 +64,12 @@ def as_given(flat: Mapping[str, Tensor], like: Mapping[str, Any], prefix: str = 
 
 
 def real(value: Tensor) -> Tensor:
-    """A complex tensor as its real and imaginary parts, in a last dimension of 2; a real one as it is."""
+    """A complex tensor as real and imaginary parts in a last dimension of 2; a real tensor unchanged."""
     return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def detached(values: Any, what: str) -> dict[str, Tensor]:
-    """`flatten`, known to hold dense floating-point tensors, cut from autograd; complex ones by their real parts.
-
-    Raises:
-        MetaKDError: a leaf is something else.
-    """
+    """`flatten` to detached real tensors; raise if a leaf is no dense floating-point or complex tensor."""
     flat = flatten(values, what)
     for name, value in flat.items():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
@@ -82,12 +78,12 @@ def detached(values: Any, what: str) -> dict[str, Tensor]:
                 f"{what}[{name!r}] is {kind}; gradients need floating-point tensors: convert it, or leave it out"
             )
         if value.layout != torch.strided:
-            raise MetaKDError(f"{what}[{name!r}] is sparse ({value.layout}); give its .to_dense(), or its values alone")
+            raise MetaKDError(f"{what}[{name!r}] is sparse ({value.layout}); give its .to_dense(), or only its values")
     return {name: real(value.detach()) for name, value in flat.items()}
 
 
 def on_flat(transformation: GradientTransformation, like: Mapping[str, Any]) -> GradientTransformation:
-    """A transformation of nests shaped like `like`, taking flat dicts; its states stay those of the nests."""
+    """A transformation of flat dicts made from one of nests like `like`; its states keep their nesting."""
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         nest, at = unflatten(updates, like), unflatten(params, like)

@@ -22,29 +22,27 @@ class OneStep:
     $$\frac{d\, \mathrm{outer}}{d \phi} = \nabla_\phi \big[ D_\theta\, \mathrm{inner}(\theta, \phi)[u] \big]
       + \frac{\partial\, \mathrm{outer}}{\partial \phi}.$$
 
-    In forward mode the directional derivative $D_\theta$ is one forward pass with dual numbers: it serves all
-    samples and all terms at once, and reverse mode then runs through the weight model only. In reverse mode the
-    whole is a double backward. `"auto"` is the first for a weighted mean of losses, as a balancer's is, and falls
-    back to the second where the model lacks forward-mode formulas or torch's are wrong, saying so once. For any
-    other inner loss it is the second: where $\phi$ acts upstream of an operation such as layer_norm, torch's
-    forward-mode result is a constant to reverse mode, and the answer would be wrong without a word. Meta-Weight-Net
-    (Shu et al., 2019) and BiKD (arXiv 2605.17839) compute the same quantity by double backward through a copy of
-    the student.
+    In forward mode the directional derivative $D_\theta$ is one forward pass with dual numbers. It serves all samples
+    and all terms at once, and reverse mode then runs through the weight model only. Reverse mode is a double backward.
+    For a weighted mean of losses, such as a balancer's, `"auto"` is forward mode; it warns once and changes to reverse
+    mode if the model lacks forward-mode formulas or torch's are wrong. For any other inner loss it is reverse mode: if
+    $\phi$ acts before an operation such as layer_norm, torch's forward-mode result is a constant to reverse mode, and
+    the answer would be silently wrong. Meta-Weight-Net (Shu et al., 2019) and BiKD (arXiv 2605.17839) compute the same
+    quantity by double backward through a copy of the student.
 
-    With `parameters` the step ahead moves those alone, as in AMAL (Sivasubramanian et al., 2023), which looks ahead
-    with the classifier and the last stage. The answer is exact for that step and an approximation for the whole one.
-    All three passes end, or begin, at the first layer that moves: see [quick ways](cost.md#quick-ways) for prices and
-    errors.
+    With `parameters` the lookahead moves only those, as in AMAL (Sivasubramanian et al., 2023), which moves the
+    classifier and the last stage. The answer is exact for that step and an approximation for the whole one. All three
+    passes stop, or start, at the first moving layer: see [quick ways](cost.md#quick-ways) for costs and errors.
 
     Args:
-        mode: `"auto"`, `"forward"` or `"reverse"`. What `"forward"` answers for an inner loss that is no weighted mean
-            is compared with `"reverse"`, unless `hypergradient(verify=False)` says not to.
-        parameters: what the step moves, as patterns over the parameters' names, such as `("classifier.*",
-            "blocks.2.*")`; levels of nested dicts are joined by dots. None for all.
+        mode: `"auto"`, `"forward"` or `"reverse"`. For an inner loss that is no weighted mean, `"forward"` is compared
+            with `"reverse"`, unless `hypergradient(verify=False)` forbids it.
+        parameters: the parameters that the step moves, as patterns over their names, such as `("classifier.*",
+            "blocks.2.*")`; dots join the levels of nested dicts. None for all.
 
     Raises:
         MetaKDError: when called with K other than 1, with a pattern that fits no trainable parameter, or in forward
-            mode on a model without forward-mode formulas or with wrong ones.
+            mode on a model whose forward-mode formulas are missing or wrong.
 
     Examples:
         >>> import torch, torchopt
@@ -67,7 +65,7 @@ class OneStep:
             return
         if isinstance(self.parameters, str) or not self.parameters:
             raise MetaKDError(f"parameters must be patterns such as ('classifier.*',) or None, got {self.parameters!r}")
-        object.__setattr__(self, "parameters", tuple(self.parameters))  # a list has no hash
+        object.__setattr__(self, "parameters", tuple(self.parameters))  # a list is not hashable
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
@@ -76,7 +74,7 @@ class OneStep:
                 f"OneStep is the hypergradient of exactly one inner step, got {len(problem.batches)} batches; use "
                 "estimators.Adjoint() for K steps"
             )
-        # With the gradient in theta_0 the one product is `later`'s. Of a subset it would lack what the others feel.
+        # The gradient in theta_0 needs `later`'s product in params. With a subset it would miss the other parameters.
         both = self.mode != "forward" and self.parameters is None
         found = walk_back(
             self.solved(problem), 1, first=mixed_alone(self.mode), later=reverse_over_reverse, params_gradient=both
@@ -84,14 +82,14 @@ class OneStep:
         return found._replace(params={**problem.params, **found.params})
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return True
 
     @property
     def needs_forward_mode(self) -> bool:
-        """Whether it has no other way."""
+        """Whether it needs forward mode."""
         return self.mode == "forward"
 
     def solved(self, problem: Problem) -> Problem:
-        """The problem whose hypergradient this is: its step moves no more than `parameters`."""
+        """The problem whose hypergradient this is: its step moves only `parameters`."""
         return problem if self.parameters is None else moving_only(problem, self.parameters)

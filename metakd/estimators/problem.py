@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, added, dense, filled, gradients, in_both, leaves
+from metakd._autodiff import Gradients, added, dense, gradients, joint_gradients, leaves, with_zeros
 from metakd.errors import MetaKDError
 from metakd.estimators.memory import Memory
 from metakd.estimators.result import Hypergradient
@@ -16,20 +16,20 @@ from metakd.inner import GradientTransformation, Params, apply
 Inner = Callable[[Params, Params, Any], Tensor]
 Outer = Callable[[Params, Params], Tensor]
 Mean = Callable[[Gradients, Params, str], Gradients]
-"""(values, like, what) -> their mean over all parts of the problem, with the names of `like`.
+"""(values, like, what) -> their mean over processes, with the names of `like`.
 
-Values may leave names out, which count as zero; `what` says in errors what they are."""
+Missing names count as zero; `what` names the values in errors."""
 
 
 def unchanged(values: Gradients, like: Params, what: str) -> Gradients:
-    """The mean where the problem has one part: the values themselves."""
+    """The mean over one process: the values themselves."""
     return values
 
 
 class WeightedLosses(NamedTuple):
     r"""Says that $\mathrm{inner}(\theta, \phi, b) = \frac{1}{B} \sum_{ik} w_{ik}(\phi, b)\, \ell_{ik}(\theta, b)$.
 
-    Meta-parameters then meet the losses and their tangents in a product alone, and forward mode is exact.
+    The meta-parameters then only multiply the losses and their tangents, so forward mode is exact.
 
     Attributes:
         losses: (params, batch) -> (B, M).
@@ -49,7 +49,7 @@ class WeightedLosses(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The batch of an inner step, and its number: a step may begin where the one before ended.
+    """The batch of an inner step and its number: where a step begins depends on the one before.
 
     Examples:
         >>> Step.all_of(["a", "b"])[1]
@@ -61,7 +61,7 @@ class Step(NamedTuple):
 
     @classmethod
     def all_of(cls, batches: Iterable[Any]) -> "list[Step]":
-        """The steps over some batches."""
+        """Number the batches."""
         return [cls(t, batch) for t, batch in enumerate(batches)]
 
 
@@ -70,23 +70,21 @@ class Problem:
     """min over phi of outer(theta_K, phi), theta_{t+1} = theta_t + update(grad inner(theta_t, phi, batch_t)).
 
     Attributes:
-        inner: (params, meta_params, batch) -> scalar. Pure: called again with the same arguments it gives
-            the same value.
+        inner: (params, meta_params, batch) -> scalar; a pure function.
         outers: (params, meta_params) -> scalar, one or several; the outer loss is their mean.
         params: theta_0, detached.
         meta_params: phi, detached.
-        batches: one a step, for `inner`; their number is K. A `Step` has its number beside it.
+        batches: one for each step, passed to `inner`; their number is K. A `Step` also has the step's number.
         optimizer: meta_params -> the differentiable inner optimizer.
         optimizer_state: the state it starts from.
-        first_gradient: gives grad inner(theta_0, phi, batches[0]) in the parameters of these names, where the
-            caller has it at hand for less than the price of computing it from `inner`.
-        first_inner: likewise inner(theta_0, phi, batches[0]) as a function of phi.
-        memory: what estimators learn about this problem and want to know at its next hypergradient, such as that
-            its model has no forward-mode derivatives. It lives as long as its owner wants.
-        mean: where `inner` and `outers` are one process's parts of losses that are means over several processes: takes
-            the mean of gradients in params. The hypergradient that an estimator returns stays this process's part.
-        weighted: where the inner loss is a weighted mean of losses: its parts.
-        wants_params_gradient: whether the gradient in theta_0 is asked for as well.
+        first_gradient: names -> grad inner(theta_0, phi, batches[0]) in these parameters, if the caller knows it
+            already; None to compute it from `inner`.
+        first_inner: phi -> inner(theta_0, phi, batches[0]), if the caller knows it already.
+        memory: what estimators learn about this problem, such as that its model has no forward-mode derivatives.
+        mean: averages gradients in params over processes, each of which has its part of the losses. The hypergradient
+            that an estimator returns stays this process's part.
+        weighted: the parts of the inner loss, if it is a weighted mean of losses.
+        wants_params_gradient: whether to compute the gradient in theta_0, too.
 
     Examples:
         >>> import torchopt
@@ -113,23 +111,23 @@ class Problem:
 
     @property
     def whole(self) -> bool:
-        """Whether the losses are all there is, and not one process's parts."""
+        """Whether the losses are complete, not one process's parts."""
         return self.mean is unchanged
 
     def of_all(self, in_params: Gradients, params: Params) -> Gradients:
-        """A product with second derivatives in params, from this process's part of it."""
+        """The mean over processes of a product with second derivatives in params."""
         return self.mean(in_params, params, "a product with the second derivatives")
 
     def at(self, meta_params: Params) -> "Problem":
-        """The same problem at another phi; what was at hand for the old one is dropped."""
+        """The same problem at another phi, without the values known for the old one."""
         return replace(self, meta_params=meta_params, first_gradient=None, first_inner=None)
 
     def inner_loss(self, params: Params, meta_params: Params, t: int) -> Tensor:
-        """The inner loss of step t, known to be one finite number."""
+        """The inner loss of step t, checked to be a finite scalar."""
         return checked_scalar(self.inner(params, meta_params, self.batches[t]), f"the inner loss of step {t}")
 
     def inner_gradient(self, params: Params, t: int) -> Gradients:
-        """The gradient that step t takes from `params`, without a graph."""
+        """The gradient of step t at `params`, without a graph."""
         if t == 0 and self.first_gradient is not None:
             found = dense(self.first_gradient(params))
         else:
@@ -138,11 +136,11 @@ class Problem:
         return self.mean(found, params, f"the gradient of inner step {t}")
 
     def step(self, gradient: Gradients, state: Any, params: Params, meta_params: Params) -> tuple[Params, Any]:
-        """One step of the inner optimizer, differentiable in all of its arguments."""
+        """One step of the inner optimizer, differentiable in all arguments."""
         return apply(self.optimizer(meta_params), gradient, state, params)
 
     def sweep(self, visit: Callable[[int, Params, Any, Gradients], None] | None = None) -> tuple[Params, Any]:
-        """Take the K steps without a graph; theta_K and the optimizer's state there.
+        """Take the K steps without a graph; return theta_K and the optimizer's state.
 
         Args:
             visit: called before each step with t, theta_t, the state and the gradient.
@@ -162,28 +160,25 @@ class Problem:
         return params, state
 
     def outer_gradients(self, params: Params) -> tuple[Tensor, Gradients, Gradients]:
-        """The outer loss at `params`, and its gradients there in params and in phi; one outer's graph at a time.
-
-        The one in phi is this process's part.
-        """
+        """The outer loss at `params` and its gradients in params and phi; the one in phi is this process's part."""
         theta, meta = leaves(params), leaves(self.meta_params)
         values, in_params, in_meta = [], dict.fromkeys(theta), dict.fromkeys(meta)
         for outer in self.outers:
             loss = checked_scalar(outer(theta, meta), "the outer loss") / len(self.outers)
-            found = in_both(loss, theta, meta)
+            found = joint_gradients(loss, theta, meta)
             values.append(loss.detach())
             in_params, in_meta = added(in_params, found[0]), added(in_meta, found[1])
         value = {_OUTER: torch.stack(values).sum()}
         mean = self.mean({**in_params, **value}, {**params, **value}, "the outer loss and its gradient")
-        return filled(mean, value)[_OUTER], {name: mean[name] for name in params}, in_meta
+        return with_zeros(mean, value)[_OUTER], {name: mean[name] for name in params}, in_meta
 
 
 class Estimator(Protocol):
     """Anything that answers a `Problem` with a `Hypergradient`; a small frozen object by convention.
 
-    It may say of itself what checks and findings ask for: `exact(steps) -> bool`, whether its answer is exact for that
-    many inner steps (else it is taken to be); `needs_second_derivatives` (else True) and `needs_forward_mode` (else
-    False); `solved(problem)`, the problem whose hypergradient it gives, where that is another one.
+    Optional attributes tell checks more about it: `exact(steps) -> bool`, whether its answer is exact for that many
+    inner steps (default: yes); `needs_second_derivatives` (default True); `needs_forward_mode` (default False); and
+    `solved(problem)`, the problem whose hypergradient it gives, if that is another one.
     """
 
     def __call__(self, problem: Problem) -> Hypergradient:
@@ -191,11 +186,7 @@ class Estimator(Protocol):
 
 
 def checked_scalar(loss: Any, what: str) -> Tensor:
-    """The loss itself, if it is one finite number.
-
-    Raises:
-        MetaKDError: it is not a real scalar tensor, or NaN or infinite.
-    """
+    """The loss, or raise if it is no real, finite scalar tensor."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise MetaKDError(f"{what} must be a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
@@ -207,4 +198,4 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
 
 
 NO_BATCHES = "batches is empty: its length is the number of inner steps, so give at least one batch"
-_OUTER = "the outer loss"  # beside the names of parameters, which have no spaces
+_OUTER = "the outer loss"  # no parameter's name, as these have no spaces

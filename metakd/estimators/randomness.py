@@ -1,4 +1,4 @@
-"""Losses that draw random numbers as pure functions: what is evaluated again draws the same ones."""
+"""Makes losses that draw random numbers pure: a repeated evaluation draws the same numbers."""
 
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,13 +9,9 @@ from metakd._basics.rng import RngState
 
 
 class Replay:
-    """Blocks by name; one that is entered again starts with the generators as at the first time.
+    """Named blocks: a block entered again starts with the generators of its first time.
 
-    The first time the block draws on, so that in the end the generators are as after each block once, in the order of
-    the first times.
-
-    Args:
-        devices: whose generators are meant, beside the CPU's.
+    Only first times advance the generators, so that in the end each block has drawn once.
 
     Examples:
         >>> replay = Replay([])

@@ -16,7 +16,7 @@ class Hypergradient(NamedTuple):
         params: theta_K, the parameters after the inner steps.
         optimizer_state: the inner optimizer's state after them.
         params_gradient: the outer loss's gradient in theta_0, where the inner steps started, a dict like `params`; None
-            where the estimator does not have it.
+            if the estimator does not compute it.
 
     Examples:
         >>> import torch, torchopt

@@ -1,4 +1,4 @@
-"""Products of a vector with the inner loss's second derivatives, in params and in meta: the two exact ways."""
+"""Products of a vector with the inner loss's second derivatives, in params and meta: the two exact ways."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from metakd._autodiff import (
     NoSecondDerivative,
     first_line,
     graph_gradients,
-    in_both,
+    joint_gradients,
     leaves,
     reject_once_differentiable,
     second_order_gradients,
@@ -21,7 +21,7 @@ from metakd.estimators.agreement import reject_other_products
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.double_backward import reject_wrong_products
 from metakd.estimators.dual import LevelTaken, dual_numbers, duals
-from metakd.estimators.mixed import in_its_place
+from metakd.estimators.mixed import reverse_instead
 from metakd.estimators.problem import Problem
 from metakd.inner import Params
 
@@ -29,16 +29,12 @@ from metakd.inner import Params
 def reverse_over_reverse(
     problem: Problem, params: Params, meta: Params, batch: Any, u: Params
 ) -> tuple[Gradients, Gradients]:
-    """The gradients, in params and in meta, of the slope of the inner loss along u: a double backward.
-
-    Raises:
-        MetaKDError: the model has no second derivatives.
-    """
+    """The gradients in params and meta of the inner loss's slope along u, by a double backward."""
     theta = leaves(params)
     g = graph_gradients(twice_differentiable(lambda: problem.inner(theta, meta, batch)), theta)
     derivative = slope(g, u)
-    assert derivative is not None  # u is the cotangent of what this gradient has
-    found = in_both(derivative, theta, meta, second_order_gradients)
+    assert derivative is not None  # u has only names that this gradient has
+    found = joint_gradients(derivative, theta, meta, second_order_gradients)
     if problem.memory.compare_products:
         problem.memory.compare_products = False
         reject_wrong_products(problem, params, meta, batch, u, found)
@@ -48,7 +44,7 @@ def reverse_over_reverse(
 def forward_over_reverse(
     problem: Problem, params: Params, meta: Params, batch: Any, u: Params
 ) -> tuple[Gradients, Gradients]:
-    """The tangents of a gradient that is taken with dual numbers.
+    """The tangents of a gradient that is computed with dual numbers.
 
     Raises:
         MetaKDError: an operation or its backward has no forward-mode derivative or a wrong one, or is marked
@@ -60,7 +56,7 @@ def forward_over_reverse(
     except (LevelTaken, NoSecondDerivative, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        in_its_place(error, lambda: reverse_over_reverse(*at))
+        reverse_instead(error, lambda: reverse_over_reverse(*at))
         raise MetaKDError(
             f"forward over reverse met an operation without a forward-mode derivative ({first_line(error)}); use "
             "estimators.Adjoint(mode='reverse')"
@@ -80,7 +76,7 @@ def _tangents_of_gradients(
         dual = duals(theta, u)
         loss = problem.inner(dual, meta, batch)
         reject_once_differentiable(loss)
-        in_params, in_meta = in_both(loss, dual, meta)
+        in_params, in_meta = joint_gradients(loss, dual, meta)
         return _tangents(in_params), _tangents(in_meta)
 
 

@@ -1,4 +1,4 @@
-"""A bilevel problem in which the inner step moves only some of the parameters."""
+"""A bilevel problem whose inner step moves only some of the parameters."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,15 +11,7 @@ from metakd.inner import GradientTransformation, Params, own
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that fit one of the patterns, in the names' order; levels are joined by "." or "/".
-
-    Raises:
-        MetaKDError: a pattern fits none of them.
-
-    Examples:
-        >>> matching(["stem.weight", "head.weight", "head.bias"], ["head.*"])
-        ['head.weight', 'head.bias']
-    """
+    """The names that fit one of the patterns; levels are joined by "." or "/". Raise if a pattern fits none."""
     dotted = {name: name.replace("/", ".") for name in names}
     chosen: set[str] = set()
     for pattern in patterns:
@@ -34,13 +26,9 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 def moving_only(problem: Problem, patterns: Sequence[str]) -> Problem:
-    """The same problem, whose inner steps leave all but these parameters where they are.
+    """The same problem, but its inner steps move only these parameters, and its `params` are these.
 
-    To the optimizer the others have no gradient: they keep their value and their state, and no norm counts them.
-    The new problem's `params` are the moving ones alone.
-
-    Raises:
-        MetaKDError: see `matching`.
+    The optimizer sees the others without gradient: they keep value and state, and no norm counts them.
     """
     moving = dict.fromkeys(matching(problem.params, patterns))
     fixed = {name: p for name, p in problem.params.items() if name not in moving}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from metakd.errors import MetaKDError
+from metakd._basics.positive_int import positive_int
 from metakd.estimators.mixed import mixed_alone
 from metakd.estimators.problem import Problem
 from metakd.estimators.result import Hypergradient
@@ -12,15 +12,15 @@ from metakd.estimators.walk import walk_back
 
 @dataclass(frozen=True)
 class Truncated:
-    r"""The exact sum of what the last `horizon` inner steps contribute; the earlier steps' share is left out.
+    r"""The exact contribution of the last `horizon` inner steps; the earlier steps' share is omitted.
 
     $$\frac{d\, \mathrm{outer}}{d \phi} \approx \sum_{t = K - h}^{K - 1} \nabla^2_{\phi\theta}\,
       \mathrm{inner}(\theta_t)\; u_t$$
 
-    with `Adjoint`'s $u_t$. All K steps are taken, h are walked back. Where the inner steps contract by a factor
-    $\rho < 1$ each, the error falls like $\rho^h$; where they do not, the left-out share need not be small. Source:
-    Shaban et al., "Truncated Back-propagation for Bilevel Optimization" (AISTATS 2019). Ours differs in walking back by
-    `Adjoint`'s rebuilt graphs.
+    with `Adjoint`'s $u_t$. It takes all K steps and walks back h of them. If each inner step contracts by a factor
+    $\rho < 1$, the error falls like $\rho^h$; otherwise the omitted share may be large. Source: Shaban et al.,
+    "Truncated Back-propagation for Bilevel Optimization" (AISTATS 2019). Ours differs in rebuilding graphs as `Adjoint`
+    does.
 
     Args:
         horizon: h, the number of steps to walk back; K or more is exact.
@@ -42,13 +42,12 @@ class Truncated:
     horizon: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.horizon, int) or self.horizon < 1:
-            raise MetaKDError(f"horizon must be an integer of at least 1, got {self.horizon!r}")
+        positive_int(self.horizon, "horizon")
 
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         return walk_back(problem, self.horizon, first=mixed_alone(), later=reverse_over_reverse)
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return steps <= self.horizon

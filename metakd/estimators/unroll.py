@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from metakd._autodiff import added, filled, graph_gradients, graph_nodes, in_both, leaves, second_order_gradients, slope
+from metakd._autodiff import (
+    added,
+    graph_gradients,
+    graph_nodes,
+    joint_gradients,
+    leaves,
+    second_order_gradients,
+    slope,
+    with_zeros,
+)
 from metakd.errors import MetaKDError
 from metakd.estimators.answer import answer
 from metakd.estimators.curvature import twice_differentiable
@@ -44,7 +53,7 @@ class Unroll:
             raise MetaKDError(NO_BATCHES)
         if not problem.whole:
             raise MetaKDError(
-                "Unroll records one graph of all steps, which cannot reach into other processes; with "
+                "Unroll records one graph of all steps, which cannot span several processes; with "
                 "DistributedDataParallel use estimators.Adjoint(), which is as exact"
             )
         if problem.memory.compare_products:
@@ -56,23 +65,23 @@ class Unroll:
             loss = twice_differentiable(partial(problem.inner_loss, params, meta, t), seen)
             g = graph_gradients(loss, params)
             params, state = problem.step(g, state, params, meta)
-            for p in params.values():  # the gradient's own graph is torch's, and right where the loss's is
+            for p in params.values():  # no need to check the gradient's graph: it is right if the loss's is
                 deque(graph_nodes(p, seen), maxlen=0)
         outer_loss, v, total = problem.outer_gradients(params)
         through_params, in_start = slope(params, v), dict.fromkeys(start)
         if through_params is not None:
-            in_start, in_meta = in_both(through_params, start, meta, second_order_gradients)
+            in_start, in_meta = joint_gradients(through_params, start, meta, second_order_gradients)
             total = added(total, in_meta)
-        params_gradient = filled(in_start, start) if problem.wants_params_gradient else None
+        params_gradient = with_zeros(in_start, start) if problem.wants_params_gradient else None
         return answer(problem, outer_loss, total, params, state, params_gradient)
 
     def exact(self, steps: int) -> bool:
-        """Whether it is exact for that many inner steps."""
+        """Whether the answer is exact for this many inner steps."""
         return True
 
 
 def _compare_first_step(problem: Problem) -> None:
-    """See that the double backward is right, as far as the first step tells."""
+    """Raise if the double backward is wrong in the first step."""
     along = {name: g for name, g in problem.inner_gradient(problem.params, 0).items() if g is not None}
     if not along:
         return

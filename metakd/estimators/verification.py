@@ -1,4 +1,4 @@
-"""Forward mode against reverse mode, on the user's own model: is what one calls the influence what the other does?"""
+"""Compares forward mode's influence with reverse mode's on the user's own model."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -13,16 +13,16 @@ from metakd.estimators.problem import Problem
 from metakd.estimators.tolerance import CANCELLED, as_share, tolerance_of
 from metakd.inner import Params
 
-_FAINT = 1e-3  # times the tolerance: a gradient shorter than this share of the longest may be rounding alone
+_FAINT = 1e-3  # times the tolerance: gradients below this share of the largest may be rounding only
 
 
 class Disagreement(NamedTuple):
-    """Where forward mode and reverse mode differ.
+    """A difference between forward mode and reverse mode.
 
     Attributes:
         error: relative, in a directional derivative of the losses.
-        term: the name of the term whose losses these are; None for all together.
-        layer: where in the model the difference arises, or after it; None where that is not known.
+        term: the term's name; None for all terms together.
+        layer: the first layer with the difference, or None if unknown.
 
     Examples:
         >>> print(Disagreement(0.41, "soft", "body.2"))
@@ -40,13 +40,13 @@ class Disagreement(NamedTuple):
 
 
 class _Probe(NamedTuple):
-    """A random combination of the losses, and its gradient by reverse mode.
+    """A random combination of the losses and its gradient by reverse mode.
 
     Attributes:
-        signs: of the combination, (B, M); zero for other terms.
-        gradient: in the parameters that move.
-        limit: on the relative error.
-        tolerance: of the arithmetic.
+        signs: the combination's signs (B, M), zero for other terms.
+        gradient: in the moving parameters.
+        limit: the largest relative error.
+        tolerance: that of the arithmetic.
     """
 
     signs: Tensor
@@ -55,17 +55,18 @@ class _Probe(NamedTuple):
     tolerance: float
 
     def expected(self, along: Params) -> float:
-        """The derivative of the combination along a direction, by reverse mode."""
-        parts = [(g, along[name]) for name, g in self.gradient.items() if g is not None and name in along]
-        return math.fsum(float((g * u).sum()) for g, u in parts)
+        """The combination's derivative along a direction, by reverse mode."""
+        return math.fsum(float((g * u).sum()) for g, u in self._parts(along))
+
+    def _parts(self, along: Params) -> list[tuple[Tensor, Tensor]]:
+        return [(g, along[name]) for name, g in self.gradient.items() if g is not None and name in along]
 
     def error(self, tangent: Tensor, along: Params) -> float:
-        """The relative error of the losses' tangent along a direction; 0.0 where it is within the limit."""
-        combined = float((self.signs * tangent).sum())
-        parts = [(g, along[name]) for name, g in self.gradient.items() if g is not None and name in along]
-        expected = self.expected(along)
+        """The relative error of the losses' tangent along a direction; 0.0 within the limit."""
+        combined, expected = float((self.signs * tangent).sum()), self.expected(along)
         if not math.isfinite(expected):
-            return 0.0  # either way, which is not the tangents' fault
+            return 0.0  # both modes overflow, so the tangent is not to blame
+        parts = self._parts(along)
         lengths = norm(g for g, _ in parts) * norm(u for _, u in parts)
         scale = max(norm([self.signs * tangent]), abs(expected))
         difference = abs(combined - expected)
@@ -74,10 +75,9 @@ class _Probe(NamedTuple):
         return difference / scale
 
     def even(self) -> Params:
-        """A direction along which each parameter has a random share of 1 to 2, up or down.
+        """A direction along which each parameter contributes equally, up to a random factor of 1 to 2 and a sign.
 
-        The step's own direction may have nearly all of its effect through the last layers, and would hide what is wrong
-        in the first ones.
+        The step's own direction may act mostly through the last layers, and would hide errors in the first ones.
         """
         squares = {name: float(g.square().sum()) for name, g in self.gradient.items() if g is not None}
         floor = (_FAINT * self.tolerance) ** 2 * max(squares.values(), default=0.0)
@@ -93,21 +93,14 @@ class _Probe(NamedTuple):
 def compare_influence(
     problem: Problem, params: Params, batch: Any, u: Params, tangent: Tensor, *, limit: float | None = None
 ) -> Disagreement | None:
-    """Whether the losses' directional derivatives along u are those that reverse mode gives.
+    """Compare the losses' derivatives along u, given as `tangent` (B, M), with those of reverse mode.
 
-    Takes one backward pass a term, with random signs over the samples, and one over all terms. A second forward-mode
-    pass, along a direction that moves the losses by all parameters alike, is compared with the last.
-
-    Args:
-        problem: a `weighted` one; its memory may have a tolerance.
-        params: theta.
-        batch: of the losses.
-        u: the direction.
-        tangent: <grad l_ik, u>, (B, M).
-        limit: on the relative error, for a tangent that is not forward mode's; None for the problem's tolerance.
+    It takes one backward pass per term, with random signs over the samples, and one over all terms. The last is also
+    compared with a forward-mode pass along a direction in which all parameters contribute equally. `limit` is the
+    largest relative error of a tangent that is not forward mode's; None for the problem's tolerance.
 
     Returns:
-        The first term that is off; None where all agree.
+        The first term that differs; None if all agree.
     """
     weighted = problem.weighted
     assert weighted is not None
@@ -130,9 +123,9 @@ def compare_influence(
 
 
 def _is_rounding(problem: Problem, params: Params, batch: Any, probe: _Probe, along: Params, error: float) -> bool:
-    """Whether the derivative moves as much when the parameters move by a few roundings, as one that is zero does.
+    """Whether the derivative changes as much when the parameters move by a few roundings, as a zero derivative does.
 
-    A term whose gradient vanishes, such as a teacher's that is the student itself, leaves nothing but rounding.
+    A term's gradient may vanish, for example if the student is its own teacher; then it is rounding only.
     """
     assert problem.weighted is not None
     if not is_faint(probe.gradient, params, probe.tolerance):
@@ -146,9 +139,9 @@ def _is_rounding(problem: Problem, params: Params, batch: Any, probe: _Probe, al
 
 
 def is_faint(gradient: Gradients, params: Params, tolerance: float) -> bool:
-    """Whether a gradient is so small that the losses hardly move with the parameters: rounding may be all of it.
+    """Whether a gradient is so small, relative to the parameters, that it may be rounding only.
 
-    A larger one is no rounding, however much it jumps: nudged parameters may cross a step of the model's.
+    A larger gradient that jumps between nudged parameters is no rounding: they may cross a step of the model.
     """
     felt = [name for name, g in gradient.items() if g is not None]
     size = norm(gradient[name] for name in felt) * norm(params[name] for name in felt)
@@ -156,7 +149,7 @@ def is_faint(gradient: Gradients, params: Params, tolerance: float) -> bool:
 
 
 def nudged(params: Params, tolerance: float) -> Params:
-    """Parameters moved by a few roundings of the arithmetic with this tolerance, up or down."""
+    """Parameters moved by a few roundings of arithmetic with this tolerance, up or down."""
     delta = 8 * (tolerance / 10) ** 2
     generator = _generator()
     signs = {name: torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1 for name, p in params.items()}
@@ -164,7 +157,7 @@ def nudged(params: Params, tolerance: float) -> Params:
 
 
 def _signs(losses: Tensor, names: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
-    """For each term, random signs over its samples; then those of all terms."""
+    """Random signs over the samples for each term, then for all terms together."""
     signs = torch.randint(2, losses.shape, generator=_generator()).to(losses) * 2 - 1
     for k, name in enumerate(names):
         yield name, signs * (torch.arange(losses.shape[1], device=losses.device) == k)
@@ -172,7 +165,7 @@ def _signs(losses: Tensor, names: Collection[str]) -> Iterator[tuple[str | None,
 
 
 def _layer(probe: _Probe, along: Callable[[Params], Tensor]) -> str | None:
-    """The last parameter whose share of the tangent is wrong, by bisection over their order; its module's name."""
+    """The module whose parameter is the last with a wrong tangent, by bisection over the parameters' order."""
     even = probe.even()
     names = list(even)
 
@@ -185,11 +178,11 @@ def _layer(probe: _Probe, along: Callable[[Params], Tensor]) -> str | None:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if wrong_from(middle) else (low, middle)
-    except Exception:  # a direction of its own may fail where the whole does not; the finding stands without a place
+    except Exception:  # a partial direction may fail; the disagreement is valid without a layer
         return None
     return (names[low].rpartition(".")[0] or names[low]) if names else None
 
 
 def _generator() -> torch.Generator:
-    """Not the global one, which belongs to the training."""
+    """A generator of its own: the global one belongs to the training."""
     return torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The walk back through K inner steps that `Adjoint` and its relatives share."""
+"""The walk back through K inner steps, shared by `Adjoint` and its relatives."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, added, filled, leaves
+from metakd._autodiff import Gradients, added, leaves, with_zeros
 from metakd.batch import map_tensors, tensors
 from metakd.estimators.answer import answer
 from metakd.estimators.problem import Problem
@@ -16,18 +16,18 @@ from metakd.inner import Params
 Products = Callable[[Problem, Params, Params, Any, Params], tuple[Gradients, Gradients]]
 """(problem, params, meta, batch, u) -> products of u with the inner loss's second derivatives, in params and in meta.
 
-The one in params may leave names out; they count as zero."""
+Missing names in params count as zero."""
 
 
 class _Adjoints(NamedTuple):
-    """Gradients of the outer loss in theta_t (by name) and in the floating-point tensors of the state (in order)."""
+    """Gradients of the outer loss in theta_t (by name) and in the state's floating-point tensors (in order)."""
 
     params: Params
     state: list[Tensor]
 
 
 class _Kept(NamedTuple):
-    """A step of the first sweep: where it started, and its gradient."""
+    """A step of the first sweep: its start and its gradient."""
 
     params: Params
     state: Any
@@ -35,10 +35,10 @@ class _Kept(NamedTuple):
 
 
 class _Trail:
-    """The steps of the first sweep, last in, first out; on another device, if asked to.
+    """A stack of the first sweep's steps, on another device if asked.
 
-    All room is taken before the sweep: copies that are left behind between the large tensors of one step and the next
-    would keep the allocator from using that memory again.
+    It allocates all memory before the sweep. Small copies between one step's large tensors and the next's would
+    otherwise keep the allocator from reusing that memory.
     """
 
     def __init__(self, problem: Problem, steps: int, offload: torch.device | str | None) -> None:
@@ -65,7 +65,7 @@ class _Trail:
 
 
 def _copied(value: Any, room: Any) -> Any:
-    """The same nest, each tensor copied into the room's next one where that fits."""
+    """The same nest, each tensor copied into the room's next tensor if that fits."""
     rooms = iter(tensors(room))
 
     def copy(t: Tensor) -> Tensor:
@@ -85,16 +85,15 @@ def walk_back(
     offload: torch.device | str | None = None,
     params_gradient: bool = True,
 ) -> Hypergradient:
-    """The hypergradient through the last `horizon` of the inner steps; through all of them it is exact.
+    """The hypergradient through the last `horizon` inner steps; it is exact through all of them.
 
     Args:
         problem: the bilevel problem.
         horizon: how many steps to walk back.
-        first: the products at the earliest of them, where the one in params is seldom asked for.
-        later: the products at the others.
-        offload: the device that keeps what the first sweep leaves behind; None for where it is.
-        params_gradient: whether `later` is exact in params, so that a walk through all steps has the gradient in
-            theta_0 where the problem wants that.
+        first: the products at the earliest step, where the one in params is rarely needed.
+        later: the products at the other steps.
+        offload: the device that keeps the first sweep's steps; None to leave them in place.
+        params_gradient: whether `later` is exact in params, so that the full walk also gives the gradient in theta_0.
 
     Raises:
         MetaKDError: there is no batch.
@@ -104,18 +103,18 @@ def walk_back(
     trail = _Trail(problem, count - start, offload)
     params, state = problem.sweep(lambda t, *step: trail.push(_Kept(*step)) if t >= start else None)
     outer_loss, v, total = problem.outer_gradients(params)
-    adjoints = _Adjoints(filled(v, params), [torch.zeros_like(t) for t in _floats(state)])
+    adjoints = _Adjoints(with_zeros(v, params), [torch.zeros_like(t) for t in _floats(state)])
     to_start = problem.wants_params_gradient and params_gradient and start == 0
-    felt = any(value is not None for value in v.values())  # whether the outer loss feels the inner steps
-    for t in reversed(range(start, count if felt else start)):
-        products = of_all(later) if t > start or to_start else first
+    depends = any(value is not None for value in v.values())  # on the inner steps
+    for t in reversed(range(start, count if depends else start)):
+        products = averaged_in_params(later) if t > start or to_start else first
         adjoints, in_meta = _step_back(problem, t, trail.pop(), adjoints, products)
         total = added(total, in_meta)
     return answer(problem, outer_loss, total, params, state, adjoints.params if to_start else None)
 
 
-def of_all(products: Products) -> Products:
-    """The products whose part in params is the mean over all parts of the problem."""
+def averaged_in_params(products: Products) -> Products:
+    """The same products, with the one in params averaged over processes."""
 
     def averaged(problem: Problem, params: Params, *step: Any) -> tuple[Gradients, Gradients]:
         in_params, in_meta = products(problem, params, *step)
@@ -127,7 +126,7 @@ def of_all(products: Products) -> Products:
 def _step_back(
     problem: Problem, t: int, kept: _Kept, adjoints: _Adjoints, products: Products
 ) -> tuple[_Adjoints, Gradients]:
-    """The adjoints before step t from those after it, and what the step adds to the hypergradient."""
+    """The adjoints before step t, and the step's contribution to the hypergradient."""
     before, u, in_meta = _through_update(problem, kept, adjoints)
     if not u:
         return before, in_meta
@@ -142,7 +141,7 @@ def _plus(adjoints: _Adjoints, products: Gradients) -> _Adjoints:
 
 
 def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple[_Adjoints, Params, Gradients]:
-    """Pull the adjoints back through one update of the optimizer; also the cotangent u of the gradient."""
+    """Pull the adjoints back through one optimizer update; also gives the gradient's cotangent u."""
     theta, meta = leaves(kept.params), leaves(problem.meta_params)
     g = leaves({name: value for name, value in kept.gradient.items() if value is not None})
     state = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, kept.state)
@@ -153,7 +152,7 @@ def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple
     old = _floats(state)
     inputs = [*theta.values(), *old, *g.values(), *meta.values()]
     found = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
-    in_params = filled({name: next(found) for name in theta}, theta)
+    in_params = with_zeros({name: next(found) for name in theta}, theta)
     in_state = [torch.zeros_like(s) if (a := next(found)) is None else a for s in old]
     in_gradient = {name: next(found) for name in g}
     in_meta: Gradients = {name: next(found) for name in meta}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from metakd.errors import MetaKDError
 
 if TYPE_CHECKING:
     from metakd.balancer import BilevelLossBalancer
+
+T = TypeVar("T")
 
 
 class LearnedWeights(NamedTuple):
@@ -67,21 +69,32 @@ def learned_weights(balancer: BilevelLossBalancer, batches: Iterable[Any]) -> Le
         >>> learned.weights.shape, learned.by_class(3).shape
         (torch.Size([16, 1]), torch.Size([3, 1]))
     """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def labelled(features: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
+            raise MetaKDError(
+                "weights are read by class, so every batch needs labels of shape (B,): pass (inputs, targets)"
+            )
+        return batch.targets.long().cpu(), features.cpu(), weights.cpu()
+
+    read = answers(balancer, batches, labelled)
+    targets, features, weights = (torch.cat(parts) for parts in zip(*read, strict=True))
+    return LearnedWeights(balancer, targets, features, weights)
+
+
+def answers(
+    balancer: BilevelLossBalancer, batches: Iterable[Any], keep: Callable[[Tensor, Batch, Tensor], T]
+) -> list[T]:
+    """What `keep` makes of each batch's features (B, F), batch and weights (B, M), with the student in eval mode."""
+    found: list[T] = []
     with in_eval_mode(balancer.student):
         for item in batches:
             with first_answer(balancer.weighting) as seen:
                 balancer.weights(item)
-            features, batch, weights = seen[0]
-            if not isinstance(batch.targets, Tensor) or batch.targets.shape != weights.shape[:1]:
-                raise MetaKDError(
-                    "weights are read by class, so every batch needs labels of shape (B,): pass (inputs, targets)"
-                )
-            found.append((batch.targets.long().cpu(), features.cpu(), weights.cpu()))
+            found.append(keep(*seen[0]))
     if not found:
         raise MetaKDError("there is no batch to read weights of; pass the training batches, not an exhausted iterator")
-    targets, features, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return LearnedWeights(balancer, targets, features, weights)
+    return found
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -23,10 +21,10 @@ def log(
 ) -> None:
     """Write the balancer's last step to TensorBoard, on every n-th step.
 
-    Scalars are the mean weight, loss and influence of each term, the meta loss and the norm of the hypergradient. Those
-    that need a hypergradient are omitted if the step took none. With `balancer.every` > 1, count steps from 1 and
-    choose a multiple of it. A written step waits for the device once (histograms: once more each); other steps cost
-    nothing.
+    The scalars are those of `report.scalars()`: the mean weight, loss and influence of each term, the meta loss and
+    the norm of the hypergradient. Those that need a hypergradient are omitted if the step took none. For a balancer
+    with `every=n`, count steps from 1 and choose a multiple of n. A written step waits for the device once
+    (histograms: once more each); other steps cost nothing.
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or any object with its methods.
@@ -40,6 +38,7 @@ def log(
         MetaKDError: the balancer has no report yet.
 
     Examples:
+        >>> import torch
         >>> from metakd import BilevelLossBalancer, terms
         >>> class Printer:
         ...     def add_scalar(self, tag, value, step):
@@ -56,19 +55,10 @@ def log(
     if step % every:
         return
     report = balancer.report
-    by_term = {"weight": report.weights, "loss": report.losses, "influence": report.influence}
-    alone = {"meta_loss": report.meta_loss, "hypergradient_norm": report.hypergradient_norm}
-    scalars = {
-        f"{prefix}/{name}/{term}": mean
-        for name, values in by_term.items()
-        if values is not None
-        for term, mean in zip(balancer.terms, values.mean(0), strict=True)
-    }
-    scalars |= {f"{prefix}/{name}": value for name, value in alone.items() if value is not None}
-    # One tensor, so one host sync.
-    for tag, number in zip(scalars, torch.stack([s.float() for s in scalars.values()]).tolist(), strict=True):
-        writer.add_scalar(tag, number, step)
-    for name, values in by_term.items() if histograms else ():
+    for name, number in report.scalars().items():
+        writer.add_scalar(f"{prefix}/{name}", number, step)
+    by_sample = {"weight": report.weights, "loss": report.losses, "influence": report.influence}
+    for name, values in by_sample.items() if histograms else ():
         if values is not None:
             for term, column in zip(balancer.terms, values.float().unbind(1), strict=True):
                 writer.add_histogram(f"{prefix}/{name} of samples/{term}", column, step)

@@ -8,6 +8,7 @@ from benchmarks import first_call
 from benchmarks.common.first import METHODS, STEADY, first_cell
 
 
+@pytest.mark.slow
 def test_the_first_call_is_the_one_with_the_proof():
     cell = {"case": "convnet4", "batch_size": 4, "device": "cpu", "clock": "cpu", "repeats": 3, "seconds": 60.0}
     rounds = first_cell(cell)["rounds"]

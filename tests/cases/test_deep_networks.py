@@ -49,6 +49,7 @@ def deep(name: str, lr: float) -> tuple[BilevelLossBalancer, Batch, Batch]:
     return balanced(Case(student, [torch.optim.SGD(student.parameters(), lr=lr)])), batch, meta_batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), DEEP)
 def test_a_deep_network_at_few_samples_is_exact_or_near_a_kink(name, lr):
     balancer, batch, meta_batch = deep(name, lr)
@@ -75,6 +76,7 @@ class Bent(estimators.OneStep):
         return found._replace(gradient=bent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lr"), DEEP[1:])
 def test_a_fault_in_a_deep_network_is_called_a_fault(name, lr):
     balancer, batch, meta_batch = deep(name, lr)

@@ -115,6 +115,28 @@ def test_inside_a_cache_of_parametrizations(estimator):
 @pytest.mark.parametrize("estimator", [estimators.OneStep(), estimators.OneStep("reverse"), estimators.Adjoint()])
 def test_a_cache_that_only_the_loop_empties_is_refused(estimator):
     balancer = balanced(Setup(OwnCache().double(), HARD_AND_SMOOTH), estimator=estimator)
-    with pytest.raises(MetaKDError, match="a cache of what comes from the parameters"):
+    with pytest.raises(MetaKDError, match="a cache of values computed from the parameters"):
         balancer(*data())
     assert balancer.student.cache == {}
+
+
+class Keyed(nn.Module):
+    """Scales its outputs by a number that it looks up by a parameter, or by what stands for that."""
+
+    def __init__(self, key, missing=None) -> None:
+        super().__init__()
+        self.head, self.key, self.missing = nn.Linear(4, CLASSES), key, missing
+        self.scales, self.known = {key(self.head.weight): 2.0}, {self.head.bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = self.key(self.head.weight)
+        scale = self.scales[key] if self.missing is None else self.scales.get(key, self.missing)
+        return self.head(x) * (scale if self.head.bias in self.known else 1.0)
+
+
+def test_dicts_keyed_by_a_parameter_are_right_and_by_its_id_refused():
+    assert_right(lambda: Setup(Keyed(lambda p: p).double(), HARD_AND_SMOOTH))
+    for missing in (None, 1.0):
+        balancer = balanced(Setup(Keyed(id, missing).double(), HARD_AND_SMOOTH))
+        with pytest.raises(MetaKDError, match=r"key dicts by (the|a) parameter or its name.*id\(parameter\)"):
+            balancer(*data())

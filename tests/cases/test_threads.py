@@ -124,6 +124,7 @@ def shared() -> Iterator[dict[str, Any]]:
 THREADED = [mlp, Sequences, Attention, Checkpointed, orthogonal]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", THREADED)
 @pytest.mark.parametrize("estimator", [estimators.OneStep(), estimators.Adjoint()])
 def test_two_threads_are_two_trainings(student, estimator, shared):

@@ -68,7 +68,7 @@ CUTS = {
     ),
     "different parts": (
         {"outer": lambda p, m: p["other"].sum()},
-        r"outer loss depends on \['other'\] alone, and the inner steps move \['x'\] alone",
+        r"outer loss depends only on \['other'\], and the inner steps move only \['x'\]",
     ),
     "phi is cut": (
         {"inner": lambda p, m, batch: (m["phi"].detach() * p["x"] ** 2).sum()},

@@ -196,7 +196,7 @@ def test_a_hessian_without_a_minimum_is_refused():
     ("arguments", "message"),
     [
         ({"solver": "gmres"}, "'cg' and 'neumann'"),
-        ({"steps": 0}, "steps must be"),
+        ({"steps": 0}, "steps is 0, but must be"),
         ({"damping": -1.0}, "damping must be"),
         ({"damping": float("nan")}, "damping must be"),
         ({"step_size": 0.1}, "have no step_size"),

@@ -51,6 +51,7 @@ def recipes(draw):
     return recipe
 
 
+@pytest.mark.slow
 @given(recipes())
 @example(Recipe(("alias", "shared_batch_norm", "hook_stores_in_dict"), accumulate=2))
 @example(Recipe(("dropout", "counter_nonlocal", "generator_of_numpy")))
@@ -60,6 +61,7 @@ def test_every_call_is_exact_or_refuses(recipe):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(INGREDIENTS))
 def test_every_part_alone(name):
     found = faults(Recipe((name,), accumulate=1 + len(name) % 2))
