@@ -82,10 +82,11 @@ class BilevelLossBalancer:
         accumulate: how many hypergradients each step of the weight model averages (the paper's k).
         every: take a hypergradient on every n-th call only (calls n, 2n, ...).
         batch_fn: loader item -> `Batch`; the default takes (x, y), (x, y, index), a mapping or a `Batch`.
-        verify: prove exactness on this student. At the first hypergradient, and when modules, modes, hooks, shapes of
-            inputs, terms or estimator change, compare the losses and the gradient of a virtual pass with those of the
-            real one, and forward mode with reverse mode. That costs 3 forward passes and M + 3 backward passes, once.
-            A number n repeats it at every n-th hypergradient; False omits it.
+        verify: prove exactness on this student. At the first hypergradient, and when modules, modes, hooks, switches,
+            shapes of inputs, terms or estimator change, compare losses and gradients of virtual passes with those of
+            real ones, and forward mode or the double backward with first-order gradients. With `OneStep` that costs 6
+            forward passes, a forward-mode pass and M + 5 backward passes, once. A number n repeats it at every n-th
+            hypergradient; False omits it.
 
     Raises:
         MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
