@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,9 +63,19 @@ def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, ho
                 put_back(start)
             else:
                 if len(failures) % 2:  # the same move works now, so it did not cause the failure
-                    raise failures[-1]
+                    _raise_last(failures)
                 return found
-    raise failures[-1]
+    _raise_last(failures)
+
+
+def _raise_last(failures: list[Exception]) -> NoReturn:
+    """Raise the last one; no frame of its traceback holds it, so that nothing is left to the garbage collector."""
+    failure = failures.pop()
+    failures.clear()
+    try:
+        raise failure
+    finally:
+        del failure
 
 
 class _MovedTooFarError(Exception):
