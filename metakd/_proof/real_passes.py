@@ -64,6 +64,7 @@ def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, ho
             else:
                 if len(failures) % 2:  # the same move works now, so it did not cause the failure
                     _raise_last(failures)
+                failures.clear()  # their tracebacks hold this frame
                 return found
     _raise_last(failures)
 
@@ -171,9 +172,8 @@ def _move(params: Params, size: float, seed: int) -> None:
     """Change each entry in place by a share of itself and of the mean size, so that small entries may change sign."""
     generator = torch.Generator().manual_seed(seed)
     for p in params.values() if size else ():
-        share = size * (3 * torch.rand(p.shape, generator=generator) - 1).to(
-            p
-        )  # mean above zero, so that the norm changes, too
+        uneven = 3 * torch.rand(p.shape, generator=generator) - 1  # its mean is not zero, so that norms change, too
+        share = size * uneven.to(p)
         p.add_(share * (p + p.abs().mean()) if bool(p.any()) else share * _MOVES[0])
 
 
