@@ -65,6 +65,11 @@ def leaves(values: Params) -> Params:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
+def moved(params: Params, u: Params, step: float | Tensor) -> Params:
+    """The parameters moved by `step * u`; those that u leaves out stay."""
+    return {name: p + step * u[name] if name in u else p for name, p in params.items()}
+
+
 def gradients(loss: Tensor, params: Params, **options: Any) -> Gradients:
     """Dense gradients of a scalar by name; None if the loss does not depend on a parameter."""
     if not loss.requires_grad or not params:

@@ -100,12 +100,13 @@ def proof_key(
         >>> before == proof_key(net, torch.ones(5, 3), {}, None)
         False
     """
-    modules = tuple((id(m), m.training, *_hooks(m)) for m in student.module.modules())
+    every = list(student.module.modules())
+    modules = tuple((id(m), m.training, *_hooks(m)) for m in every)
     trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.module.parameters())
     shapes = tuple((t.dtype, *t.shape[1:]) for t in tensors(inputs))
     switches = tuple(
         (name, value)
-        for m in student.module.modules()
+        for m in every
         if not type(m).__module__.startswith("torch.")
         for name, value in vars(m).items()
         if value is None or type(value) in (bool, str)

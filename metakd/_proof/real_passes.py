@@ -21,7 +21,7 @@ from metakd._virtual.precision import as_written
 from metakd.batch import Batch, detached_copy
 from metakd.errors import MetaKDError
 from metakd.estimators.tolerance import tolerance_of
-from metakd.inner import Params
+from metakd.inner import Params, as_real
 from metakd.terms import Term
 
 _MOVES = 0.05, 5e-4  # relative; far enough to change the losses of a pass that reads the right parameters
@@ -98,7 +98,6 @@ def _passes_moved_by(
         uncompiled(student.module),
     ):
         for t, (what, batch, terms, _) in enumerate(passes):
-            params = {name: p.clone() for name, p in student.detached().items()}
             values = {name: p.detach().clone() for name, p in trained.items()}
             try:
                 with hooks, no_parametrization_cache(), _no_autocast_cache():
@@ -117,6 +116,7 @@ def _passes_moved_by(
             check_apart(train.losses, nodes)
             with as_written(student.device_type):
                 gradient = train.last_gradient_of(uncancelled_mean(train.losses), trained)
+            params = {name: student.cast(as_real(value)) for name, value in values.items()}
             found.append(RealResult(train.losses.detach(), gradient, params, tolerance_of(train.losses)))
             _move(trained, size, seed=t)
     return found

@@ -48,7 +48,6 @@ class PythonState:
         self._arrays = [(array, array.copy()) for array in places.arrays if array.size <= _SMALL]
         self.large_arrays = [array for array in places.arrays if array.size > _SMALL]
         self.tensors = list(self._tensors())
-        self._iterators = [(found, key, v) for found, key, v in self._entries() if is_iterator(v)]
         self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
         buffers = {id(b) for m in places.modules for b in m._buffers.values()}
         writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t))}
@@ -96,8 +95,9 @@ class PythonState:
 
     def guard_iterators(self) -> None:
         """Make every iterator refuse to advance, until `put_back`."""
-        for container, key, iterator in self._iterators:
-            container[key] = RefusingIterator(key, iterator)
+        for container, key, value in self._entries():
+            if is_iterator(value):
+                container[key] = RefusingIterator(key, value)
 
     def _swap(self, swaps: Mapping[int, Tensor]) -> None:
         for container, key, value, tensor in self.tensors:

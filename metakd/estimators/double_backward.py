@@ -13,6 +13,7 @@ from metakd._autodiff import (
     graph_nodes,
     joint_gradients,
     leaves,
+    moved,
     norm,
     second_order_gradients,
     slope,
@@ -32,10 +33,10 @@ def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Para
     """Raise if a double backward gives other derivatives of the losses along u than first-order gradients do."""
     weighted = problem.weighted
     assert weighted is not None
-    moved = leaves({name: params[name] for name in u})
-    losses = twice_differentiable(lambda: weighted.losses({**params, **moved}, batch))
+    theta = leaves({name: params[name] for name in u})
+    losses = twice_differentiable(lambda: weighted.losses({**params, **theta}, batch))
     cotangent = torch.zeros_like(losses, requires_grad=True)
-    derivative = slope(graph_gradients((cotangent * losses).sum(), moved), u)
+    derivative = slope(graph_gradients((cotangent * losses).sum(), theta), u)
     tangent = torch.zeros_like(losses)
     if derivative is not None:
         tangent = with_zeros(second_order_gradients(derivative, {"w": cotangent}), {"w": losses.detach()})["w"]
@@ -65,7 +66,7 @@ def reject_wrong_products(
     h = precision ** (1 / 3) * max(norm(params[name] for name in u), 1e-3) / length
 
     def loss_at(step: float) -> float:
-        return float(problem.inner(leaves(_moved(params, u, step)), meta, batch).detach())
+        return float(problem.inner(leaves(moved(params, u, step)), meta, batch).detach())
 
     if abs((loss_at(h) - loss_at(-h)) / (2 * h) - float(expected)) > _DIFFERENT / 2 * abs(float(expected)):
         return
@@ -73,7 +74,7 @@ def reject_wrong_products(
     def differences(h: float) -> list[Tensor]:
         sides = []
         for step in (h, -h):
-            near, phi = leaves(_moved(params, u, step)), leaves(meta)
+            near, phi = leaves(moved(params, u, step)), leaves(meta)
             sides.append(joint_gradients(problem.inner(near, phi, batch), near, phi))
         return [(a - b) / (2 * h) for a, b in zip(*(list(_flat(side)) for side in sides), strict=True)]
 
@@ -91,10 +92,6 @@ def reject_wrong_products(
             "reverse mode is wrong on this model: a product with the inner loss's second derivatives is off by "
             f"{as_share(off / size)} from differences of its gradients. {_CAUSES}"
         )
-
-
-def _moved(params: Params, u: Params, step: float) -> Params:
-    return {name: p + step * u[name] if name in u else p for name, p in params.items()}
 
 
 def _is_users_own(node: Any) -> bool:

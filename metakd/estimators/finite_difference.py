@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metakd._autodiff import Gradients, gradients, joint_gradients, leaves
+from metakd._autodiff import Gradients, gradients, joint_gradients, leaves, moved
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Problem, WeightedLosses
 from metakd.estimators.result import Hypergradient
@@ -93,11 +93,11 @@ class FiniteDifference:
             self._compare(problem, problem.weighted, params, batch, u, h)
 
         def side(step: Tensor) -> Gradients:
-            moved = _moved(params, u, step)
+            there = _moved(params, u, step)
             try:
-                return gradients(problem.inner(moved, meta, batch), meta)
+                return gradients(problem.inner(there, meta, batch), meta)
             except RuntimeError:  # a loss may itself take gradients in the parameters, which needs leaves
-                return gradients(problem.inner(leaves(moved), meta, batch), meta)
+                return gradients(problem.inner(leaves(there), meta, batch), meta)
 
         ahead = side(h)
         if self.sides == 2:
@@ -143,13 +143,13 @@ class FiniteDifference:
 
 
 def _moved(params: Params, u: Params, h: Tensor) -> Params:
-    moved = {name: p + h * u[name] if name in u else p for name, p in params.items()}
-    if bool(h) and all(torch.equal(moved[name], params[name]) for name in u):
+    there = moved(params, u, h)
+    if bool(h) and all(torch.equal(there[name], params[name]) for name in u):
         raise MetaKDError(
             f"epsilon is lost in the rounding of {next(iter(u.values())).dtype}: no parameter moves; give a larger one "
             "or None"
         )
-    return moved
+    return there
 
 
 def _slope(ahead: Gradients, behind: Gradients, distance: Tensor) -> Gradients:

@@ -155,7 +155,7 @@ def build_model(name: str, *, classes: int, channels: int = 3, size: int = 32) -
 def _torchvisions(name: str, classes: int, channels: int) -> nn.Module:
     if channels != 3:
         raise MetaKDError(f"torchvision's networks take 3 channels, and the images have {channels}")
-    models: Any = import_module(f"{import_torchvision().__name__}.models")
+    models: Any = import_torchvision().models
     if name not in models.list_models():
         raise MetaKDError(f"torchvision has no network named {name!r}; see torchvision.models.list_models()")
     found: nn.Module = models.get_model(name, weights=None, num_classes=classes)

@@ -29,12 +29,7 @@ class Recomputed(torch.autograd.Function):
         return torch.autograd.grad(y, [x, w], g)
 
 
-class LeavesTorch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return (x @ w).tanh()
-
+class LeavesTorch(Recomputed):
     @staticmethod
     def backward(ctx, g):
         x, w = (t.data for t in ctx.saved_tensors)
