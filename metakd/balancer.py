@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from threading import RLock
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakd._basics.checks import check, read_at_end
 from metakd._basics.positive_int import positive_int
+from metakd._basics.together import clones
 from metakd._call.arguments import check_parts, check_teacher, default_weighting, validated
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.objective import Objective, weighted_mean
@@ -180,20 +183,7 @@ class BilevelLossBalancer:
             self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
             if meta_batch is not None:
                 meta_batch = self._prove([read], meta_batch)
-            before = snapshot.keep_batch(read)
-            train = TrainPass(
-                self.student, self._functional, read, self.terms, snapshot.start, hooked=self._proofs.hooked
-            )
-            if overflow := self._overflow(train):
-                return self._unweighted(train, overflow)
-            with self._functional.untouched() as end:
-                features = self._features_of(train, read)
-                if meta_batch is None:
-                    loss, self._report = self._weigh(train, read, features, skipped)
-                else:
-                    objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
-                    with as_written(self._functional.device_type):
-                        loss, self._report = self._learn(snapshot, objective, train, features)
+            loss = self._trained(snapshot, read, meta_batch, skipped)
             self._ranks.agree("the end of the call")
             return loss
 
@@ -248,6 +238,7 @@ class BilevelLossBalancer:
                 else:
                     result = estimate(self.estimator, problem)
                     norm = self._step.take(result.gradient, snapshot.keep_optimizer)
+                    check(partial(self._judge_norm, None), norm)
                     report = Report(*objective.last, None, result.outer_loss, norm, terms=tuple(self.terms))
             self._ranks.agree("the end of the meta step")
             self._report = report
@@ -349,6 +340,27 @@ class BilevelLossBalancer:
             raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
         return meta_batch, None
 
+    def _trained(self, snapshot: Snapshot, batch: Batch, meta_batch: Batch | None, skipped: str | None) -> Tensor:
+        """The training pass, the hypergradient of a given meta batch, and the weighted loss; sets the report."""
+        with read_at_end():
+            lending = self._proofs.lending
+            before = batch if lending.only_read else snapshot.keep_batch(batch)
+            with lending.lend(batch, itself=True):
+                train = TrainPass(
+                    self.student, self._functional, batch, self.terms, snapshot.start, hooked=self._proofs.hooked
+                )
+            if overflow := self._overflow(train):
+                return self._unweighted(train, overflow)
+            with self._functional.untouched() as end:
+                features = self._features_of(train, batch)
+                if meta_batch is None:
+                    loss, self._report = self._weigh(train, batch, features, skipped)
+                    return loss
+                objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
+                with as_written(self._functional.device_type):
+                    loss, self._report = self._learn(snapshot, objective, train, features)
+                    return loss
+
     def _features_of(self, train: TrainPass, batch: Batch) -> Tensor:
         """The weight model's inputs; also gives all ranks the same weight model."""
         features = evaluate_features(self.features, train.losses, train.outputs, batch)
@@ -384,17 +396,24 @@ class BilevelLossBalancer:
             weights = evaluate_weights(lambda *_: from_influence(all_ranks)[own], features, batch, losses)
         else:
             gradient = self._step.pull_back(weights, result.gradient["weights"])
-            felt = self._ranks.several or bool(influence.any())
-            if not (felt or self._said_zero):
-                warnings.warn(_ZERO, stacklevel=5)
-                self._said_zero = True
-            norm = self._step.take(gradient, snapshot.keep_optimizer, felt=felt)
+            norm = self._step.take(gradient, snapshot.keep_optimizer)
+            check(partial(self._judge_norm, influence), norm)
             if moves:
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         used = weights.detach().clone()
         report = Report(losses.detach(), used, influence, result.outer_loss, norm, terms=tuple(self.terms))
         return loss, report
+
+    def _judge_norm(self, influence: Tensor | None, norm: float) -> None:
+        """Raise if the hypergradient is zero although the influence is not; warn once if both are."""
+        if norm != 0.0 or any(p.grad is not None and bool(p.grad.any()) for p in self._step.params().values()):
+            return
+        if influence is None or self._ranks.several or bool(influence.any()):
+            raise MetaKDError(_SATURATED)
+        if not self._said_zero:
+            warnings.warn(_ZERO, stacklevel=7)
+            self._said_zero = True
 
     def _look_ahead(
         self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
@@ -451,7 +470,7 @@ class BilevelLossBalancer:
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
         features = self.features if end is None else None  # the real forward pass has given the weights already
         parts = self.terms, self.meta_loss, features, self.weighting
-        return Objective(student, *parts, known, meta, start=start, end=end)
+        return Objective(student, *parts, known, meta, self._proofs.lending, start=start, end=end)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
@@ -483,10 +502,11 @@ class BilevelLossBalancer:
             return weighted_mean(weighted.weights(meta, step), losses)
 
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
+        theta = objective.student.detached()
         return Problem(
             inner,
             [objective.outer],
-            {name: p.clone() for name, p in objective.student.detached().items()},  # a pass may write to .data
+            dict(zip(theta, clones(list(theta.values())), strict=True)),  # a pass may write to .data
             phi,
             objective.steps,
             lambda _: optimizer.transformation,
@@ -537,5 +557,10 @@ _ONE_AT_A_TIME = RLock()
 _ZERO = (
     "the influence of every sample is exactly zero: the meta loss does not depend on the lookahead's step, as with an "
     "inner learning rate of 0 or a meta loss that is flat here. If this continues, nothing is learned"
+)
+_SATURATED = (
+    "the hypergradient of the weight model is exactly zero although its weights influence the meta loss; its output is "
+    "saturated or constant: restart it with weights away from the ends of their range, or (softmax over one term) use "
+    "output='sigmoid'"
 )
 _STILL = "the learning rate is 0, so no inner step moves the student and no weight can matter"

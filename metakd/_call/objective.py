@@ -8,10 +8,11 @@ from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
 from metakd._call.evaluate import checked_losses, evaluate_weights
+from metakd._call.lending import Lending
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import virtual_autocast
 from metakd._virtual.swapping import with_parameters
-from metakd.batch import Batch, detached_copy
+from metakd.batch import Batch
 from metakd.estimators.problem import Step, WeightedLosses
 from metakd.terms import Term
 from metakd.weighting.features import Features, evaluate_features
@@ -19,7 +20,8 @@ from metakd.weighting.features import Features, evaluate_features
 
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors."""
-    return (weights * losses).sum() / losses.shape[0]
+    # Divided first, because the weights are constants in most derivatives.
+    return (weights / losses.shape[0] * losses).sum()
 
 
 class Objective:
@@ -37,6 +39,7 @@ class Objective:
         weighting: the weight model.
         batches: one per inner step, with the teacher's outputs.
         meta_batch: the batch of the outer loss.
+        lending: gives each pass its batch.
         start: the start of step 0.
         end: the start of the meta batch's pass, if the real forward pass has already led there (K = 1).
     """
@@ -50,13 +53,14 @@ class Objective:
         weighting: nn.Module,
         batches: Sequence[Batch],
         meta_batch: Batch,
+        lending: Lending,
         *,
         start: Start,
         end: Start | None = None,
     ) -> None:
         self.student, self.weighting, self.features = student, weighting, features
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
-        self.steps, self.meta_batch = Step.all_of(batches), meta_batch  # each pass takes copies
+        self.steps, self.meta_batch, self.lending = Step.all_of(batches), meta_batch, lending
         self._starts = [start] if end is None else [start, end]
         self._autocast = virtual_autocast(student.device_type)
         self._seen: dict[int, Tensor] = {}
@@ -65,9 +69,8 @@ class Objective:
     def opening(self) -> "Objective":
         """A fresh objective from the same start, with at most the first two inner steps."""
         meta_loss, batches = self.meta_terms["meta_loss"], [step.batch for step in self.steps[:2]]
-        return Objective(
-            self.student, self.terms, meta_loss, None, self.weighting, batches, self.meta_batch, start=self._starts[0]
-        )
+        parts = self.terms, meta_loss, None, self.weighting
+        return Objective(self.student, *parts, batches, self.meta_batch, self.lending, start=self._starts[0])
 
     def weighted(self) -> WeightedLosses:
         """The inner losses, weighted by the weight model."""
@@ -75,11 +78,11 @@ class Objective:
 
     def given_weights(self) -> WeightedLosses:
         """The inner losses, weighted by the meta-parameter "weights", (B, M)."""
-        return WeightedLosses(self.losses, lambda meta, step: meta["weights"], list(self.terms))
+        return WeightedLosses(self.losses, lambda meta, step: meta["weights"], list(self.terms), given="weights")
 
     def losses(self, params: Params, step: Step) -> Tensor:
         """The terms' losses (B, M) of an inner step at `params`."""
-        t, batch = step.number, self.student.cast(detached_copy(step.batch))
+        t = step.number
 
         def evaluated(outputs: Any) -> Tensor:
             losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
@@ -89,7 +92,8 @@ class Objective:
             return losses
 
         following = len(self._starts) == t + 1
-        with self._autocast():
+        with self.lending.lend(step.batch) as lent, self._autocast():
+            batch = self.student.cast(lent)
             losses, end = self.student.run(params, batch.inputs, self._starts[t], evaluated, wants_end=following)
         if end is not None:
             self._starts.append(end)
@@ -118,11 +122,11 @@ class Objective:
 
     def meta_losses(self, params: Params) -> Tensor:
         """The meta loss of each sample at `params`, (B, 1)."""
-        batch = self.student.cast(detached_copy(self.meta_batch))
 
         def evaluated(outputs: Any) -> Tensor:
             return checked_losses(self.meta_terms, outputs, batch, "the meta batch")
 
-        with self._autocast():
+        with self.lending.lend(self.meta_batch) as lent, self._autocast():
+            batch = self.student.cast(lent)
             losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.steps)], evaluated)[0]
         return losses

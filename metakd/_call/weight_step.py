@@ -1,7 +1,7 @@
 """The weight model's side of a step: hypergradients are accumulated, averaged, and given to its optimizer."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import with_zeros
+from metakd._basics.together import clones, norm_of, scaled, summed
 from metakd._call.optimizer_state import load_optimizer_state
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Mean, unchanged
@@ -89,35 +90,29 @@ class WeightingStep:
         found = torch.autograd.grad(weights, list(params.values()), cotangent.to(weights.dtype), allow_unused=True)
         return with_zeros(dict(zip(params, found, strict=True)), params)
 
-    def take(self, gradient: Gradient, before_step: Callable[[], None], *, felt: bool = True) -> Tensor:
+    def take(self, gradient: Gradient, before_step: Callable[[], None]) -> Tensor:
         """Accumulate this process's part of a hypergradient; step the weight model if `accumulate` have come together.
 
         Afterwards every parameter's `.grad` is this hypergradient, and its norm is returned. `before_step` runs right
-        before the optimizer's step. `felt` says that the meta loss depends on the weights.
-
-        Raises:
-            MetaKDError: the hypergradient is exactly zero although the meta loss depends on the weights.
+        before the optimizer's step.
         """
         params = self.params()
         gradient = with_zeros(self._mean({**gradient}, params, "the hypergradient"), params)
-        if felt and not any(bool(g.any()) for g in gradient.values()):
-            raise MetaKDError(
-                "the hypergradient of the weight model is exactly zero although its weights influence the meta "
-                "loss; its output is saturated or constant: restart it with weights away from the ends of their "
-                "range, or (softmax over one term) use output='sigmoid'"
-            )
-        total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
+        norm = norm_of(list(gradient.values()))
+        number, total = self.pending.number + 1, gradient
+        if self.pending.total:
+            sums = summed(list(self.pending.total.values()), list(gradient.values()))
+            total = dict(zip(gradient, sums, strict=True))
         if self.moves_next and self.optimizer is not None:
-            for name, p in params.items():
-                p.grad = total[name] / (self.pending.number + 1)
+            means = scaled(list(total.values()), 1 / number) if number > 1 else clones(list(total.values()))
+            _set_gradients(params, means)
             before_step()
             self.optimizer.step()
             self.pending = Pending({}, 0)
+            _set_gradients(params, list(gradient.values()))
         else:
-            self.pending = Pending(total, self.pending.number + 1)
-        for name, p in params.items():
-            p.grad = gradient[name].clone()
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+            self.pending = Pending(total, number)
+            _set_gradients(params, clones(list(gradient.values())))  # the user may clear them in place
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,9 +120,9 @@ class WeightingStep:
         weights = self.weighting.state_dict()
         return {
             # A model whose lazy layers have seen no batch has nothing to save.
-            "weighting": {} if any(map(is_lazy, weights.values())) else clones(weights),
+            "weighting": {} if any(map(is_lazy, weights.values())) else _copies(weights),
             "weighting_optimizer": {} if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
-            "pending": clones(self.pending.total),
+            "pending": _copies(self.pending.total),
             "pending_count": self.pending.number,
         }
 
@@ -143,9 +138,13 @@ class WeightingStep:
         self.pending = Pending(total, int(state["pending_count"]))
 
 
-def clones(values: Mapping[str, Tensor]) -> Gradient:
-    """Detached copies by name."""
-    return {name: value.detach().clone() for name, value in values.items()}
+def _set_gradients(params: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
+    for p, gradient in zip(params.values(), gradients, strict=True):
+        p.grad = gradient
+
+
+def _copies(values: Mapping[str, Tensor]) -> Gradient:
+    return dict(zip(values, clones(list(values.values())), strict=True))
 
 
 def _check_optimizer(optimizer: Any, params: list[nn.Parameter]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metakd._basics.nest import tensors
 from metakd._basics.positive_int import positive_int
+from metakd._call.lending import Lending
 from metakd._call.objective import Objective
 from metakd._call.train_pass import TrainPass
 from metakd._proof.demands import check_unwritten
@@ -32,13 +33,14 @@ class Proofs:
     Attributes:
         repeats: False if compiled code draws its own random numbers; the lookahead's gradient is then a virtual pass's.
         hooked: whether a forward pass registers hooks on activations, which must see the user's backward pass.
+        lending: gives passes copies of their batches, until a proof has seen that they only read.
 
     Raises:
         MetaKDError: another `verify`.
     """
 
     def __init__(self, verify: bool | int) -> None:
-        self.repeats, self.hooked = True, False
+        self.repeats, self.hooked, self.lending = True, False, Lending()
         self._wanted = verify is not False
         self._period = None if isinstance(verify, bool) else positive_int(verify, "verify")
         self._proven: frozenset[tuple[Hashable, Hashable]] = frozenset()
@@ -64,9 +66,11 @@ class Proofs:
         Raises:
             MetaKDError: losses or gradients differ.
         """
+        self.lending.only_read = False
         found = compare_passes(objective)
         if found is None:
             return
+        self.lending.only_read = not self.lending.written
         memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
 

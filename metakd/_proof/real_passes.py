@@ -12,13 +12,14 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.overrides import TorchFunctionMode
 
 from metakd._autodiff import Gradients
+from metakd._call.lending import Lending
 from metakd._call.objective import weighted_mean
 from metakd._call.train_pass import TrainPass
 from metakd._proof.demands import check_apart, check_disjoint, check_same_parameters, check_unwritten
 from metakd._virtual.functional import FunctionalStudent, Start, put_back
 from metakd._virtual.kernels import no_parametrization_cache, uncompiled
 from metakd._virtual.precision import as_written
-from metakd.batch import Batch, detached_copy
+from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.estimators.tolerance import tolerance_of
 from metakd.inner import Params, as_real
@@ -45,7 +46,9 @@ class RealResult(NamedTuple):
     limit: float
 
 
-def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks) -> list[RealResult] | None:
+def real_passes(
+    student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks, lending: Lending
+) -> list[RealResult] | None:
     """Run the passes by the student itself, in order, each after the first with its parameters moved.
 
     A moved pass reveals code that reads parameters from elsewhere. Some models fail away from their parameters, such as
@@ -57,7 +60,7 @@ def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, ho
     for size in (*_MOVES, 0.0):
         for _ in range(2):
             try:
-                found = _passes_moved_by(size, student, passes, start, hooks)
+                found = _passes_moved_by(size, student, passes, start, hooks, lending)
             except _MovedTooFarError as error:
                 failures.append(error.failure)
                 put_back(start)
@@ -88,7 +91,7 @@ class _MovedTooFarError(Exception):
 
 
 def _passes_moved_by(
-    size: float, student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks
+    size: float, student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks, lending: Lending
 ) -> list[RealResult] | None:
     trained, found, nodes = student.trainable(), list[RealResult](), set[Any]()
     start.state.guard_iterators()
@@ -100,8 +103,8 @@ def _passes_moved_by(
         for t, (what, batch, terms, _) in enumerate(passes):
             values = {name: p.detach().clone() for name, p in trained.items()}
             try:
-                with hooks, no_parametrization_cache(), _no_autocast_cache():
-                    train = TrainPass(student.module, student, detached_copy(batch), terms, start, what=what)
+                with hooks, no_parametrization_cache(), _no_autocast_cache(), lending.lend(batch) as own:
+                    train = TrainPass(student.module, student, own, terms, start, what=what)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:

@@ -43,7 +43,7 @@ def compare_passes(objective: Objective) -> Compared | None:
     ]
     passes.append(Pass("the meta batch", objective.meta_batch, objective.meta_terms, objective.meta_losses))
     with objective.student.untouched() as start:
-        reals = real_passes(objective.student, passes, start, hooks)
+        reals = real_passes(objective.student, passes, start, hooks, objective.lending)
         if reals is None:
             return None
         with as_written(objective.student.device_type):

@@ -12,6 +12,7 @@ from metakd._autodiff import Params
 from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
 from metakd._basics.rng import RngState
+from metakd._basics.together import clones
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache, recomputed_by
 from metakd._virtual.precision import HALF
 from metakd._virtual.python_state import PythonState
@@ -140,7 +141,8 @@ class FunctionalStudent:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
         named, state = dict(self.module.named_parameters()), start.state
         swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in named.items()}
-        swaps |= {i: self.cast(value).clone() for i, value in state.values.items()}
+        values = clones([self.cast(value) for value in state.values.values()])
+        swaps |= dict(zip(state.values, values, strict=True))
         try:
             state.put_back(swaps)
             recomputed = recomputed_by(lambda again: self._inside(params, start, again)[0])

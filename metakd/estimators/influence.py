@@ -24,4 +24,6 @@ def influence(weighted: WeightedLosses, params: Params, batch: Any, u: Params) -
 
 def in_weights(weighted: WeightedLosses, meta: Params, batch: Any, tangent: Tensor) -> Gradients:
     """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; call it outside of dual numbers."""
-    return gradients((weighted.weights(meta, batch) * tangent).sum() / tangent.shape[0], meta)
+    if weighted.given is not None:
+        return {**dict.fromkeys(meta), weighted.given: tangent / tangent.shape[0]}
+    return gradients((weighted.weights(meta, batch) * (tangent / tangent.shape[0])).sum(), meta)

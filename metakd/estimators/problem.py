@@ -1,13 +1,16 @@
 """The bilevel problem an estimator is given."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from metakd._autodiff import Gradients, added, dense, gradients, joint_gradients, leaves, with_zeros
+from metakd._basics.checks import check
 from metakd.errors import MetaKDError
 from metakd.estimators.memory import Memory
 from metakd.estimators.result import Hypergradient
@@ -35,6 +38,7 @@ class WeightedLosses(NamedTuple):
         losses: (params, batch) -> (B, M).
         weights: (meta_params, batch) -> (B, M).
         names: of the M terms.
+        given: the meta-parameter that is the weights, if one is.
 
     Examples:
         >>> x = torch.tensor([1.0, 2.0])
@@ -46,6 +50,7 @@ class WeightedLosses(NamedTuple):
     losses: Callable[[Params, Any], Tensor]
     weights: Callable[[Params, Any], Tensor]
     names: Sequence[str]
+    given: str | None = None
 
 
 class Step(NamedTuple):
@@ -164,11 +169,12 @@ class Problem:
         theta, meta = leaves(params), leaves(self.meta_params)
         values, in_params, in_meta = [], dict.fromkeys(theta), dict.fromkeys(meta)
         for outer in self.outers:
-            loss = checked_scalar(outer(theta, meta), "the outer loss") / len(self.outers)
+            loss = checked_scalar(outer(theta, meta), "the outer loss")
+            loss = loss if len(self.outers) == 1 else loss / len(self.outers)
             found = joint_gradients(loss, theta, meta)
             values.append(loss.detach())
             in_params, in_meta = added(in_params, found[0]), added(in_meta, found[1])
-        value = {_OUTER: torch.stack(values).sum()}
+        value = {_OUTER: values[0] if len(values) == 1 else torch.stack(values).sum()}
         mean = self.mean({**in_params, **value}, {**params, **value}, "the outer loss and its gradient")
         return with_zeros(mean, value)[_OUTER], {name: mean[name] for name in params}, in_meta
 
@@ -192,9 +198,13 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
         raise MetaKDError(f"{what} must be a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
     if loss.is_complex():
         raise MetaKDError(f"{what} is complex ({loss.dtype}); take its .abs() or .real, a loss is a real number")
-    if not bool(loss.detach().isfinite()):
-        raise MetaKDError(f"{what} is {loss.item()}; lower the learning rate, or look for invalid inputs in its batch")
+    check(partial(_judge, what), loss)
     return loss.reshape(())
+
+
+def _judge(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise MetaKDError(f"{what} is {value}; lower the learning rate, or look for invalid inputs in its batch")
 
 
 NO_BATCHES = "batches is empty: its length is the number of inner steps, so give at least one batch"

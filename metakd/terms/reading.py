@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakd._basics.checks import check, checked_before
 from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -124,9 +125,13 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
     capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = torch.stack(torch.aminmax(indices)).tolist()
-    if low < 0 or high >= size:
-        raise MetaKDError(f"{what} {low if low < 0 else high} is out of range [0, {size}); {cure}")
+
+    def judge(low: float, high: float) -> None:
+        if low < 0 or high >= size:
+            raise MetaKDError(f"{what} {int(low if low < 0 else high)} is out of range [0, {size}); {cure}")
+
+    if not checked_before(indices, size):
+        check(judge, *torch.aminmax(indices))
 
 
 def tensor_in(value: Any) -> Tensor | None:

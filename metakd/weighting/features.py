@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakd._basics.checks import check_finite
 from metakd._virtual.precision import widened
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -37,9 +38,10 @@ def student_and_teacher(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
 def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
     """Call a feature function without autograd and return its finite real (B, F) tensor, or raise."""
     name = getattr(features, "__name__", type(features).__name__)
+    given = losses.detach()
     with torch.no_grad():
         try:
-            found = features(losses.detach(), outputs, batch)
+            found = features(given, outputs, batch)
         except MetaKDError:
             raise
         except Exception as error:
@@ -54,10 +56,14 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
         raise MetaKDError(
             f"features function {name!r} must return real floating-point (B, F) with B = {size}, got {got}{cure}"
         )
-    if not bool(found.isfinite().all()):
-        bad = (~found.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        raise MetaKDError(
-            f"features function {name!r} returned NaN or infinity for samples {bad[:5]} of the batch; clamp its "
-            "results, or check the teacher's outputs for these samples"
-        )
+
+    def say() -> None:
+        if bad := (~found.isfinite()).any(dim=1).nonzero().flatten().tolist():
+            raise MetaKDError(
+                f"features function {name!r} returned NaN or infinity for samples {bad[:5]} of the batch; clamp its "
+                "results, or check the teacher's outputs for these samples"
+            )
+
+    if found is not given:  # these are checked already
+        check_finite(found, say)
     return widened(found.detach())
