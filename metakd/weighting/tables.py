@@ -45,10 +45,12 @@ class GroupTable(nn.Module):
         >>> import torch
         >>> from metakd import Batch
         >>> from metakd.weighting import GroupTable
-        >>> batch = Batch(None, columns={"source": torch.tensor([19, 0])})
-        >>> GroupTable("source", groups=20, terms=1, init=0.5, output="sigmoid")(torch.zeros(2, 1), batch).detach()
+        >>> table = GroupTable("source", groups=20, terms=1, init=0.5, output="sigmoid")
+        >>> table(torch.zeros(2, 1), Batch(None, columns={"source": torch.tensor([19, 0])})).detach()
         tensor([[0.5000],
                 [0.5000]])
+        >>> table.all_weights().shape
+        torch.Size([20, 1])
     """
 
     _groups, _group = "groups", "group"  # the argument's name, and what a row is
@@ -72,6 +74,11 @@ class GroupTable(nn.Module):
         advice = f"the table has {self.groups} rows: build it with one for each {self._group}, or correct the values"
         check_range(rows, self.groups, name, advice)
         return output_map(self.output).apply(F.embedding(rows.to(self.free.device).long(), self.free))
+
+    @torch.no_grad()
+    def all_weights(self) -> Tensor:
+        """The weights of all groups, shape `(groups, M)`, detached."""
+        return output_map(self.output).apply(self.free)
 
     def _where(self) -> str:
         return f"batch.{self.column}" if self.column in _FIELDS else f"batch.columns[{self.column!r}]"

@@ -50,3 +50,12 @@ def test_a_batch_without_the_column_changes_nothing():
             balancer(batch_of(1, columns), batch_of(2))
         after = [*balancer.student.parameters(), *balancer.weighting.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_weights_of_all_groups():
+    table = weighting.GroupTable("source", 4, 2, init=0.5, output="sigmoid")
+    nn.init.normal_(table.free)
+    found = table.all_weights()
+    assert not found.requires_grad
+    every = Batch(None, columns={"source": torch.arange(4)})
+    assert torch.equal(found, table(torch.zeros(4, 1), every))
