@@ -83,6 +83,8 @@ def test_hidden_layers_that_are_no_sequence(hidden):
         ("softplus", 0.0, "(0, inf)"),
         ("softplus", -1.0, "(0, inf)"),
         ("softplus", None, "(0, inf)"),
+        ("bounded", 0.0, "(0, inf)"),
+        ("bounded", float("inf"), "(0, inf)"),
         ("identity", float("nan"), "(-inf, inf)"),
         ("identity", float("inf"), "(-inf, inf)"),
     ],
