@@ -70,8 +70,8 @@ class BilevelLossBalancer:
         optimizer: the student's own torch optimizer, or a list of optimizers that together hold its parameters; every
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
-        weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns, such as Adam at
-            0.1 for tables, or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
+        weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakd._autodiff import norm
 from metakd._virtual.swapping import with_parameters
