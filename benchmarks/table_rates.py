@@ -1,6 +1,6 @@
 """Which learning rate do tables of weights need? Small tasks on the digits, each with a table at several rates.
 
-    python benchmarks/table_rates.py --threads 1         # all tasks, five minutes of one core
+    python benchmarks/table_rates.py --threads 1         # all tasks, ten minutes of one core
     python benchmarks/table_rates.py --preset smoke      # seconds: does it run?
 
 Writes results.json and README.md to --output, each cell as soon as it is there; the same command after an interruption
@@ -8,6 +8,7 @@ goes on where it stopped. What `notes.md` there says is put at the end of README
 `pip install -e ".[benchmarks,examples]"`.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,10 +22,10 @@ from benchmarks.common.small_tasks import BATCH, HELD, TASKS
 
 PRESETS = {
     "full": {
-        "tasks": list(TASKS), "seeds": [0, 1, 2], "epochs": 15,
+        "tasks": list(TASKS), "seeds": [0, 1, 2], "epochs": 15, "long": 60,
         "output": ROOT / "benchmarks" / "results" / "table_rates",
     },
-    "smoke": {"tasks": ["sources"], "seeds": [0], "epochs": 1, "output": Path("runs") / "table-rates-smoke"},
+    "smoke": {"tasks": ["sources"], "seeds": [0], "epochs": 1, "long": 2, "output": Path("runs") / "table-rates-smoke"},
 }  # fmt: skip
 
 TEXT = """\
@@ -56,18 +57,32 @@ tasks.
 Over all training images and seeds.
 
 {weights}
+
+## {long} epochs
+
+Without an upper end weights go on growing. Test accuracy, and the highest weight at the end:
+
+{longer}
 """
+
+LONG = ("bounded, 0.1", "softplus, 0.1", "softplus, 0.3")
+"""Methods that are also trained longer."""
 
 
 def write(content: Content, folder: Path) -> list[Path]:
     """Write README.md."""
-    cells = content["cells"]
+    lengths = sorted({cell["epochs"] for cell in content["cells"]})
+    cells, long = ([cell for cell in content["cells"] if cell["epochs"] == n] for n in (lengths[0], lengths[-1]))
     tasks = [task for task in TASKS if any(cell["task"] == task for cell in cells)]
     names = [name for name in rates.NAMES if any(name in cell.get("found", {}) for cell in cells)]
 
-    def values(task: str, name: str, key: str) -> list[float]:
+    def values(task: str, name: str, key: str, cells: Sequence[Mapping[str, Any]] = cells) -> list[float]:
         found = [cell["found"].get(name, {}) for cell in cells if cell["task"] == task and "found" in cell]
         return [one[key] for one in found if key in one]
+
+    def at_last(task: str, name: str) -> str:
+        test, high = values(task, name, "test", long), values(task, name, "high", long)
+        return f"{spread(test)}; {max(high):.1f}" if test else ""
 
     def accuracies(key: str) -> str:
         rows = []
@@ -83,7 +98,9 @@ def write(content: Content, folder: Path) -> list[Path]:
 
     text = TEXT.format(
         provenance=provenance(content),
-        epochs=", ".join(sorted({str(cell["epochs"]) for cell in cells})),
+        epochs=lengths[0],
+        long=lengths[-1],
+        longer=table(["weights, rate", *tasks], [[name, *(at_last(task, name) for task in tasks)] for name in LONG]),
         batch=BATCH,
         held=HELD,
         tasks="\n".join(f"- **{task}**: {_said(TASKS[task])}" for task in tasks),
@@ -108,9 +125,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--epochs", type=int, help="of the student")
+    parser.add_argument("--long", type=int, help="epochs of the few methods that are also trained longer")
     args = parse(parser, PRESETS)
     keys = [{"task": task, "seed": seed, "epochs": args.epochs} for task in args.tasks for seed in args.seeds]
     jobs = [Job({"kind": "rates", **key}, args.methods) for key in keys]
+    longer = [name for name in LONG if name in args.methods]
+    jobs += [Job({"kind": "rates", **key, "epochs": args.long}, longer) for key in keys if longer]
     for path in write(measure(args, rates, jobs).content, args.output):
         print(path)
 

@@ -237,7 +237,7 @@ def test_default_features_where_they_cannot_be_computed():
             Batch(None, labels, torch.zeros(3, 1)),
             "cross-entropy and divergences need logits of at least two",
         ),
-        (torch.zeros(3, 2), Batch(None, labels, [torch.zeros(3, 2)] * 2), "a list of 2 outputs"),
+        (torch.zeros(3, 2), Batch(None, labels, torch.zeros(3, 4, 2)), "list(stacked.unbind(1))) for the shape (B, te"),
         (torch.zeros(3, 2), Batch(None, labels), "batch.teacher is None"),
     ):
         found = message(student_and_teacher, torch.zeros(3, 2), outputs, batch)
