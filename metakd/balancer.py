@@ -38,7 +38,7 @@ from metakd.inner import GradientTransformation, Params, inner_optimizer, learni
 from metakd.inner.groups import Optimizers
 from metakd.report import Report
 from metakd.terms import CrossEntropy, Term, named
-from metakd.weighting.features import Features, evaluate_features, own_losses, student_and_teacher
+from metakd.weighting.features import Features, default_features, evaluate_features
 
 
 class BilevelLossBalancer:
@@ -73,11 +73,13 @@ class BilevelLossBalancer:
         optimizer: the student's own torch optimizer, or a list of optimizers that together hold its parameters; every
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
-        weighting_optimizer: the weight model's optimizer; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
+        weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the
-            cross-entropies of student and teacher on the label; without a teacher the losses.
+            cross-entropies of student and teacher (each of an ensemble) on the label, or their entropies where a batch
+            has no labels; without a teacher, and with terms that use none, the losses.
         meta_loss: a term, averaged over the meta batch; default `terms.CrossEntropy()`.
         inner: the lookahead's optimizer: `"sgd"` is plain SGD at the optimizer's current learning rates (the
             paper), `"mirror"` the optimizer's own rule and state, or a torchopt `GradientTransformation`.
@@ -129,7 +131,7 @@ class BilevelLossBalancer:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
         self.meta_loss: Term = CrossEntropy() if meta_loss is None else meta_loss
-        default = own_losses if teacher is None else student_and_teacher
+        default, width = default_features(self.terms, teacher)
         self.features: Features = default if features is None else features
         self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
@@ -141,8 +143,7 @@ class BilevelLossBalancer:
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
-            known = len(self.terms) if teacher is None else 2
-            weighting = default_weighting(plain, known if features is None else None, len(self.terms))
+            weighting = default_weighting(plain, width if features is None else None, len(self.terms))
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
         self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)

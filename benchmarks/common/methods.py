@@ -48,6 +48,7 @@ def by_metakd(estimator: Estimator, task: Task) -> Call:
         optimizer=torch.optim.SGD(task.student.parameters(), lr=task.lr),
         weighting=task.weighting,
         weighting_optimizer=torch.optim.SGD(task.weighting.parameters(), lr=0.0),
+        features=lambda losses, outputs, batch: losses,
         estimator=estimator,
     )
 

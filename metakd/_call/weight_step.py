@@ -13,6 +13,7 @@ from metakd._basics.together import clones, norm_of, scaled, summed
 from metakd._call.optimizer_state import load_optimizer_state
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Mean, unchanged
+from metakd.weighting.base import default_optimizer
 
 Gradient = dict[str, Tensor]
 
@@ -29,7 +30,7 @@ class WeightingStep:
 
     Args:
         weighting: the weight model.
-        optimizer: its optimizer; None for BiKD's Adam(lr=1e-3, weight_decay=1e-4).
+        optimizer: its optimizer; None for its default, see `default_optimizer`.
         accumulate: how many hypergradients each step averages.
         mean: averages a hypergradient over processes.
 
@@ -59,7 +60,7 @@ class WeightingStep:
             )
         params = list(weighting.parameters())
         if optimizer is None and params:
-            optimizer = torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4)
+            optimizer = default_optimizer(weighting)
         if optimizer is not None:
             _check_optimizer(optimizer, params)
         self.weighting, self.optimizer = weighting, optimizer

@@ -4,6 +4,7 @@ from metakd.terms.base import Term, evaluate, named
 from metakd.terms.cross_entropy import CrossEntropy
 from metakd.terms.debiased import DebiasedSoftTarget
 from metakd.terms.decoupled import NonTargetClass, TargetClass
+from metakd.terms.from_teacher import FromTeacher
 from metakd.terms.gated import GatedSoftTarget
 from metakd.terms.groups import GroupTarget, WithinGroupTarget
 from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
@@ -15,6 +16,7 @@ __all__ = [
     "BalancedSoftmax",
     "CrossEntropy",
     "DebiasedSoftTarget",
+    "FromTeacher",
     "GatedSoftTarget",
     "GroupTarget",
     "LogitAdjusted",

@@ -101,19 +101,41 @@ def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
 
 def the_teachers_logits(batch: Batch) -> Tensor:
     """Return the detached logits of a single teacher, with any number of classes, or raise."""
-    if batch.teacher is None:
+    if isinstance(batch.teacher, tuple | list):
+        raise MetaKDError(
+            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs (an ensemble of "
+            "teachers), but this needs the logits of one teacher; pick one by terms.FromTeacher(term, 0), or in a "
+            "function of your own by batch._replace(teacher=batch.teacher[0]), or average them by "
+            "teacher=torch.stack(batch.teacher).mean(dim=0)"
+        )
+    return _of_one_teacher(batch.teacher)
+
+
+def every_teachers_logits(batch: Batch) -> list[Tensor]:
+    """Return the detached logits of each teacher, with any number of classes, or raise."""
+    several = isinstance(batch.teacher, tuple | list)
+    return [_of_one_teacher(one) for one in (batch.teacher if several else [batch.teacher])]
+
+
+def _of_one_teacher(outputs: Any) -> Tensor:
+    if outputs is None:
         raise MetaKDError(
             "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
             "BilevelLossBalancer(..., teacher=...) or its outputs for this batch as Batch(teacher=...)"
         )
-    if isinstance(batch.teacher, tuple | list):
+    check_not_stacked(outputs)
+    return logits(outputs).detach()
+
+
+def check_not_stacked(outputs: Any) -> None:
+    """Raise if a teacher's outputs look like those of several teachers in one tensor."""
+    found = tensor_in(outputs)
+    if found is not None and found.ndim == 3:
         raise MetaKDError(
-            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs (an ensemble of "
-            "teachers), but this needs the logits of one teacher; pick or average them in a term of your own: "
-            "lambda outputs, batch: SoftTarget()(outputs, batch._replace(teacher=batch.teacher[0])), or "
-            "teacher=torch.stack(batch.teacher).mean(dim=0)"
+            f"the teacher's outputs are one tensor of shape {tuple(found.shape)}; if these are several teachers, give "
+            "a list of their outputs (B, C): Batch(teacher=list(stacked.unbind(1))) for the shape (B, teachers, C), "
+            "unbind(0) for (teachers, B, C)"
         )
-    return logits(batch.teacher).detach()
 
 
 def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:

@@ -1,6 +1,6 @@
 """The default features of the weight model, and the evaluation of any."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,10 +8,12 @@ from torch import Tensor
 
 from metakd._basics.checks import check_finite
 from metakd._virtual.precision import widened
+from metakd._virtual.teacher import members
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms import CrossEntropy
-from metakd.terms.reading import the_teachers_logits
+from metakd.terms import CrossEntropy, Term
+from metakd.terms.reading import class_logits, every_teachers_logits
+from metakd.weighting.entropy_gate import entropy
 
 Features = Callable[[Tensor, Any, Batch], Tensor]
 
@@ -24,15 +26,34 @@ def own_losses(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
 
 
 def student_and_teacher(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
-    """Cross-entropies of student and teacher, (B, 2), as in BiKD (arXiv 2605.17839): the default with a teacher."""
+    """Cross-entropies of student and teacher, (B, 2), as in BiKD (arXiv 2605.17839): the default with a teacher.
+
+    With T teachers they are (B, 1 + T). Without labels their entropies take the place of the cross-entropies.
+    """
     try:
-        return torch.stack([_cross_entropy(z, batch) for z in (outputs, the_teachers_logits(batch))], dim=1)
+        every = [class_logits(outputs), *every_teachers_logits(batch)]
+        if batch.targets is None:
+            return torch.stack([entropy(z) for z in every], dim=1)
+        return torch.stack([_cross_entropy(z, batch) for z in every], dim=1)
     except MetaKDError as error:
         raise MetaKDError(
-            f"the default features (cross-entropy of student and teacher on the label) cannot be computed: {error}. "
+            "the default features (cross-entropy of student and teacher on the label, without labels their entropies) "
+            f"cannot be computed: {error}. "
             "Pass features=lambda losses, outputs, batch: losses to use the losses instead, and if the student is "
             "no classifier a meta_loss= as well"
         ) from error
+
+
+def default_features(terms: Mapping[str, Term], teacher: Any) -> tuple[Features, int | None]:
+    """The default features, and their number where it is known before the first batch.
+
+    Terms that use a teacher although the balancer has none mean that the batches bring its outputs.
+    """
+    if teacher is None:
+        brought = any(getattr(term, "uses_teacher", False) is True for term in terms.values())
+        return (student_and_teacher, None) if brought else (own_losses, len(terms))
+    ensemble = members(teacher)
+    return student_and_teacher, 1 + (1 if ensemble is None else len(ensemble))
 
 
 def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: Batch) -> Tensor:

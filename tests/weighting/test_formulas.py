@@ -13,12 +13,13 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from metakd import recipes
+from metakd import BilevelLossBalancer, recipes
 from metakd.batch import Batch
 from metakd.weighting import (
     ClassAware,
     ClassTable,
     EntropyGate,
+    GroupTable,
     LossMLP,
     Normalised,
     Rectified,
@@ -26,6 +27,7 @@ from metakd.weighting import (
     TermScalars,
     entropies,
 )
+from metakd.weighting.base import default_optimizer
 
 MAPS = {
     "sigmoid": lambda a: 1 / (1 + (-a).exp()),
@@ -39,8 +41,8 @@ EMPTY = Batch(None)
 
 def batch_of(rows, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    pick = torch.randint(size, (2, rows), generator=generator)
-    return Batch(None, targets=pick[0], index=pick[1])
+    pick = torch.randint(size, (3, rows), generator=generator)
+    return Batch(None, targets=pick[0], index=pick[1], columns={"source": pick[2]})
 
 
 def models(output="softplus"):
@@ -49,6 +51,7 @@ def models(output="softplus"):
         TermScalars(3, init=0.5, output=output),
         ClassTable(5, 3, init=0.5, output=output),
         SampleTable(5, 3, init=0.5, output=output),
+        GroupTable("source", 5, 3, init=0.5, output=output),
     ]
 
 
@@ -85,7 +88,9 @@ def test_the_mlp_is_the_papers_by_default():
 def test_rows_are_looked_up(rows, terms, output, seed):
     batch, features = batch_of(rows, 7, seed), torch.zeros(rows, 1)
     for table, index in ((ClassTable(7, terms, init=0.5, output=output), batch.targets),
-                         (SampleTable(7, terms, init=0.5, output=output), batch.index)):  # fmt: skip
+                         (SampleTable(7, terms, init=0.5, output=output), batch.index),
+                         (GroupTable("source", 7, terms, init=0.5, output=output), batch.columns["source"]),
+                         (GroupTable("targets", 7, terms, init=0.5, output=output), batch.targets)):  # fmt: skip
         torch.nn.init.normal_(table.free)
         torch.testing.assert_close(table(features, batch), MAPS[output](table.free[index]))
     scalars = TermScalars(terms, init=0.5, output=output)
@@ -103,13 +108,23 @@ def test_a_sigmoid_starts_where_it_is_told(init):
     starts_at(init, "sigmoid")
 
 
+@given(st.floats(1e-6, 1e4))
+def test_bounded_weights_start_where_they_are_told_and_end_at_twice_that(init):
+    starts_at(init, "bounded")
+    for model in (f(init=init) for f in (scalars, classes, samples, sources)):
+        for free, end in ((-200.0, 0.0), (200.0, 2 * init)):
+            nn.init.constant_(model.free, free)
+            weights = model(torch.zeros(2, 1), batch_of(2, 4))
+            torch.testing.assert_close(weights, torch.full((2, 3), end))
+
+
 @given(st.floats(-1e4, 1e4))
 def test_an_identity_starts_where_it_is_told(init):
     starts_at(init, "identity")
 
 
 def starts_at(init, output):
-    for model in (f(init=init, output=output) for f in (scalars, classes, samples)):
+    for model in (f(init=init, output=output) for f in (scalars, classes, samples, sources)):
         weights = model(torch.zeros(2, 1), batch_of(2, 4))
         torch.testing.assert_close(weights, torch.full((2, 3), init), rtol=1e-5, atol=1e-9)
 
@@ -126,19 +141,23 @@ def samples(**kwargs):
     return SampleTable(4, 3, **kwargs)
 
 
-@pytest.mark.parametrize("build", [scalars, classes, samples])
+def sources(**kwargs):
+    return GroupTable("source", 4, 3, **kwargs)
+
+
+@pytest.mark.parametrize("build", [scalars, classes, samples, sources])
 def test_the_default_start_is_one(build):
     torch.testing.assert_close(build()(torch.zeros(2, 1), batch_of(2, 4)), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("build", [scalars, classes, samples])
+@pytest.mark.parametrize("build", [scalars, classes, samples, sources])
 @pytest.mark.parametrize("init", [None, 0.2, 7.0])
 def test_a_softmax_starts_uniform(build, init):
     weights = build(init=init, output="softmax")(torch.zeros(2, 1), batch_of(2, 4))
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("output", list(MAPS))
 @pytest.mark.parametrize("rows", [1, 4])
 def test_derivatives_of_first_and_second_order(which, output, rows):
@@ -155,7 +174,7 @@ def test_derivatives_of_first_and_second_order(which, output, rows):
     assert gradgradcheck(weights, parameters)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_the_dtype_is_the_models(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     narrow = model(features, batch)
@@ -171,7 +190,7 @@ def test_features_of_another_dtype_are_taken(dtype):
     torch.testing.assert_close(model(features, EMPTY), model(features.float(), EMPTY), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_autocast_does_not_cost_digits(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,7 +198,7 @@ def test_autocast_does_not_cost_digits(which):
     torch.testing.assert_close(weights, model(features, batch), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_models_are_copied_and_pickled(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -191,6 +210,28 @@ def test_indices_of_any_integer_dtype():
     torch.nn.init.normal_(table.free)
     found = table(torch.zeros(3, 1), batch._replace(index=batch.index.to(torch.int32)))
     torch.testing.assert_close(found, table(torch.zeros(3, 1), batch), rtol=0, atol=0)
+
+
+def test_weight_models_say_which_optimizer_they_want():
+    for model in (scalars(), classes(), samples(), sources(), Normalised(sources())):
+        adam = default_optimizer(model)
+        assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.1 and adam.defaults["weight_decay"] == 0
+        assert [p for group in adam.param_groups for p in group["params"]] == list(model.parameters())
+    for model in (LossMLP(2, 2), nn.Linear(2, 2), Normalised(LossMLP(2, 2))):
+        adam = default_optimizer(model)  # BiKD's
+        assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 1e-3 and adam.defaults["weight_decay"] == 1e-4
+
+
+def test_the_balancer_asks_for_it():
+    student, table = nn.Linear(4, 3), samples()
+    options = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "weighting": table}
+    assert (
+        BilevelLossBalancer(student, [lambda z, batch: z[:, 0]] * 3, **options).weighting_optimizer.defaults["lr"]
+        == 0.1
+    )
+    own = torch.optim.SGD(table.parameters(), lr=1.0)
+    balancer = BilevelLossBalancer(student, [lambda z, batch: z[:, 0]] * 3, **options, weighting_optimizer=own)
+    assert balancer.weighting_optimizer is own
 
 
 def test_only_the_rows_of_the_batch_have_a_gradient():
