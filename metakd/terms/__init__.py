@@ -9,13 +9,18 @@ from metakd.terms.groups import GroupTarget, WithinGroupTarget
 from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
 from metakd.terms.reading import logits
 from metakd.terms.rebalanced import RebalancedSoftTarget
+from metakd.terms.robust import Bootstrapped, GeneralisedCrossEntropy
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
+from metakd.terms.transition import ForwardCorrected, estimated_transition
 
 __all__ = [
     "BalancedSoftmax",
+    "Bootstrapped",
     "CrossEntropy",
     "DebiasedSoftTarget",
+    "ForwardCorrected",
     "GatedSoftTarget",
+    "GeneralisedCrossEntropy",
     "GroupTarget",
     "LogitAdjusted",
     "NonTargetClass",
@@ -25,6 +30,7 @@ __all__ = [
     "TargetClass",
     "Term",
     "WithinGroupTarget",
+    "estimated_transition",
     "evaluate",
     "logits",
     "named",
