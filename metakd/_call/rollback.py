@@ -21,9 +21,9 @@ from metakd.batch import Batch, detached_copy
 class Snapshot:
     """Everything that a balancer's step may change in the user's objects, as it was before.
 
-    It keeps the student's buffers, attributes and generators, the weight model with its gradients, the given dicts, and
-    from `keep_optimizer()` on the weight model's optimizer. The student's parameters are never written to, but a
-    virtual pass moves them out of their places.
+    It keeps the student's buffers, attributes and generators, the weight model and the terms' parameters with their
+    gradients, the given dicts, and from `keep_optimizer()` on the weight model's optimizer. The student's parameters
+    are never written to, but a virtual pass moves them out of their places.
     """
 
     def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ class Snapshot:
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
         self._weighting_state = PythonState(reach([step.weighting]))
-        kept = [*step.weighting.parameters(), *step.weighting.buffers()]
+        kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
         self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
 
     def keep_batch(self, batch: Batch) -> Batch:
