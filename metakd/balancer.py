@@ -188,6 +188,7 @@ class BilevelLossBalancer:
             meta_batch, skipped = self._turn(meta_batch)
             read = self._batch(batch, "the batch")
             self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
+            self._share_terms()
             if meta_batch is not None:
                 meta_batch = self._prove([read], meta_batch)
             before = snapshot.keep_batch(read)
@@ -517,13 +518,18 @@ class BilevelLossBalancer:
 
     def _agree(self, where: str) -> None:
         if self._ranks.several:
-            values = checksum(self._step.every())
-            known = f"with the weight model {values!r}" if self._shared else "its weight model new"
+            every = self._step.every
+            known = f"with the weight model {checksum(every())!r}" if self._shared else "its weight model new"
             self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
 
     def _share_weighting(self) -> None:
         self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
         self._shared = True
+
+    def _share_terms(self) -> None:
+        """Give all ranks the same terms before their first losses."""
+        if not self._shared:
+            self._ranks.share(list(self._step.learned.named.values()))
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
         """The item as a batch, with the teacher's outputs if a term may need them."""

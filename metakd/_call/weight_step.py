@@ -183,7 +183,8 @@ def _check_optimizer(optimizer: Any, params: list[nn.Parameter], of_terms: Mappi
             'weighting_optimizer.add_param_group({"params": term.parameters(), "lr": 1e-2, "weight_decay": 0.0}), or '
             "freeze them with term.requires_grad_(False)"
         )
-    if not (any(id(p) in held for p in params) or (of_terms and not params)):
+    learned_alone = of_terms and not any(p.requires_grad for p in params)
+    if not (learned_alone or any(id(p) in held for p in params)):
         raise MetaKDError(
             "weighting_optimizer holds none of the weight model's parameters; build it from weighting.parameters()"
         )

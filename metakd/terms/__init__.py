@@ -12,6 +12,7 @@ from metakd.terms.rebalanced import RebalancedSoftTarget
 from metakd.terms.robust import Bootstrapped, GeneralisedCrossEntropy
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
 from metakd.terms.transition import ForwardCorrected, estimated_transition
+from metakd.terms.vector_scaled import VectorScaled
 
 __all__ = [
     "BalancedSoftmax",
@@ -29,6 +30,7 @@ __all__ = [
     "SoftTarget",
     "TargetClass",
     "Term",
+    "VectorScaled",
     "WithinGroupTarget",
     "estimated_transition",
     "evaluate",
