@@ -16,8 +16,16 @@ from torch.nn.parameter import is_lazy
 from metakd._basics.checks import check, read_at_end
 from metakd._basics.positive_int import positive_int
 from metakd._basics.together import clones
-from metakd._call.arguments import check_parts, check_teacher, default_weighting, validated
+from metakd._call.arguments import (
+    check_parts,
+    check_teacher,
+    check_weighting,
+    default_weighting,
+    trained_elsewhere,
+    validated,
+)
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
+from metakd._call.learned_terms import LearnedTerms
 from metakd._call.objective import Objective, weighted_mean
 from metakd._call.ranks import Ranks, checksum
 from metakd._call.read import read_batch
@@ -144,9 +152,11 @@ class BilevelLossBalancer:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             weighting = default_weighting(plain, width if features is None else None, len(self.terms))
+        check_weighting(weighting)
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
-        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)
+        learned = LearnedTerms(self.terms, student, trained_elsewhere(optimizer, teacher), weighting)
+        self._step = WeightingStep(weighting, learned, weighting_optimizer, self.accumulate, self._ranks.mean)
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
@@ -182,6 +192,7 @@ class BilevelLossBalancer:
             meta_batch, skipped = self._turn(meta_batch)
             read = self._batch(batch, "the batch")
             self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
+            self._share_terms()
             if meta_batch is not None:
                 meta_batch = self._prove([read], meta_batch)
             loss = self._trained(snapshot, read, meta_batch, skipped)
@@ -235,12 +246,12 @@ class BilevelLossBalancer:
             with as_written(self._functional.device_type):
                 if self._stands_still():
                     problem.sweep()
-                    report = Report(*objective.last, skipped=_STILL, terms=tuple(self.terms))
+                    report = Report(*objective.last, skipped=_STILL, **self._of_terms())
                 else:
                     result = estimate(self.estimator, problem)
                     norm = self._step.take(result.gradient, snapshot.keep_optimizer)
                     check(partial(self._judge_norm, None), norm)
-                    report = Report(*objective.last, None, result.outer_loss, norm, terms=tuple(self.terms))
+                    report = Report(*objective.last, None, result.outer_loss, norm, **self._of_terms())
             self._ranks.agree("the end of the meta step")
             self._report = report
             return report
@@ -290,17 +301,19 @@ class BilevelLossBalancer:
             MetaKDError: the state does not fit this balancer; the message names the difference, and nothing changes.
         """
         with self._all_or_nothing() as snapshot, loading("the balancer"):
-            check_balancer_state(state, self.state_dict(), self.weighting)
+            check_balancer_state(state, self.state_dict(), self.weighting, self._step.learned.params())
             snapshot.keep_optimizer()
             self._step.load_state_dict(state)
             self._calls = int(state["calls"])
 
     def to(self, *args: Any, **kwargs: Any) -> "BilevelLossBalancer":
-        """Move or cast the weight model, its optimizer's state and pending hypergradients, as `nn.Module.to` does.
+        """Move or cast the weight model, terms that are modules, and pending hypergradients, as `nn.Module.to` does.
 
-        The user moves student and teacher; a default weight model is built on the student's device.
+        The optimizer's state follows. The user moves student and teacher; a default weight model is built on the
+        student's device.
         """
-        self.weighting.to(*args, **kwargs)
+        for module in (self.weighting, *self._step.learned.modules):
+            module.to(*args, **kwargs)
         self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
         return self
 
@@ -347,9 +360,8 @@ class BilevelLossBalancer:
             lending = self._proofs.lending
             before = batch if lending.only_read else snapshot.keep_batch(batch)
             with lending.lend(batch, itself=True):
-                train = TrainPass(
-                    self.student, self._functional, batch, self.terms, snapshot.start, hooked=self._proofs.hooked
-                )
+                parts = self.student, self._functional, batch, self.terms, snapshot.start, self._step.learned
+                train = TrainPass(*parts, hooked=self._proofs.hooked)
             if overflow := self._overflow(train):
                 return self._unweighted(train, overflow)
             with self._functional.untouched() as end:
@@ -373,13 +385,13 @@ class BilevelLossBalancer:
     def _weigh(self, train: TrainPass, batch: Batch, features: Tensor, skipped: str | None) -> tuple[Tensor, Report]:
         """The loss under the present weights, and its report."""
         weights = evaluate_weights(self.weighting, features, batch, train.losses).detach().clone()
-        report = Report(train.losses.detach(), weights, skipped=skipped, terms=tuple(self.terms))
+        report = Report(train.losses.detach(), weights, skipped=skipped, **self._of_terms())
         return weighted_mean(weights, train.losses), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
         """A loss that is not finite, so that a gradient scaler sees the overflow."""
         weights = torch.ones_like(train.losses)
-        self._report = Report(train.losses.detach(), weights, skipped=overflow, terms=tuple(self.terms))
+        self._report = Report(train.losses.detach(), weights, skipped=overflow, **self._of_terms())
         return weighted_mean(weights, train.losses)
 
     def _learn(
@@ -396,14 +408,15 @@ class BilevelLossBalancer:
             norm = all_ranks.norm()
             weights = evaluate_weights(lambda *_: from_influence(all_ranks)[own], features, batch, losses)
         else:
-            gradient = self._step.pull_back(weights, result.gradient["weights"])
+            gradient = self._step.pull_back(weights, result.gradient)
             norm = self._step.take(gradient, snapshot.keep_optimizer)
             check(partial(self._judge_norm, influence), norm)
             if moves:
+                losses = train.evaluate_again() if self._step.learned.params() else losses
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         used = weights.detach().clone()
-        report = Report(losses.detach(), used, influence, result.outer_loss, norm, terms=tuple(self.terms))
+        report = Report(losses.detach(), used, influence, result.outer_loss, norm, **self._of_terms())
         return loss, report
 
     def _judge_norm(self, influence: Tensor | None, norm: float) -> None:
@@ -411,7 +424,7 @@ class BilevelLossBalancer:
         if norm != 0.0 or any(p.grad is not None and bool(p.grad.any()) for p in self._step.params().values()):
             return
         if influence is None or self._ranks.several or bool(influence.any()):
-            raise MetaKDError(_SATURATED)
+            raise MetaKDError(self._step.why_zero())
         if not self._said_zero:
             warnings.warn(_ZERO, stacklevel=7)
             self._said_zero = True
@@ -449,6 +462,10 @@ class BilevelLossBalancer:
         moving = {id(p) for _, g in param_groups(self.optimizer) if learning_rate(g) != 0 for p in g["params"]}
         return not any(id(p) in moving for p in self._functional.trainable().values())
 
+    def _of_terms(self) -> dict[str, Any]:
+        """What a report says of the terms themselves."""
+        return {"terms": tuple(self.terms), "term_parameters": self._step.learned.values()}
+
     def _overflow(self, train: TrainPass) -> str | None:
         """Which loss overflowed in float16 on any rank, or None; a gradient scaler then skips the step."""
         if not train.float16:
@@ -470,14 +487,14 @@ class BilevelLossBalancer:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
         features = self.features if end is None else None  # the real forward pass has given the weights already
-        parts = self.terms, self.meta_loss, features, self.weighting
+        parts = self.terms, self.meta_loss, features, self.weighting, self._step.learned
         return Objective(student, *parts, known, meta, self._proofs.lending, start=start, end=end)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
             raise MetaKDError(
-                f"{type(self.weighting).__name__} has no trainable parameters, so meta_step, windows and "
-                "check_hypergradient have nothing to learn; call the balancer itself, one batch at a time"
+                f"{type(self.weighting).__name__} has no trainable parameters, nor has a term, so meta_step, windows "
+                "and check_hypergradient have nothing to learn; call the balancer itself, one batch at a time"
             )
         objective.materialise()
         phi = {name: objective.student.cast(p.detach()) for name, p in self._step.params().items()}
@@ -488,18 +505,20 @@ class BilevelLossBalancer:
     ) -> Problem:
         """The problem of one inner step in the weights themselves, with values known from the real pass."""
         losses, given = train.losses.detach(), weights.detach()
-        same = not (train.compiled or train.float16)  # a virtual pass gives the same losses, to rounding
+        learned = {name: objective.student.cast(p.detach()) for name, p in self._step.learned.params().items()}
+        # A virtual pass gives the same losses, to rounding; those of learned terms are no constants.
+        same = not (learned or train.compiled or train.float16)
         return self._problem(
             objective,
             objective.given_weights(),
-            {"weights": given},
+            {"weights": given, **learned},
             first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._proofs.repeats else None,
             first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
         )
 
     def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **known: Any) -> Problem:
         def inner(params: Params, meta: Params, step: Step) -> Tensor:
-            losses = weighted.losses(params, step)  # first, because the weights need its features
+            losses = weighted.at(meta).losses(params, step)  # first, because the weights need its features
             return weighted_mean(weighted.weights(meta, step), losses)
 
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
@@ -520,12 +539,18 @@ class BilevelLossBalancer:
 
     def _agree(self, where: str) -> None:
         if self._ranks.several:
-            known = f"with the weight model {checksum(self.weighting)!r}" if self._shared else "its weight model new"
+            every = self._step.every
+            known = f"with the weight model {checksum(every())!r}" if self._shared else "its weight model new"
             self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
 
     def _share_weighting(self) -> None:
-        self._ranks.share(self.weighting, parameters=not self._shared)
+        self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
         self._shared = True
+
+    def _share_terms(self) -> None:
+        """Give all ranks the same terms before their first losses."""
+        if not self._shared:
+            self._ranks.share(list(self._step.learned.named.values()))
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
         """The item as a batch, with the teacher's outputs if a term may need them."""
@@ -558,10 +583,5 @@ _ONE_AT_A_TIME = RLock()
 _ZERO = (
     "the influence of every sample is exactly zero: the meta loss does not depend on the lookahead's step, as with an "
     "inner learning rate of 0 or a meta loss that is flat here. If this continues, nothing is learned"
-)
-_SATURATED = (
-    "the hypergradient of the weight model is exactly zero although its weights influence the meta loss; its output is "
-    "saturated or constant: restart it with weights away from the ends of their range, or (softmax over one term) use "
-    "output='sigmoid'"
 )
 _STILL = "the learning rate is 0, so no inner step moves the student and no weight can matter"

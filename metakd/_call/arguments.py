@@ -1,6 +1,7 @@
 """Checks of a balancer's arguments, and the default weight model."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,23 @@ def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -
     if said := [str(finding) for finding in findings if finding.level == "warning"]:
         warnings.warn("\n".join(said), stacklevel=3)
     return Memory(forward_mode=None if all(finding.forward_mode for finding in findings) else False)
+
+
+def check_weighting(weighting: Any) -> None:
+    """Check that the weight model is a module, or raise a `MetaKDError`."""
+    if not isinstance(weighting, nn.Module):
+        raise MetaKDError(f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}")
+
+
+def trained_elsewhere(optimizer: Optimizers, teacher: Any) -> Iterator[torch.Tensor]:
+    """The parameters that are no term's to learn: those of the student's optimizer and of the teacher's modules."""
+    for one in optimizers(optimizer):
+        for group in one.param_groups:
+            yield from group["params"]
+    for part in members(teacher) or [teacher]:
+        owner = getattr(part, "__self__", part)  # of a method
+        if isinstance(owner, nn.Module):
+            yield from owner.parameters()
 
 
 def check_teacher(teacher: Any) -> None:

@@ -1,6 +1,7 @@
 """The balancer's inner and outer loss as pure functions of the student's and the weight model's parameters."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
 from metakd._call.evaluate import checked_losses, evaluate_weights
+from metakd._call.learned_terms import LearnedTerms
 from metakd._call.lending import Lending
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import virtual_autocast
@@ -37,6 +39,7 @@ class Objective:
         meta_loss: the term of the outer loss.
         features: the weight model's inputs; None if the weights are given.
         weighting: the weight model.
+        learned: the terms' own meta-parameters.
         batches: one per inner step, with the teacher's outputs.
         meta_batch: the batch of the outer loss.
         lending: gives each pass its batch.
@@ -51,6 +54,7 @@ class Objective:
         meta_loss: Term,
         features: Features | None,
         weighting: nn.Module,
+        learned: LearnedTerms,
         batches: Sequence[Batch],
         meta_batch: Batch,
         lending: Lending,
@@ -58,7 +62,7 @@ class Objective:
         start: Start,
         end: Start | None = None,
     ) -> None:
-        self.student, self.weighting, self.features = student, weighting, features
+        self.student, self.weighting, self.features, self.learned = student, weighting, features, learned
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
         self.steps, self.meta_batch, self.lending = Step.all_of(batches), meta_batch, lending
         self._starts = [start] if end is None else [start, end]
@@ -69,23 +73,27 @@ class Objective:
     def opening(self) -> "Objective":
         """A fresh objective from the same start, with at most the first two inner steps."""
         meta_loss, batches = self.meta_terms["meta_loss"], [step.batch for step in self.steps[:2]]
-        parts = self.terms, meta_loss, None, self.weighting
-        return Objective(self.student, *parts, batches, self.meta_batch, self.lending, start=self._starts[0])
+        parts = self.student, self.terms, meta_loss, None, self.weighting, self.learned
+        return Objective(*parts, batches, self.meta_batch, self.lending, start=self._starts[0])
 
     def weighted(self) -> WeightedLosses:
         """The inner losses, weighted by the weight model."""
-        return WeightedLosses(self.losses, self.weights, list(self.terms))
+        return WeightedLosses(self.losses, self.weights, list(self.terms), learned=list(self.learned.params()))
 
     def given_weights(self) -> WeightedLosses:
         """The inner losses, weighted by the meta-parameter "weights", (B, M)."""
-        return WeightedLosses(self.losses, lambda meta, step: meta["weights"], list(self.terms), given="weights")
+        return self.weighted()._replace(weights=lambda meta, step: meta["weights"], given="weights")
 
-    def losses(self, params: Params, step: Step) -> Tensor:
-        """The terms' losses (B, M) of an inner step at `params`."""
+    def losses(self, params: Params, step: Step, meta_params: Params | None = None, via: Any = None) -> Tensor:
+        """The terms' losses (B, M) of an inner step at `params`, and at the terms' own parameters in `meta_params`.
+
+        `via(terms, outputs)` may evaluate the terms in its own way.
+        """
         t = step.number
 
         def evaluated(outputs: Any) -> Tensor:
-            losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
+            terms = partial(checked_losses, self.terms, batch=batch, where=f"the batch of inner step {t}")
+            losses = terms(outputs) if via is None else via(terms, outputs)
             if self.features is not None and t not in self._seen:
                 features = evaluate_features(self.features, losses, outputs, batch)
                 self._seen[t] = self.student.cast(features)
@@ -94,7 +102,14 @@ class Objective:
         following = len(self._starts) == t + 1
         with self.lending.lend(step.batch) as lent, self._autocast():
             batch = self.student.cast(lent)
-            losses, end = self.student.run(params, batch.inputs, self._starts[t], evaluated, wants_end=following)
+            losses, end = self.student.run(
+                params,
+                batch.inputs,
+                self._starts[t],
+                evaluated,
+                wants_end=following,
+                others=self.learned.swaps(meta_params),
+            )
         if end is not None:
             self._starts.append(end)
         found: Tensor = losses
@@ -118,15 +133,21 @@ class Objective:
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
-        return self.meta_losses(params).mean()
+        return self.meta_losses(params, meta_params).mean()
 
-    def meta_losses(self, params: Params) -> Tensor:
-        """The meta loss of each sample at `params`, (B, 1)."""
+    def meta_losses(self, params: Params, meta_params: Params | None = None) -> Tensor:
+        """The meta loss of each sample at `params`, (B, 1); it may use a term, with parameters in `meta_params`."""
 
         def evaluated(outputs: Any) -> Tensor:
             return checked_losses(self.meta_terms, outputs, batch, "the meta batch")
 
         with self.lending.lend(self.meta_batch) as lent, self._autocast():
             batch = self.student.cast(lent)
-            losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.steps)], evaluated)[0]
+            losses: Tensor = self.student.run(
+                params,
+                batch.inputs,
+                self._starts[len(self.steps)],
+                evaluated,
+                others=self.learned.swaps(meta_params),
+            )[0]
         return losses

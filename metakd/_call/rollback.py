@@ -22,9 +22,9 @@ from metakd.batch import Batch, detached_copy
 class Snapshot:
     """Everything that a balancer's step may change in the user's objects, as it was before.
 
-    It keeps the student's buffers, attributes and generators, the weight model with its gradients, the given dicts, and
-    from `keep_optimizer()` on the weight model's optimizer. The student's parameters are never written to, but a
-    virtual pass moves them out of their places.
+    It keeps the student's buffers, attributes and generators, the weight model and the terms' parameters with their
+    gradients, the given dicts, and from `keep_optimizer()` on the weight model's optimizer. The student's parameters
+    are never written to, but a virtual pass moves them out of their places.
     """
 
     def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
@@ -35,7 +35,8 @@ class Snapshot:
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
         self._weighting_state = PythonState(reach([step.weighting]))
-        kept = [t for t in (*step.weighting.parameters(), *step.weighting.buffers()) if not is_lazy(t)]
+        kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
+        kept = [t for t in kept if not is_lazy(t)]
         self._values = list(zip(kept, clones(kept), [t.grad for t in kept], strict=True))
 
     def keep_batch(self, batch: Batch) -> Batch:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from metakd._autodiff import gradients, leaves
+from metakd._autodiff import Params, gradients, leaves
 from metakd._call.objective import Objective
 from metakd._proof.differences import check_gradients, check_losses
 from metakd._proof.real_passes import Hooks, Pass, RealResult, real_passes, uncancelled_mean
@@ -39,11 +40,14 @@ def compare_passes(objective: Objective) -> Compared | None:
     objective = objective.opening()
     hooks = Hooks()
     passes = [
-        Pass("the batch", step.batch, objective.terms, partial(objective.losses, step=step)) for step in objective.steps
+        Pass("the batch", step.batch, objective.terms, partial(_both, partial(objective.losses, step=step)))
+        for step in objective.steps
     ]
-    passes.append(Pass("the meta batch", objective.meta_batch, objective.meta_terms, objective.meta_losses))
+    meta_losses = partial(_both, objective.meta_losses)
+    passes.append(Pass("the meta batch", objective.meta_batch, objective.meta_terms, meta_losses))
     with objective.student.untouched() as start:
-        reals = real_passes(objective.student, passes, start, hooks, objective.lending)
+        learned = objective.learned.params()
+        reals = real_passes(objective.student, passes, start, hooks, objective.lending, learned)
         if reals is None:
             return None
         with as_written(objective.student.device_type):
@@ -51,6 +55,11 @@ def compare_passes(objective: Objective) -> Compared | None:
                 _compared(one, real, moved=t > 0) for t, (one, real) in enumerate(zip(passes, reals, strict=True))
             ]
     return Compared(losses[0], hooks.found)
+
+
+def _both(losses: Callable[..., Tensor], params: Params) -> Tensor:
+    """The losses at the student's and the terms' parameters, given together."""
+    return losses(params, meta_params=params)
 
 
 def same_losses(one: Tensor, other: Tensor) -> bool:

@@ -125,27 +125,37 @@ class FunctionalStudent:
         then: Callable[[Any], Any] = lambda outputs: outputs,
         *,
         wants_end: bool = False,
+        others: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Any, Start | None]:
         """Run one forward pass on `params`; return what `then` makes of its outputs, and the end state if `wants_end`.
 
-        `then` runs while the parameters are swapped in, as terms may use the student's own layers.
+        `then` runs while the parameters are swapped in, as terms may use the student's own layers. `others` are pairs
+        of a parameter that is not the module's own, such as a term's, and what replaces it.
         """
         start.rng.restore()
-        return self._inside(params, start, lambda: then(call(self.module, self.cast(inputs))), wants_end=wants_end)
+        function = lambda: then(call(self.module, self.cast(inputs)))  # noqa: E731
+        return self._inside(params, start, function, wants_end=wants_end, others=others)
 
     def _inside(
-        self, params: Params, start: Start, function: Callable[[], Any], *, wants_end: bool = False
+        self,
+        params: Params,
+        start: Start,
+        function: Callable[[], Any],
+        *,
+        wants_end: bool = False,
+        others: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Any, Start | None]:
         """Call a function from `start` on with `params` swapped in; return its value, and the end state if asked."""
         if self._real_state is None:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
         named, state = dict(self.module.named_parameters()), start.state
         swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in named.items()}
+        swaps |= {id(p): self._swapped_in(p, new) for p, new in others}
         values = clones([self.cast(value) for value in state.values.values()])
         swaps |= dict(zip(state.values, values, strict=True))
         try:
             state.put_back(swaps)
-            recomputed = recomputed_by(lambda again: self._inside(params, start, again)[0])
+            recomputed = recomputed_by(lambda again: self._inside(params, start, again, others=others)[0])
             with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
                 value = function()
             return value, self._end(state, swaps) if wants_end else None

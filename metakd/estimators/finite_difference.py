@@ -90,7 +90,7 @@ class FiniteDifference:
         h = self._step(u)
         if problem.weighted is not None and problem.memory.compare:
             problem.memory.compare = False
-            self._compare(problem, problem.weighted, params, batch, u, h)
+            self._compare(problem, problem.weighted.at(problem.meta_params), params, batch, u, h)
 
         def side(step: Tensor) -> Gradients:
             there = _moved(params, u, step)

@@ -32,13 +32,16 @@ def unchanged(values: Gradients, like: Params, what: str) -> Gradients:
 class WeightedLosses(NamedTuple):
     r"""Says that $\mathrm{inner}(\theta, \phi, b) = \frac{1}{B} \sum_{ik} w_{ik}(\phi, b)\, \ell_{ik}(\theta, b)$.
 
-    The meta-parameters then only multiply the losses and their tangents, so forward mode is exact.
+    The meta-parameters then only multiply the losses and their tangents, so forward mode is exact. Those in `learned`
+    may also act on the losses, $\ell_{ik}(\theta, \phi, b)$, after the student's own operations.
 
     Attributes:
-        losses: (params, batch) -> (B, M).
+        losses: (params, batch) -> (B, M); with `learned` called with meta_params= and via= as well. A `via` that is not
+            None takes the place of terms(outputs) as via(terms, outputs), where the terms act on a model's outputs.
         weights: (meta_params, batch) -> (B, M).
         names: of the M terms.
         given: the meta-parameter that is the weights, if one is.
+        learned: names of the meta-parameters that the losses depend on: the terms' own.
 
     Examples:
         >>> x = torch.tensor([1.0, 2.0])
@@ -47,10 +50,15 @@ class WeightedLosses(NamedTuple):
         torch.Size([2, 1])
     """
 
-    losses: Callable[[Params, Any], Tensor]
+    losses: Callable[..., Tensor]
     weights: Callable[[Params, Any], Tensor]
     names: Sequence[str]
     given: str | None = None
+    learned: Sequence[str] = ()
+
+    def at(self, meta_params: Params, via: Any = None) -> "WeightedLosses":
+        """The same with losses (params, batch) -> (B, M) at these meta-parameters."""
+        return self._replace(losses=partial(self.losses, meta_params=meta_params, via=via)) if self.learned else self
 
 
 class Step(NamedTuple):

@@ -10,14 +10,20 @@ from metakd.terms.groups import GroupTarget, WithinGroupTarget
 from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
 from metakd.terms.reading import logits
 from metakd.terms.rebalanced import RebalancedSoftTarget
+from metakd.terms.robust import Bootstrapped, GeneralisedCrossEntropy
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
+from metakd.terms.transition import ForwardCorrected, estimated_transition
+from metakd.terms.vector_scaled import VectorScaled
 
 __all__ = [
     "BalancedSoftmax",
+    "Bootstrapped",
     "CrossEntropy",
     "DebiasedSoftTarget",
+    "ForwardCorrected",
     "FromTeacher",
     "GatedSoftTarget",
+    "GeneralisedCrossEntropy",
     "GroupTarget",
     "LogitAdjusted",
     "NonTargetClass",
@@ -26,7 +32,9 @@ __all__ = [
     "SoftTarget",
     "TargetClass",
     "Term",
+    "VectorScaled",
     "WithinGroupTarget",
+    "estimated_transition",
     "evaluate",
     "logits",
     "named",

@@ -10,8 +10,11 @@ from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms import (
     BalancedSoftmax,
+    Bootstrapped,
     CrossEntropy,
+    ForwardCorrected,
     GatedSoftTarget,
+    GeneralisedCrossEntropy,
     GroupTarget,
     LogitAdjusted,
     NonTargetClass,
@@ -27,7 +30,8 @@ Z, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 COUNTED = [BalancedSoftmax, LogitAdjusted, RebalancedSoftTarget, GroupTarget, WithinGroupTarget]
 SOFTENED = [SoftTarget, ReverseSoftTarget, GatedSoftTarget, TargetClass, NonTargetClass]
 BOTH = [GatedSoftTarget(), TargetClass(), NonTargetClass()]
-LABELED = [CrossEntropy(), *(family([1, 2, 3, 4]) for family in COUNTED[:2]), *BOTH]
+ROBUST = [GeneralisedCrossEntropy(), Bootstrapped(), Bootstrapped(hard=True), ForwardCorrected(torch.eye(4))]
+LABELED = [CrossEntropy(), *(family([1, 2, 3, 4]) for family in COUNTED[:2]), *BOTH, *ROBUST]
 TAUGHT = [SoftTarget(), ReverseSoftTarget(), *(family([1, 2, 3, 4]) for family in COUNTED[2:]), *BOTH]
 
 
