@@ -76,3 +76,9 @@ def test_the_source_is_the_oldest_pythons():
     assert len(files) > 50
     for file in files:
         ast.parse(file.read_text(encoding="utf-8"), str(file), feature_version=(3, 10))
+
+
+def test_the_lowest_torch_that_is_promised_is_the_lowest_that_is_tested():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (promised,) = [need.removeprefix("torch>=") for need in project["dependencies"] if need.startswith("torch>")]
+    assert f"torch=={promised}.0\n" in (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
