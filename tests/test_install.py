@@ -82,3 +82,8 @@ def test_the_lowest_torch_that_is_promised_is_the_lowest_that_is_tested():
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (promised,) = [need.removeprefix("torch>=") for need in project["dependencies"] if need.startswith("torch>")]
     assert f"torch=={promised}.0\n" in (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
+
+
+def test_warnings_as_errors_meet_none_of_torchs_own_at_the_first_dual_number():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/index.md").read_text(encoding="utf-8"), flags=re.DOTALL)[1]
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, stdout=subprocess.DEVNULL)
