@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from torchopt.base import GradientTransformation
-
 from metakd._autodiff import Gradients, Params
+from metakd.inner.transformation import GradientTransformation
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:

@@ -124,7 +124,7 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
     capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = torch.stack(torch.aminmax(indices)).tolist()
+    low, high = map(int, torch.stack(torch.aminmax(indices)).cpu())  # one sync; torch.func has no tolist in torch 2.6
     if low < 0 or high >= size:
         raise MetaKDError(f"{what} {low if low < 0 else high} is out of range [0, {size}); {cure}")
 
