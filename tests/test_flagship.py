@@ -25,17 +25,7 @@ FIGURES = ["training_curves.png", "class_accuracy.png", "weights_by_class.png", 
 
 
 def command(output, *arguments):
-    return [
-        sys.executable,
-        "-W",
-        "error",
-        "-W",
-        "ignore::DeprecationWarning",
-        str(EXAMPLE),
-        "--output",
-        str(output),
-        *arguments,
-    ]
+    return [sys.executable, "-W", "error", str(EXAMPLE), "--output", str(output), *arguments]
 
 
 def run(output, *arguments):

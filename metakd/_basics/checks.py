@@ -41,7 +41,7 @@ class Waiting:
         read: dict[int, float] = {}
         for device in {value.device for value in every}:
             here = [value for value in every if value.device == device]
-            read.update(zip(map(id, here), torch.cat(here).tolist(), strict=True))
+            read.update(zip(map(id, here), _numbers(torch.cat(here)), strict=True))
         for values, judge in checks:
             judge(*(read[id(value)] for value in values))
 
@@ -54,6 +54,15 @@ class Waiting:
         except RuntimeError:
             return None
         return None
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """The entries, by one sync."""
+    try:
+        found: list[float] = values.tolist()
+    except RuntimeError:  # torch.func has no tolist in torch 2.6
+        return list(map(float, values.cpu()))
+    return found
 
 
 _open: ContextVar[Waiting | None] = ContextVar("_open", default=None)

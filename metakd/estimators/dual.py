@@ -1,7 +1,9 @@
 """Forward-mode differentiation with dual numbers, one block at a time in the whole process."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -46,9 +48,18 @@ def dual_numbers() -> Iterator[None]:
             stack.enter_context(forward_ad.dual_level())
         except RuntimeError as error:
             raise LevelTaken(_TAKEN) from error
+        _script_decompositions()
         stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
         stack.enter_context(_Rules())
         yield
+
+
+@cache
+def _script_decompositions() -> None:
+    """What torch does at its first dual number, without its warning that its own `torch.jit.script` is deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script`")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def duals(params: Params, u: Params) -> Params:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torchopt.base import GradientTransformation
 
 from metakd._autodiff import Params
 from metakd._basics.together import scaled
@@ -13,13 +12,14 @@ from metakd.inner.real import as_real
 from metakd.inner.repaired import own
 from metakd.inner.rules import Group, Rule, State, rule_of
 from metakd.inner.state import numbers_off_device, started
+from metakd.inner.transformation import GradientTransformation
 
 
 class InnerOptimizer(NamedTuple):
     """A differentiable optimizer and its initial state.
 
     Attributes:
-        transformation: a TorchOpt transformation: `init` and `update`.
+        transformation: its `init` and `update`.
         state: of the parameters it was built for.
 
     Examples:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torchopt.base import GradientTransformation
-
 from metakd._autodiff import Gradients, Params
 from metakd._basics.together import summed
+from metakd.inner.transformation import GradientTransformation
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:

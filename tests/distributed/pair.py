@@ -53,7 +53,6 @@ class Pair:
 def _work(rank, store, pipe):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE)
     while True:
         function, args = pipe.recv()

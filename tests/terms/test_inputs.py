@@ -211,7 +211,7 @@ ENSEMBLE = [torch.randn(3, 4), torch.randn(3, 4)]
 @pytest.mark.parametrize("outputs", [ENSEMBLE, tuple(ENSEMBLE)])
 def test_the_outputs_of_several_teachers(term, outputs):
     found = message(term, Z, Batch(None, Y, outputs))
-    assert f"a {type(outputs).__name__} of 2 outputs" in found and "pick or average" in found
+    assert f"a {type(outputs).__name__} of 2 outputs" in found and "pick one by" in found
     assert "torch.stack(batch.teacher).mean(dim=0)" in found
 
 
