@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.positive_int import positive_int
-from metakd._call.arguments import check_parts, check_teacher, default_weighting, validated
+from metakd._call.arguments import check_parts, check_sharded, check_teacher, default_weighting, validated
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.objective import Objective, weighted_mean
 from metakd._call.ranks import Ranks, checksum
@@ -25,6 +25,7 @@ from metakd._call.weight_step import WeightingStep
 from metakd._proof.proofs import Proofs
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import as_written
+from metakd._virtual.sharded import as_function
 from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, detached_copy, endless
 from metakd.errors import MetaKDError, explained
@@ -131,9 +132,10 @@ class BilevelLossBalancer:
         self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
         check_parts(student, optimizer, estimator)
+        check_sharded(student, optimizer, inner)
         check_teacher(teacher)
         self._proofs = Proofs(verify)
-        self._ranks, plain = Ranks(student), FunctionalStudent(student)
+        self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
@@ -335,7 +337,7 @@ class BilevelLossBalancer:
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function; its passes also call the terms, the meta loss and the features."""
-        return FunctionalStudent(
+        return as_function(
             self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
         )
 
@@ -415,11 +417,14 @@ class BilevelLossBalancer:
         """
         inputs = batches[0].inputs if batches else None
         called = {**self.terms, "the meta loss": self.meta_loss}
-        if not batches or not self._proofs.due(self._functional, inputs, called, self.estimator):
+        if not batches:
+            return meta_batch
+        due = self._proofs.due(self._functional, inputs, called, self.estimator)
+        if not self._ranks.any_of(self._functional, due):
             return meta_batch
         with self._functional.untouched() as start:
             objective = self._objective(self._functional, batches, meta_batch, start)
-            self._proofs.prove(objective, self._memory)
+            self._proofs.prove(objective, self._memory, self._ranks, self.estimator)
             return objective.meta_batch
 
     def _stands_still(self) -> bool:
@@ -492,7 +497,8 @@ class BilevelLossBalancer:
             lambda _: optimizer.transformation,
             objective.student.cast(optimizer.state),
             memory=self._memory,
-            mean=self._ranks.mean,
+            mean=self._ranks.mean_of(self._functional),
+            norm=self._ranks.norm_of(self._functional),
             weighted=weighted,
             **known,
         )
