@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.positive_int import positive_int
-from metakd._call.arguments import check_parts, check_sharded, check_teacher, default_weighting, validated
+from metakd._call.arguments import check_parts, check_sharded, check_teacher, check_whole, default_weighting, validated
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.objective import Objective, weighted_mean
 from metakd._call.ranks import Ranks, checksum
@@ -329,6 +329,7 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
+        check_whole(self.student)
         student = self._functional if dtype is None else self._as_function(dtype)
         with self._untouched(), student.untouched() as start, torch.enable_grad():
             problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start))

@@ -41,6 +41,15 @@ def check_sharded(student: nn.Module, optimizer: Optimizers, inner: Any) -> None
         )
 
 
+def check_whole(student: nn.Module) -> None:
+    """Check that one process can run the student on its own, or raise a `MetaKDError`."""
+    if is_sharded(student):
+        raise MetaKDError(
+            "balancer.problem and check_hypergradient run the student in one process, but a sharded one (fully_shard) "
+            "needs all of them; check the student before it is sharded"
+        )
+
+
 def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -> Memory:
     """Run `validate`: raise its errors, show its warnings once, and return what estimators should know.
 

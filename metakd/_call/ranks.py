@@ -45,7 +45,7 @@ class Ranks:
         self.several = self._wrapper is not None or mesh is not None
         self.mean: Mean = self._mean if self.several else unchanged
         if self.several:
-            self._group = mesh.get_group() if self._wrapper is None else self._wrapper.process_group
+            self._group = mesh.get_group(0) if self._wrapper is None else self._wrapper.process_group
             self._device = _device(mesh) if self._wrapper is None else next(self._wrapper.parameters()).device
             self._names = dist.get_process_group_ranks(self._group)
             self._rank, self._size = dist.get_rank(self._group), len(self._names)

@@ -37,20 +37,6 @@ class ShardedStudent(FunctionalStudent):
     its parameters. There is no second derivative in reverse mode.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        dtype: torch.dtype | None = None,
-        others: Callable[[], Sequence[Any]] = tuple,
-        excluded: nn.Module | None = None,
-    ) -> None:
-        super().__init__(module, dtype, others, excluded)
-        if dtype is not None:
-            raise MetaKDError(
-                f"a sharded student (fully_shard) cannot be run in {dtype}, as check_hypergradient does; check the "
-                "student before it is sharded"
-            )
-
     def trainable(self) -> Params:
         """The sharded parameters that require gradients, by name."""
         settle(self.module)
