@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from metakd._basics.columns import check_columns
 from metakd._basics.nest import map_tensors, tensors
 from metakd._basics.positive_int import positive_int
 from metakd._basics.sizes import UndecidedError, decided, described, is_integer
@@ -38,12 +39,16 @@ class Batch(NamedTuple):
         teacher: the teacher's outputs for these inputs, a list for several teachers; or None.
         index: the samples' positions in the training set, shape (B,); only `SampleTable` needs them.
         size: B, if targets, outputs and inputs do not show it; or None.
+        columns: name -> integers (B,), such as each sample's source, annotator or domain, for `GroupTable`, histories
+            and exported weights; or None.
 
     Examples:
         >>> import torch
         >>> batch = Batch(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
         >>> batch.teacher is None
         True
+        >>> batch._replace(columns={"source": torch.tensor([5, 5, 0, 2])}).columns["source"].tolist()
+        [5, 5, 0, 2]
     """
 
     inputs: Any
@@ -51,14 +56,16 @@ class Batch(NamedTuple):
     teacher: Any = None
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     size: int | None = None
+    columns: Mapping[str, Tensor] | None = None
 
 
 def as_batch(item: Any) -> Batch:
     """Turn a loader's item into a `Batch`, or raise.
 
     It may be a `Batch`; a tensor or a `PackedSequence` (inputs only); `(inputs, targets)`; `(inputs, targets, index)`;
-    a mapping with `Batch`'s fields; or a mapping without the key `inputs`, as Hugging Face's collators build it. In the
-    last, the labels become the targets, and all keys but `index` and `teacher` become keyword arguments of the student.
+    either of these two with a mapping of named columns at its end, `(inputs, targets, {"source": ids})`; a mapping with
+    `Batch`'s fields; or a mapping without the key `inputs`, as Hugging Face's collators build it. In the last, the
+    labels become the targets, and all keys but `index`, `teacher` and `columns` become the student's keyword arguments.
     """
     if isinstance(item, Batch):
         return item
@@ -66,16 +73,20 @@ def as_batch(item: Any) -> Batch:
         return Batch(item)
     if isinstance(item, Mapping):
         return _from_mapping(dict(item))
+    columns = None
+    if isinstance(item, tuple | list) and len(item) > 2 and isinstance(item[-1], Mapping):
+        item, columns = item[:-1], item[-1]
     if isinstance(item, tuple | list) and len(item) in (2, 3):
         inputs, targets, *rest = item
-        return Batch(inputs, targets, index=_positions(rest[0]) if rest else None)
+        return Batch(inputs, targets, index=_positions(rest[0]) if rest else None, columns=columns)
     if isinstance(item, tuple | list) and len(item) > 3:
         entries = ", ".join(f"item[{i}] {described(entry)}" for i, entry in enumerate(item[:6]))
         raise MetaKDError(
             f"a loader's item of type {type(item).__name__} of length {len(item)} is ambiguous: {entries}"
             f"{', ...' if len(item) > 6 else ''}; say which is what, such as "
             "batch_fn=lambda item: Batch(inputs=(item[0], item[1]), targets=item[2], index=item[3]). A Batch has "
-            "inputs, targets, teacher (its outputs) and index (positions in the training set)"
+            "inputs, targets, teacher (its outputs), index (positions in the training set) and columns (integers by "
+            'name, such as {"source": item[3]})'
         )
     length = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
     raise MetaKDError(
@@ -105,13 +116,13 @@ def _from_mapping(item: dict[str, Any]) -> Batch:
         return Batch(**item)
     keys, target_keys = list(item), [key for key in _TARGET_KEYS if key in item]
     targets = item.pop(target_keys[0]) if target_keys else None
-    index, teacher = item.pop("index", None), item.pop("teacher", None)
+    index, teacher, columns = (item.pop(key, None) for key in ("index", "teacher", "columns"))
     if not item:
         raise MetaKDError(
             f"the mapping from the loader holds no inputs for the student, only the keys {keys}; add a key 'inputs' "
             "or the student's keyword arguments"
         )
-    return Batch(item, targets, teacher, index)
+    return Batch(item, targets, teacher, index, columns=columns)
 
 
 def detached_copy(batch: Batch) -> Batch:
@@ -158,6 +169,9 @@ def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int
 
 
 def check_size(batch: Batch, what: str) -> None:
-    """`batch_size` as a check; an undecided size is left for the student's outputs to decide."""
+    """`batch_size` as a check, of the columns too; an undecided size is left for the student's outputs to decide."""
+    size = None
     with suppress(UndecidedError):
-        batch_size(batch, what)
+        size = batch_size(batch, what)
+    if batch.columns is not None:
+        check_columns(batch.columns, what, size)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader
 
 from metakd import Batch, MetaKDError
-from metakd.batch import arguments, as_batch, batch_size, check_size
+from metakd._basics.columns import RESERVED
+from metakd.batch import arguments, as_batch, batch_size, check_size, detached_copy
 
 X, Y, INDEX, TEACHER = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.arange(4), torch.ones(4, 5)
 
@@ -27,7 +29,62 @@ def same(batch, inputs, targets=None, teacher=None, index=None):
 def test_a_batch_is_itself():
     batch = Batch(X, Y, TEACHER, INDEX)
     assert as_batch(batch) is batch
-    assert Batch._fields == ("inputs", "targets", "teacher", "index", "size")
+    assert Batch._fields == ("inputs", "targets", "teacher", "index", "size", "columns")
+
+
+SOURCE = {"source": torch.tensor([7, 0, 3, 3])}
+
+
+@pytest.mark.parametrize(
+    ("item", "index"),
+    [
+        ((X, Y, SOURCE), None),
+        ([X, Y, INDEX, SOURCE], INDEX),
+        ((X, Y, None, SOURCE), None),
+        ({"inputs": X, "targets": Y, "columns": SOURCE}, None),
+        ({"x": X, "labels": Y, "index": INDEX, "columns": SOURCE}, INDEX),
+    ],
+)
+def test_items_with_named_columns(item, index):
+    batch = as_batch(item)
+    assert batch.columns is SOURCE and batch.targets is Y and batch.index is index
+    check_size(batch, "the batch")
+    copied = detached_copy(batch).columns["source"]
+    assert torch.equal(copied, SOURCE["source"]) and copied is not SOURCE["source"]
+
+
+def test_a_loader_collates_columns():
+    data = [(X[i], Y[i], i, {"source": i % 2}) for i in range(4)]
+    batch = as_batch(next(iter(DataLoader(data, batch_size=4))))
+    assert batch.columns["source"].tolist() == [0, 1, 0, 1] and batch.index.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ([INDEX], r"the columns of the meta batch are \(torch.int64 \(4,\)\); pass a mapping"),
+        ({"source": INDEX[:3]}, r"'source' of the meta batch has 3 values for 4 samples"),
+        ({"source": INDEX[:, None]}, r"'source' .*integers of shape \(B,\).* torch.int64 \(4, 1\)"),
+        ({"source": X[:, 0]}, r"'source' .*torch.float32 \(4,\)"),
+        ({"source": Y.bool()}, r"'source' .*torch.bool \(4,\)"),
+        ({"source": [0, 1, 2, 3]}, r"'source' .*\(int, int, int, int\)"),
+        ({"index": INDEX}, r"a column named 'index'.*string other than inputs, targets"),
+        ({"weight": INDEX}, r"a column named 'weight'"),
+        ({3: INDEX}, r"a column named 3"),
+    ],
+)
+def test_columns_that_do_not_fit(columns, message):
+    with pytest.raises(MetaKDError, match=message):
+        check_size(Batch(X, Y, columns=columns), "the meta batch")
+
+
+def test_columns_of_a_batch_whose_size_is_open_have_one_length():
+    with pytest.raises(MetaKDError, match=r"'b' of the batch has 3 values for 4 samples"):
+        check_size(Batch((torch.zeros(2, 9), X), columns={"a": INDEX, "b": INDEX[:3]}), "the batch")
+
+
+def test_no_column_is_named_like_a_field():
+    assert set(Batch._fields) < set(RESERVED)
 
 
 def test_tensors_tuples_and_lists():

@@ -13,14 +13,6 @@ from tests.test_no_trace import assert_same, trace_of
 INPUTS, TARGETS = torch.linspace(-1, 1, 28).view(7, 4), torch.arange(7) % 3
 
 
-class Sourced(Batch):
-    """A batch with a named column."""
-
-    @property
-    def columns(self):
-        return {"source": self.index % 2}
-
-
 def built(weights=None):
     student = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3))
     pair = {"hard": terms.CrossEntropy(), "smooth": terms.CrossEntropy(label_smoothing=0.3)}
@@ -60,7 +52,7 @@ def test_each_sample_and_term_has_its_weight(tmp_path, ending):
 
 
 def test_named_columns_stand_beside_the_index(tmp_path):
-    batches = [Sourced(*item[:2], index=item[2]) for item in shuffled()]
+    batches = [Batch(*item[:2], index=item[2], columns={"source": item[2] % 2}) for item in shuffled()]
     table = export_weights(built(), batches, tmp_path / "weights.csv")
     assert list(table) == ["index", "source", "term", "weight"]
     assert table["source"] == [index % 2 for index in table["index"]]
@@ -109,12 +101,6 @@ def test_what_gives_no_table_is_refused_and_no_file_is_written(tmp_path, batches
     with pytest.raises(MetaKDError, match=words):
         export_weights(built(), batches, tmp_path / "weights.csv")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_column_named_like_the_tables_own_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Sourced, "columns", {"weight": TARGETS})
-    with pytest.raises(MetaKDError, match=r"columns named \['weight'\]"):
-        export_weights(built(), [Sourced(INPUTS, TARGETS)], tmp_path / "weights.csv")
 
 
 def test_a_wrong_place_is_refused_before_any_weight_is_computed(tmp_path, monkeypatch):

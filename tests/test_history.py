@@ -171,10 +171,10 @@ def test_reading_a_report_computes_nothing():
         (lambda: History(TERMS, points=5), "points is 5, but must be even"),
         (lambda: History(TERMS, classes=-1), "classes is -1"),
         (lambda: fed(History(["hard"]), reports(1)), r"the report has 2 terms, the History has 1: \['hard'\]"),
-        (lambda: History(TERMS, 3).add(reports(1)[0][0]), "needs the labels of the step .* got None"),
+        (lambda: History(TERMS, 3).add(reports(1)[0][0]), r"by class \(3 groups\) needs the class .* got None"),
         (lambda: fed(History(TERMS), reports(1)).over_time("weight"), "has no 'weight'; it has weights, losses"),
-        (lambda: fed(History(TERMS), reports(1)).by_class(), r"knows the classes \[\].*classes=C"),
-        (lambda: fed(History(TERMS, 3), reports(1)).over_time("weights", [3]), r"classes \[0, 1, 2\], not \[3\]"),
+        (lambda: fed(History(TERMS), reports(1)).by_class(), r"by class, knows the numbers \[\].*classes=C"),
+        (lambda: fed(History(TERMS, 3, by="source"), reports(1)).over_time("losses", [3]), "by source, knows"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(act, message):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from metakd._basics.columns import check_columns
 from metakd._basics.sizes import described, is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -19,8 +20,6 @@ from metakd.monitor.learned_weights import answers
 
 if TYPE_CHECKING:
     from metakd.balancer import BilevelLossBalancer
-
-_OWN = ("index", "term", "weight")
 
 
 class _Read(NamedTuple):
@@ -84,17 +83,16 @@ def export_weights(balancer: BilevelLossBalancer, loader: Iterable[Any], path: s
 
 
 def _read(features: Tensor, batch: Batch, weights: Tensor) -> _Read:
-    columns = dict(getattr(batch, "columns", None) or {})
-    if clash := sorted(columns.keys() & set(_OWN)):
-        raise MetaKDError(f"the batch has columns named {clash}, but the table's own are {list(_OWN)}; rename them")
-    given = columns if batch.index is None else {"index": batch.index, **columns}
-    for name, values in given.items():
-        if not isinstance(values, Tensor) or values.shape != weights.shape[:1] or not is_integer(values):
+    index = batch.index
+    if index is not None:
+        if not isinstance(index, Tensor) or index.shape != weights.shape[:1] or not is_integer(index):
             raise MetaKDError(
-                f"{name!r} of the batch must hold integers of shape ({len(weights)},), one per sample, but it is "
-                f"{described(values)}; correct what the loader or batch_fn= gives"
+                f"'index' of the batch must hold integers of shape ({len(weights)},), one per sample, but it is "
+                f"{described(index)}; correct what the loader or batch_fn= gives"
             )
-    index = None if batch.index is None else batch.index.cpu()
+        index = index.cpu()
+    columns = batch.columns or {}
+    check_columns(columns, "the batch", len(weights))
     return _Read(weights.cpu(), index, {name: values.cpu() for name, values in columns.items()})
 
 

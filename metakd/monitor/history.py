@@ -15,7 +15,7 @@ _CALLS = ("meta_loss", "hypergradient_norm")
 
 
 class History:
-    """Means of a balancer's reports over time, by term and by class.
+    """Means of a balancer's reports over time, by term and by class, or by any other group of samples.
 
     Steps are collected in at most `points` windows of equal length. When all windows are full, neighbours are merged
     and windows become twice as long: memory does not grow, and a long training has as many points as a short one. `add`
@@ -25,8 +25,9 @@ class History:
 
     Args:
         terms: the names of the M terms; `balancer.terms`.
-        classes: C, to separate samples by label; 0 for means over all samples only.
+        classes: C, to separate samples by label or another group; 0 for means over all samples only.
         points: the largest number of windows, even.
+        by: what the groups are, such as "source"; figures and messages name them so.
 
     Raises:
         MetaKDError: `points` is odd or below 2; in use, reports or labels do not fit.
@@ -43,8 +44,8 @@ class History:
                 [0.9495, 0.7500]], dtype=torch.float64)
     """
 
-    def __init__(self, terms: Iterable[str], classes: int = 0, *, points: int = 256) -> None:
-        self.terms = tuple(terms)
+    def __init__(self, terms: Iterable[str], classes: int = 0, *, points: int = 256, by: str = "class") -> None:
+        self.terms, self.by = tuple(terms), by
         self.classes = classes and positive_int(classes, "classes")
         if positive_int(points, "points") % 2:
             raise MetaKDError(f"points is {points}, but must be even: neighbouring windows are merged in pairs")
@@ -62,8 +63,8 @@ class History:
 
         Args:
             report: of the step.
-            targets: (B,) integers, the labels of its samples (or any other groups), on the report's device;
-                labels outside [0, C), such as an ignored -100, belong to no class.
+            targets: (B,) integers, the labels of its samples, or their groups, such as `batch.columns["source"]`;
+                numbers outside [0, C), such as an ignored -100, belong to none.
         """
         losses, weights, influence = report.losses, report.weights, report.influence
         if weights.shape[1] != len(self.terms):
@@ -154,8 +155,8 @@ class History:
         if targets is None or targets.shape != like.shape[:1] or targets.is_floating_point():
             got = "None" if targets is None else f"{targets.dtype} of shape {tuple(targets.shape)}"
             raise MetaKDError(
-                f"a History of {self.classes} classes needs the labels of the step as integers of shape "
-                f"({len(like)},), got {got}; call add(balancer.report, targets)"
+                f"a History by {self.by} ({self.classes} groups) needs the {self.by} of each sample of the step as "
+                f"integers of shape ({len(like)},), got {got}; call add(balancer.report, numbers)"
             )
         rows = targets.to(like.device).long()
         return torch.where((rows >= 0) & (rows < self.classes), rows, self.classes)
@@ -177,8 +178,8 @@ class History:
         known = list(classes)
         if not self.classes or not all(0 <= c < self.classes for c in known):
             raise MetaKDError(
-                f"this History knows the classes {list(range(self.classes))[:10]}, not {known[:10]}; build it as "
-                "History(balancer.terms, classes=C) and pass the labels to add()"
+                f"this History, by {self.by}, knows the numbers {list(range(self.classes))[:10]}, not {known[:10]}; "
+                "build it as History(balancer.terms, classes=C) and pass each sample's number to add()"
             )
         return known
 

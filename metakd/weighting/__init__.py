@@ -5,13 +5,14 @@ from metakd.weighting.entropy_gate import EntropyGate, entropies
 from metakd.weighting.loss_mlp import LossMLP
 from metakd.weighting.normalised import Normalised
 from metakd.weighting.rectified import Rectified
-from metakd.weighting.tables import ClassTable, SampleTable
+from metakd.weighting.tables import ClassTable, GroupTable, SampleTable
 from metakd.weighting.term_scalars import TermScalars
 
 __all__ = [
     "ClassAware",
     "ClassTable",
     "EntropyGate",
+    "GroupTable",
     "LossMLP",
     "Normalised",
     "Rectified",

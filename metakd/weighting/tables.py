@@ -1,4 +1,4 @@
-"""Tables of learned weights: one row per class, or one per training sample."""
+"""Tables of learned weights: one row for each group of samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakd._basics.columns import RESERVED
 from metakd._basics.positive_int import positive_int
 from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
@@ -14,37 +15,102 @@ from metakd.terms.reading import check_range
 from metakd.weighting.base import output_map, starting_point
 
 
-class _Table(nn.Module):
-    """Rows of free numbers; each sample looks one up by a field of its batch."""
+class GroupTable(nn.Module):
+    """One weight per group and term, looked up by a column of integers in the batch.
 
-    _field: str
-    _row: str
-    _cure: str
+    `w_ik = map(A[g_i, k])` with a table `A` of free numbers and the group `g_i` of sample i: its source, annotator,
+    domain, or whatever the column says. A group's weight is learned from all its samples, so a table of few groups has
+    a strong signal. `ClassTable` and `SampleTable` are the same table, read by label and by position.
 
-    def __init__(self, rows: int, terms: int, init: float | None, output: str) -> None:
+    Optimizers with momentum or weight decay also move rows without a sample in the batch; decay pulls a weight towards
+    that of a free number of 0 (0.5 for a sigmoid, 0.69 for a softplus).
+
+    Shapes: features `(B, F)` (only B is used), the column `(B,)` integers, result `(B, M)`.
+
+    Source: with one row per sample and a clamp, AMAL's table (Sivasubramanian et al., AAAI 2023). Rows by source are
+    our choice.
+
+    Args:
+        column: the name of the column, a key of `Batch.columns`; or `"targets"` or `"index"`, the batch's own.
+        groups: the number of groups, the table's rows.
+        terms: M, the number of terms.
+        init: the initial weight of every group and term; ignored with `"softmax"`, which starts uniform.
+        output: the map to weights, see `LossMLP`.
+
+    Raises:
+        MetaKDError: a size is not a positive integer, the output map is unknown or cannot give `init`; in a call, the
+            column is missing, is not `(B,)` integers, or is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from metakd import Batch
+        >>> from metakd.weighting import GroupTable
+        >>> table = GroupTable("source", groups=20, terms=1, init=0.5, output="sigmoid")
+        >>> table(torch.zeros(2, 1), Batch(None, columns={"source": torch.tensor([19, 0])})).detach()
+        tensor([[0.5000],
+                [0.5000]])
+        >>> table.all_weights().shape
+        torch.Size([20, 1])
+    """
+
+    _groups, _group = "groups", "group"  # the argument's name, and what a row is
+
+    def __init__(
+        self, column: str, groups: int, terms: int, *, init: float | None = 1.0, output: str = "softplus"
+    ) -> None:
         super().__init__()
-        self.terms = positive_int(terms, "terms")
-        self.output = output
-        self.free = nn.Parameter(torch.full((rows, self.terms), starting_point(init, output)))
+        if not isinstance(column, str) or column in _NO_COLUMNS:
+            raise MetaKDError(
+                f'column is {column!r}, but must name a column of the batch, such as "source" of '
+                'Batch(columns={"source": ids}), or be "targets" or "index"'
+            )
+        self.column, self.output = column, output
+        self.groups, self.terms = positive_int(groups, self._groups), positive_int(terms, "terms")
+        self.free = nn.Parameter(torch.full((self.groups, self.terms), starting_point(init, output)))
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
         """Return the weights, shape `(B, M)`."""
-        name, rows, size = f"batch.{self._field}", getattr(batch, self._field), features.shape[0]
-        if not isinstance(rows, Tensor):
-            got = "None" if rows is None else type(rows).__name__
-            raise MetaKDError(f"{type(self).__name__} needs {name}, which is {got}; {self._cure}")
-        if rows.shape != (size,) or not is_integer(rows):
-            raise MetaKDError(
-                f"{type(self).__name__} needs {name} as integers of shape ({size},), one per sample, got "
-                f"{rows.dtype} of shape {tuple(rows.shape)}; {self._cure}"
-            )
-        count = self.free.shape[0]
-        advice = f"the table has {count} rows: build it with one for each {self._row}, or correct the values"
-        check_range(rows, count, name, advice)
+        rows, name = self._rows(batch, features.shape[0]), self._where()
+        advice = f"the table has {self.groups} rows: build it with one for each {self._group}, or correct the values"
+        check_range(rows, self.groups, name, advice)
         return output_map(self.output).apply(F.embedding(rows.to(self.free.device).long(), self.free))
 
+    @torch.no_grad()
+    def all_weights(self) -> Tensor:
+        """The weights of all groups, shape `(groups, M)`, detached."""
+        return output_map(self.output).apply(self.free)
 
-class ClassTable(_Table):
+    def _where(self) -> str:
+        return f"batch.{self.column}" if self.column in _FIELDS else f"batch.columns[{self.column!r}]"
+
+    def _rows(self, batch: Batch, size: int) -> Tensor:
+        """The row of each sample, `(B,)`, or raise."""
+        of_columns = batch.columns or {}
+        rows = getattr(batch, self.column) if self.column in _FIELDS else of_columns.get(self.column)
+        needs = f"{type(self).__name__} needs {self._where()}"
+        cure = _FIELDS.get(
+            self.column, f"let the loader yield (inputs, targets, {{{self.column!r}: ids}}), or pass Batch(columns=...)"
+        )
+        if not isinstance(rows, Tensor):
+            got = "None" if rows is None else type(rows).__name__
+            known = "" if self.column in _FIELDS else f" (the batch has the columns {list(of_columns)})"
+            raise MetaKDError(f"{needs}, which is {got}{known}; {cure}")
+        if rows.shape != (size,) or not is_integer(rows):
+            raise MetaKDError(
+                f"{needs} as integers of shape ({size},), one per sample, got {rows.dtype} of shape "
+                f"{tuple(rows.shape)}; {cure}"
+            )
+        return rows
+
+
+_FIELDS = {  # columns that are fields of the batch, and how it gets them
+    "targets": "pass the class of each sample as Batch(targets=...)",
+    "index": "let the loader yield (inputs, targets, index), or pass the positions as Batch(index=...)",
+}
+_NO_COLUMNS = set(RESERVED) - set(_FIELDS)
+
+
+class ClassTable(GroupTable):
     """One weight per class and term, looked up by the label.
 
     `w_ik = map(A[y_i, k])` with a table `A` of free numbers.
@@ -74,20 +140,19 @@ class ClassTable(_Table):
                 [0.5000, 0.5000]])
     """
 
-    _field, _row = "targets", "class"
-    _cure = "pass the class of each sample as Batch(targets=...)"
+    _groups, _group = "classes", "class"
 
     def __init__(self, classes: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
-        super().__init__(positive_int(classes, "classes"), terms, init, output)
+        super().__init__("targets", classes, terms, init=init, output=output)
 
 
-class SampleTable(_Table):
+class SampleTable(GroupTable):
     """One weight per training sample and term, looked up by the sample's position in the training set.
 
     `w_ik = map(A[index_i, k])` with a table `A` of free numbers.
 
-    A row has a gradient only when its sample is in the batch. Optimizers with momentum or weight decay, such as the
-    balancer's default Adam, move the other rows too; use `torch.optim.SGD` to avoid that.
+    A row has a gradient only when its sample is in the batch. Optimizers with momentum, such as Adam, move the other
+    rows too; use `torch.optim.SGD` to avoid that.
 
     Shapes: features `(B, F)` (only B is used), `batch.index` `(B,)` integers, result `(B, M)`.
 
@@ -114,8 +179,7 @@ class SampleTable(_Table):
                 [0.5000]])
     """
 
-    _field, _row = "index", "training sample"
-    _cure = "let the loader yield (inputs, targets, index), or pass the positions as Batch(index=...)"
+    _groups, _group = "samples", "training sample"
 
     def __init__(self, samples: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
-        super().__init__(positive_int(samples, "samples"), terms, init, output)
+        super().__init__("index", samples, terms, init=init, output=output)

@@ -91,6 +91,18 @@ def test_numbers_by_class(history):
     assert lines(given.axes[0]) == {"one term": pytest.approx([0.1, 0.2])}
 
 
+def test_other_groups_than_classes_have_their_name():
+    history = History(TERMS, classes=2, by="source")
+    history.add(Report(torch.ones(4, 2), torch.rand(4, 2), influence=torch.rand(4, 2)), torch.arange(4) % 2)
+    for draw, title in ((plots.weights_by_class, "Learned weights"), (plots.influence_by_class, "Influence on the")):
+        figure = draw(history, counts=[9, 3])
+        assert figure.axes[1].get_xlabel() == "source" and figure.get_suptitle().startswith(title)
+        assert figure.get_suptitle().endswith(" by source")
+    given = plots.weights_by_class(torch.rand(3, 1), terms=["one"], by="annotator")
+    assert given.axes[0].get_xlabel() == "annotator" and given.get_suptitle() == "Learned weights by annotator"
+    assert plots.weights_by_class(history, title=None).get_suptitle() == ""
+
+
 def test_a_hundred_classes_get_dots_and_a_running_mean_that_leaves_unseen_ones_out():
     values = torch.arange(100.0).remainder(2).unsqueeze(1)
     values[50] = torch.nan

@@ -19,6 +19,7 @@ from metakd.weighting import (
     ClassAware,
     ClassTable,
     EntropyGate,
+    GroupTable,
     LossMLP,
     Normalised,
     Rectified,
@@ -39,8 +40,8 @@ EMPTY = Batch(None)
 
 def batch_of(rows, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    pick = torch.randint(size, (2, rows), generator=generator)
-    return Batch(None, targets=pick[0], index=pick[1])
+    pick = torch.randint(size, (3, rows), generator=generator)
+    return Batch(None, targets=pick[0], index=pick[1], columns={"source": pick[2]})
 
 
 def models(output="softplus"):
@@ -49,6 +50,7 @@ def models(output="softplus"):
         TermScalars(3, init=0.5, output=output),
         ClassTable(5, 3, init=0.5, output=output),
         SampleTable(5, 3, init=0.5, output=output),
+        GroupTable("source", 5, 3, init=0.5, output=output),
     ]
 
 
@@ -85,7 +87,9 @@ def test_the_mlp_is_the_papers_by_default():
 def test_rows_are_looked_up(rows, terms, output, seed):
     batch, features = batch_of(rows, 7, seed), torch.zeros(rows, 1)
     for table, index in ((ClassTable(7, terms, init=0.5, output=output), batch.targets),
-                         (SampleTable(7, terms, init=0.5, output=output), batch.index)):  # fmt: skip
+                         (SampleTable(7, terms, init=0.5, output=output), batch.index),
+                         (GroupTable("source", 7, terms, init=0.5, output=output), batch.columns["source"]),
+                         (GroupTable("targets", 7, terms, init=0.5, output=output), batch.targets)):  # fmt: skip
         torch.nn.init.normal_(table.free)
         torch.testing.assert_close(table(features, batch), MAPS[output](table.free[index]))
     scalars = TermScalars(terms, init=0.5, output=output)
@@ -109,7 +113,7 @@ def test_an_identity_starts_where_it_is_told(init):
 
 
 def starts_at(init, output):
-    for model in (f(init=init, output=output) for f in (scalars, classes, samples)):
+    for model in (f(init=init, output=output) for f in (scalars, classes, samples, sources)):
         weights = model(torch.zeros(2, 1), batch_of(2, 4))
         torch.testing.assert_close(weights, torch.full((2, 3), init), rtol=1e-5, atol=1e-9)
 
@@ -126,19 +130,23 @@ def samples(**kwargs):
     return SampleTable(4, 3, **kwargs)
 
 
-@pytest.mark.parametrize("build", [scalars, classes, samples])
+def sources(**kwargs):
+    return GroupTable("source", 4, 3, **kwargs)
+
+
+@pytest.mark.parametrize("build", [scalars, classes, samples, sources])
 def test_the_default_start_is_one(build):
     torch.testing.assert_close(build()(torch.zeros(2, 1), batch_of(2, 4)), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("build", [scalars, classes, samples])
+@pytest.mark.parametrize("build", [scalars, classes, samples, sources])
 @pytest.mark.parametrize("init", [None, 0.2, 7.0])
 def test_a_softmax_starts_uniform(build, init):
     weights = build(init=init, output="softmax")(torch.zeros(2, 1), batch_of(2, 4))
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("output", list(MAPS))
 @pytest.mark.parametrize("rows", [1, 4])
 def test_derivatives_of_first_and_second_order(which, output, rows):
@@ -155,7 +163,7 @@ def test_derivatives_of_first_and_second_order(which, output, rows):
     assert gradgradcheck(weights, parameters)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_the_dtype_is_the_models(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     narrow = model(features, batch)
@@ -171,7 +179,7 @@ def test_features_of_another_dtype_are_taken(dtype):
     torch.testing.assert_close(model(features, EMPTY), model(features.float(), EMPTY), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_autocast_does_not_cost_digits(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,7 +187,7 @@ def test_autocast_does_not_cost_digits(which):
     torch.testing.assert_close(weights, model(features, batch), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_models_are_copied_and_pickled(which):
     model, features, batch = models()[which], torch.rand(2, 2), batch_of(2, 5)
     for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):

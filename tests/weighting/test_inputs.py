@@ -10,6 +10,7 @@ from metakd.weighting import (
     ClassAware,
     ClassTable,
     EntropyGate,
+    GroupTable,
     LossMLP,
     Normalised,
     Rectified,
@@ -34,6 +35,7 @@ def builders():
         lambda terms=2, **kw: TermScalars(terms, **kw),
         lambda terms=2, **kw: ClassTable(3, terms, **kw),
         lambda terms=2, **kw: SampleTable(3, terms, **kw),
+        lambda terms=2, **kw: GroupTable("source", 3, terms, **kw),
     ]
 
 
@@ -57,6 +59,13 @@ def test_sizes_that_are_no_count(bad):
     assert f"hidden[1] is {bad!r}" in message(LossMLP, 2, 2, (4, bad))
     assert f"classes is {bad!r}" in message(ClassTable, bad, 2)
     assert f"samples is {bad!r}" in message(SampleTable, bad, 2)
+    assert f"groups is {bad!r}" in message(GroupTable, "source", bad, 2)
+
+
+@pytest.mark.parametrize("name", [None, 3, "inputs", "teacher", "size", "columns", "term", "weight"])
+def test_a_column_that_no_batch_has(name):
+    found = message(GroupTable, name, 3, 2)
+    assert f"column is {name!r}" in found and 'Batch(columns={"source": ids})' in found
 
 
 @pytest.mark.parametrize("hidden", [64, None, "64"])
@@ -83,35 +92,51 @@ def test_a_start_that_the_map_cannot_give(build, output, init, bounds):
     assert f"init={init}" in found and repr(output) in found and bounds in found and "change init" in found
 
 
-TABLES = [(ClassTable(3, 2), "targets", "class"), (SampleTable(3, 2), "index", "training sample")]
+TABLES = [
+    (ClassTable(3, 2), "batch.targets", lambda rows: Batch(None, targets=rows), "Batch(targets=...)", "class"),
+    (SampleTable(3, 2), "batch.index", lambda rows: Batch(None, index=rows), "Batch(index=...)", "training sample"),
+    (
+        GroupTable("source", 3, 2),
+        "batch.columns['source']",
+        lambda rows: Batch(None, columns={"source": rows}),
+        "(inputs, targets, {'source': ids})",
+        "group",
+    ),
+]
+of_tables = pytest.mark.parametrize(("table", "field", "batch_of", "cure", "row"), TABLES)
 
 
-@pytest.mark.parametrize(("table", "field", "row"), TABLES)
-def test_a_missing_index(table, field, row):
+@of_tables
+def test_a_missing_index(table, field, batch_of, cure, row):
     found = message(table, X, Batch(None))
-    assert f"{type(table).__name__} needs batch.{field}, which is None" in found and f"Batch({field}=...)" in found
+    assert f"{type(table).__name__} needs {field}, which is None" in found and cure in found
 
 
-@pytest.mark.parametrize(("table", "field", "row"), TABLES)
-def test_an_index_that_is_no_tensor(table, field, row):
-    assert f"batch.{field}, which is list" in message(table, X, Batch(None)._replace(**{field: [0, 1, 2]}))
+def test_a_missing_column_among_others():
+    found = message(GroupTable("source", 3, 2), X, Batch(None, columns={"annotator": torch.zeros(3).long()}))
+    assert "(the batch has the columns ['annotator'])" in found
 
 
-@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+@of_tables
+def test_an_index_that_is_no_tensor(table, field, batch_of, cure, row):
+    assert f"{field}, which is list" in message(table, X, batch_of([0, 1, 2]))
+
+
+@of_tables
 @pytest.mark.parametrize(
     "wrong", [torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2).long(), torch.zeros(3, 1).long()]
 )
-def test_an_index_that_is_no_row_of_integers(table, field, row, wrong):
-    found = message(table, X, Batch(None)._replace(**{field: wrong}))
-    assert f"batch.{field} as integers of shape (3,)" in found
+def test_an_index_that_is_no_row_of_integers(table, field, batch_of, cure, row, wrong):
+    found = message(table, X, batch_of(wrong))
+    assert f"{field} as integers of shape (3,)" in found
     assert f"got {wrong.dtype} of shape {tuple(wrong.shape)}" in found
 
 
-@pytest.mark.parametrize(("table", "field", "row"), TABLES)
+@of_tables
 @pytest.mark.parametrize("value", [3, 99, -1])
-def test_an_index_out_of_range(table, field, row, value):
-    found = message(table, X, Batch(None)._replace(**{field: torch.tensor([0, value, 2])}))
-    assert f"batch.{field} {value} is out of range [0, 3)" in found
+def test_an_index_out_of_range(table, field, batch_of, cure, row, value):
+    found = message(table, X, batch_of(torch.tensor([0, value, 2])))
+    assert f"{field} {value} is out of range [0, 3)" in found
     assert "the table has 3 rows" in found and f"each {row}" in found
 
 

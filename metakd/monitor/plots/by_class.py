@@ -35,11 +35,12 @@ def weights_by_class(
     classes: Sequence[str] | None = None,
     counts: Sequence[int] | None = None,
     last: float = 0.1,
-    title: str | None = "Learned weights by class",
+    by: str | None = None,
+    title: str | None = "Learned weights by {by}",
     axes: Axes | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw the mean weight of each term by class, below the class's number of training samples.
+    """Draw the mean weight of each term by class, or by source or any other group, below its training samples.
 
     Args:
         weights: a history with classes, or (C, M) mean weights.
@@ -47,6 +48,7 @@ def weights_by_class(
         classes: names of the C classes; default their numbers.
         counts: training samples of each class; not drawn in your own `axes`.
         last: the share of the history's last steps to average.
+        by: what the classes are, such as "source"; default what the history says.
         title: above the figure.
         axes: to draw in.
         path: the file to write.
@@ -62,7 +64,7 @@ def weights_by_class(
         >>> print(*(line.get_label() for line in figure.axes[0].get_lines()), sep=", ")
         hard term, soft term
     """
-    figure, panel, means = _by_class(weights, "weights", terms, classes, counts, last, title, axes)
+    figure, panel, means = _by_class(weights, "weights", terms, classes, counts, last, by, title, axes)
     low, high = float(means.nan_to_num(torch.inf).min()), float(means.nan_to_num(-torch.inf).max())
     margin = max(0.12 * (high - low), 0.02)
     panel.set(ylabel="mean learned weight", ylim=(low - margin, high + margin))
@@ -76,7 +78,8 @@ def influence_by_class(
     classes: Sequence[str] | None = None,
     counts: Sequence[int] | None = None,
     last: float = 0.1,
-    title: str | None = "Influence on the meta loss by class",
+    by: str | None = None,
+    title: str | None = "Influence on the meta loss by {by}",
     axes: Axes | None = None,
     path: str | Path | None = None,
 ) -> Figure:
@@ -88,6 +91,7 @@ def influence_by_class(
         classes: names of the C classes; default their numbers.
         counts: training samples of each class; not drawn in your own `axes`.
         last: the share of the history's last steps to average.
+        by: what the classes are, such as "source"; default what the history says.
         title: above the figure.
         axes: to draw in.
         path: the file to write.
@@ -103,7 +107,7 @@ def influence_by_class(
         >>> figure.axes[0].get_ylabel()
         'mean influence on the meta loss\n(below 0: more weight helps)'
     """
-    figure, panel, _ = _by_class(influence, "influence", terms, classes, counts, last, title, axes)
+    figure, panel, _ = _by_class(influence, "influence", terms, classes, counts, last, by, title, axes)
     panel.axhline(0, color="#777777", linewidth=0.8)
     panel.set_ylabel(INFLUENCE)
     return finish(figure, panel, path, own=axes is not None)
@@ -116,12 +120,15 @@ def _by_class(
     classes: Sequence[str] | None,
     counts: Sequence[int] | None,
     last: float,
+    by: str | None,
     title: str | None,
     axes: Axes | None,
 ) -> tuple[Figure, Axes, Tensor]:
     """Draw one line per term over the classes; also return the numbers drawn."""
     if isinstance(values, History):
-        terms, values = terms or values.terms, values.by_class(quantity, last=last)
+        by, terms, values = by or values.by, terms or values.terms, values.by_class(quantity, last=last)
+    by = by or "class"
+    title = title and title.replace("{by}", by)
     means, names = torch.as_tensor(values).detach().cpu(), list(terms or ())
     labels = list(classes or map(str, range(len(means))))
     sizes = {"terms": len(names), "classes": len(labels), "counts": len(means) if counts is None else len(counts)}
@@ -142,5 +149,5 @@ def _by_class(
         column = means[:, k].tolist()
         draw_by_class(panel, column, f"{term} term", TERMS[k % len(TERMS)], MARKERS[k % len(MARKERS)], "-")
     tail = counts is not None and list(counts) == sorted(counts, reverse=True)
-    name_classes(panel, labels, "class, from head to tail" if tail else "class")
+    name_classes(panel, labels, f"{by}, from head to tail" if tail and by == "class" else by)
     return figure, panel, means

@@ -34,7 +34,8 @@ def weights_over_time(
 
     Args:
         history: of the training.
-        groups: name -> classes, for one panel per term with one line per group.
+        groups: name -> classes, for one panel per term with one line per group; for one line per source,
+            `{f"source {s}": [s] for s in range(20)}`.
         title: above the figure.
         axes: to draw in; with groups one per term.
         path: the file to write.
