@@ -10,6 +10,7 @@ from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
 from metakd.terms.reading import logits
 from metakd.terms.rebalanced import RebalancedSoftTarget
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
+from metakd.terms.tokens import Tokens, tokens_as_samples
 
 __all__ = [
     "BalancedSoftmax",
@@ -24,8 +25,10 @@ __all__ = [
     "SoftTarget",
     "TargetClass",
     "Term",
+    "Tokens",
     "WithinGroupTarget",
     "evaluate",
     "logits",
     "named",
+    "tokens_as_samples",
 ]
