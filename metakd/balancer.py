@@ -18,8 +18,11 @@ from metakd._basics.positive_int import positive_int
 from metakd._basics.together import clones
 from metakd._call.arguments import (
     check_parts,
+    check_sharded,
+    check_sharded_terms,
     check_teacher,
     check_weighting,
+    check_whole,
     default_weighting,
     trained_elsewhere,
     validated,
@@ -36,6 +39,7 @@ from metakd._call.weight_step import WeightingStep
 from metakd._proof.proofs import Proofs
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import as_written
+from metakd._virtual.sharded import as_function
 from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, detached_copy, endless
 from metakd.errors import MetaKDError, explained
@@ -144,9 +148,10 @@ class BilevelLossBalancer:
         self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
         check_parts(student, optimizer, estimator)
+        check_sharded(student, optimizer, inner)
         check_teacher(teacher)
         self._proofs = Proofs(verify)
-        self._ranks, plain = Ranks(student), FunctionalStudent(student)
+        self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
@@ -156,6 +161,7 @@ class BilevelLossBalancer:
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
         learned = LearnedTerms(self.terms, student, trained_elsewhere(optimizer, teacher), weighting)
+        check_sharded_terms(student, learned.params())
         self._step = WeightingStep(weighting, learned, weighting_optimizer, self.accumulate, self._ranks.mean)
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
@@ -332,6 +338,7 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
+        check_whole(self.student)
         student = self._functional if dtype is None else self._as_function(dtype)
         with self._untouched(), student.untouched() as start, torch.enable_grad():
             problem = self._problem_in_phi(self._objective(student, batches, meta_batch, start))
@@ -340,7 +347,7 @@ class BilevelLossBalancer:
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function; its passes also call the terms, the meta loss and the features."""
-        return FunctionalStudent(
+        return as_function(
             self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
         )
 
@@ -448,11 +455,14 @@ class BilevelLossBalancer:
         """
         inputs = batches[0].inputs if batches else None
         called = {**self.terms, "the meta loss": self.meta_loss}
-        if not batches or not self._proofs.due(self._functional, inputs, called, self.estimator):
+        if not batches:
+            return meta_batch
+        due = self._proofs.due(self._functional, inputs, called, self.estimator)
+        if not self._ranks.any_of(self._functional, due):
             return meta_batch
         with self._functional.untouched() as start:
             objective = self._objective(self._functional, batches, meta_batch, start)
-            self._proofs.prove(objective, self._memory)
+            self._proofs.prove(objective, self._memory, self._ranks, self.estimator)
             return objective.meta_batch
 
     def _stands_still(self) -> bool:
@@ -532,7 +542,8 @@ class BilevelLossBalancer:
             lambda _: optimizer.transformation,
             objective.student.cast(optimizer.state),
             memory=self._memory,
-            mean=self._ranks.mean,
+            mean=self._ranks.mean_of(self._functional),
+            norm=self._ranks.norm_of(self._functional),
             weighted=weighted,
             **known,
         )

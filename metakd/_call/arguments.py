@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from metakd._autodiff import Params
 from metakd._virtual.functional import FunctionalStudent
+from metakd._virtual.shards import is_sharded
 from metakd._virtual.teacher import members
 from metakd.errors import MetaKDError
 from metakd.estimators import Estimator
@@ -26,6 +28,37 @@ def check_parts(student: nn.Module, optimizer: Optimizers, estimator: Estimator)
         raise MetaKDError("the student has no trainable parameter; call requires_grad_(True) on those to train")
     optimizers(optimizer)
     checked_estimator(estimator)
+
+
+def check_sharded(student: nn.Module, optimizer: Optimizers, inner: Any) -> None:
+    """Check that each process can compute its part of an inner step of a sharded student, or raise a `MetaKDError`."""
+    if not is_sharded(student):
+        return
+    kinds = {type(one).__name__ for one in optimizers(optimizer)}
+    if not isinstance(inner, str) or (inner == "mirror" and "Muon" in kinds):
+        what = "inner='mirror' of Muon" if isinstance(inner, str) else "a torchopt transformation as inner="
+        raise MetaKDError(
+            f"{what} may need whole parameters, but each process holds parts of a sharded student (fully_shard); use "
+            "inner='sgd', or inner='mirror' with an optimizer that acts on each entry, such as AdamW"
+        )
+
+
+def check_sharded_terms(student: nn.Module, learned: Params) -> None:
+    """Check that a sharded student has no terms with parameters to learn, or raise a `MetaKDError`."""
+    if learned and is_sharded(student):
+        raise MetaKDError(
+            f"the parameters {', '.join(learned)} cannot be learned with a sharded student (fully_shard); freeze them "
+            "with requires_grad_(False), and learn them with an unsharded student"
+        )
+
+
+def check_whole(student: nn.Module) -> None:
+    """Check that one process can run the student on its own, or raise a `MetaKDError`."""
+    if is_sharded(student):
+        raise MetaKDError(
+            "balancer.problem and check_hypergradient run the student in one process, but a sharded one (fully_shard) "
+            "needs all of them; check the student before it is sharded"
+        )
 
 
 def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -> Memory:

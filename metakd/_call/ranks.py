@@ -3,22 +3,25 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from metakd._autodiff import Gradients
-from metakd._virtual.functional import data_parallel
+from metakd._virtual.functional import FunctionalStudent, data_parallel, unwrap
+from metakd._virtual.sharded import ShardedStudent
+from metakd._virtual.shards import fsdp_modules, is_a, settle
 from metakd.errors import MetaKDError
-from metakd.estimators.problem import Mean, unchanged
+from metakd.estimators.problem import Mean, Norm, unchanged, whole
 from metakd.inner import Params
 
 _LENGTH = 256  # bytes of a rank's message
 
 
 class Ranks:
-    r"""The processes whose gradients the student's `DistributedDataParallel` averages; without it, this process alone.
+    r"""The processes that train one student, by `DistributedDataParallel` or `fully_shard`; else this process alone.
 
     The R ranks solve one problem, whose inner and outer loss are means over the ranks. So every gradient is a mean,
     too:
@@ -30,22 +33,22 @@ class Ranks:
 
     No rank waits in vain: before each collective operation the ranks exchange a message of fixed size that says where
     they are, or which error they raised inside `together()`. If messages differ, all ranks raise.
+
+    Attributes:
+        several: whether the student is shared by several processes, even if there is only one.
+        mean: averages the values of all ranks.
     """
 
     def __init__(self, student: nn.Module) -> None:
-        self._wrapper = data_parallel(student)
+        self._wrapper, mesh = data_parallel(student), shared_mesh(student)
         self._reported = False
+        self.several = self._wrapper is not None or mesh is not None
         self.mean: Mean = self._mean if self.several else unchanged
-        if self._wrapper is not None:
-            self._group = self._wrapper.process_group
-            self._device = next(self._wrapper.parameters()).device
+        if self.several:
+            self._group = mesh.get_group(0) if self._wrapper is None else self._wrapper.process_group
+            self._device = _device(mesh) if self._wrapper is None else next(self._wrapper.parameters()).device
             self._names = dist.get_process_group_ranks(self._group)
             self._rank, self._size = dist.get_rank(self._group), len(self._names)
-
-    @property
-    def several(self) -> bool:
-        """Whether the student is wrapped for several processes, even if there is only one."""
-        return self._wrapper is not None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -65,9 +68,9 @@ class Ranks:
         Raises:
             MetaKDError: a rank raised an exception, is elsewhere, or cannot be reached.
         """
-        if self._wrapper is None:
+        if not self.several:
             return
-        if self._wrapper._join_config.enable:
+        if self._wrapper is not None and self._wrapper._join_config.enable:
             self._reported = True
             raise MetaKDError(
                 "DistributedDataParallel.join() keeps ranks waiting, but the balancer needs them; leave it out and "
@@ -87,6 +90,34 @@ class Ranks:
             "options, checkpoint and weight model"
         )
         raise MetaKDError(f"{what}. Here, on rank {self._names[self._rank]}: {cure}")
+
+    def mean_of(self, student: FunctionalStudent) -> Mean:
+        """`mean` for the gradients of a student; those of a sharded student's parts are means already."""
+        if not isinstance(student, ShardedStudent):
+            return self.mean
+        parts = student.trainable()
+
+        def mean(values: Gradients, like: Params, what: str) -> Gradients:
+            own = {name: values.get(name) for name in like if name in parts}
+            others = {name: p for name, p in like.items() if name not in parts}
+            return own | self._mean(values, others, what) if others else own
+
+        return mean
+
+    def norm_of(self, student: FunctionalStudent) -> Norm:
+        """Joins the norms of a sharded student's parts; of other students every rank has the whole."""
+        return self._norm if isinstance(student, ShardedStudent) else whole
+
+    def any_of(self, student: FunctionalStudent, here: bool) -> bool:
+        """Whether something is so on any rank of a sharded student, whose passes all ranks run together."""
+        if not isinstance(student, ShardedStudent):
+            return here
+        return bool(self.joined(torch.tensor([float(here)]), "whether a proof is due")[0].any())
+
+    def _norm(self, of_part: Tensor, what: str) -> Tensor:
+        rows, _ = self.joined(of_part.detach().reshape(1), what)
+        norm: Tensor = torch.linalg.vector_norm(rows)
+        return norm
 
     def joined(self, rows: Tensor, what: str) -> tuple[Tensor, slice]:
         """The rows of all ranks in order, and the slice of this rank's own.
@@ -154,6 +185,22 @@ class Ranks:
                 f"rank {self._names[self._rank]} cannot reach the others ({str(error).splitlines()[0][:160]}); look "
                 "for an error of another rank, or a loader that ended earlier: give all ranks as many batches"
             ) from error
+
+
+def shared_mesh(student: nn.Module) -> Any:
+    """The mesh of the processes that `fully_shard` spreads the student's parameters over, or None."""
+    bare = unwrap(student)
+    if not fsdp_modules(bare):
+        return None
+    settle(bare)
+    shards: list[Any] = [p for p in bare.parameters() if is_a(p, "DTensor")]
+    return shards[0].device_mesh if shards else None
+
+
+def _device(mesh: Any) -> torch.device:
+    """The device on which this process communicates."""
+    kind = mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
 def checksum(values: Iterable[Tensor]) -> float:

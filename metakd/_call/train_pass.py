@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from metakd._autodiff import Gradients, Params, gradients, graph_leaves
+from metakd._autodiff import Gradients, Params, graph_leaves
 from metakd._basics.module_call import call
 from metakd._basics.nest import tensors
 from metakd._call.evaluate import checked_losses
@@ -74,7 +74,7 @@ class TrainPass:
             m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules()
         )
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
-        self._cast = functional.cast
+        self._cast, self._gradients_in = functional.cast, functional.gradients
         self._leaves: list[Tensor] = []
         self._gradients: list[Tensor | None] | None = None
         views: dict[int, Tensor] = {}
@@ -128,7 +128,7 @@ class TrainPass:
             return dict.fromkeys(names)
         if keep_graph:
             wanted = {name: self._variables[name] for name in names}
-            return {name: self._known(g) for name, g in gradients(loss, wanted, retain_graph=True).items()}
+            return {name: self._known(g) for name, g in self._gradients_in(loss, wanted, retain_graph=True).items()}
         if self._gradients is None:  # an estimator may ask several times
             self._leaves = graph_leaves(loss)
             # Keep the graph: the user may have another loss on it, such as an auxiliary loss of the model.
@@ -139,7 +139,7 @@ class TrainPass:
 
     def last_gradient_of(self, loss: Tensor, names: Collection[str], others: Params | None = None) -> Gradients:
         """The loss's gradient, also in `others`, by a backward pass that frees the graph."""
-        found = gradients(loss, {name: self._variables[name] for name in names} | (others or {}))
+        found = self._gradients_in(loss, {name: self._variables[name] for name in names} | (others or {}))
         return {name: self._known(g) for name, g in found.items()}
 
     def _known(self, gradient: Tensor | None) -> Tensor | None:

@@ -12,12 +12,16 @@ from metakd._basics.nest import tensors
 from metakd._basics.positive_int import positive_int
 from metakd._call.lending import Lending
 from metakd._call.objective import Objective
+from metakd._call.ranks import Ranks
 from metakd._call.train_pass import TrainPass
 from metakd._proof.demands import check_unwritten
+from metakd._proof.shards import compare_shards
 from metakd._proof.side_by_side import compare_passes, same_losses
 from metakd._virtual.functional import FunctionalStudent
 from metakd._virtual.reach import HOOKS, bare
+from metakd._virtual.sharded import ShardedStudent
 from metakd.estimators import Estimator
+from metakd.estimators.estimate import needs_second_derivatives
 from metakd.estimators.memory import Memory
 from metakd.terms import Term
 
@@ -60,12 +64,15 @@ class Proofs:
         self._proven, self._since = self._proven | {key}, 1
         return True
 
-    def prove(self, objective: Objective, memory: Memory) -> None:
+    def prove(self, objective: Objective, memory: Memory, ranks: Ranks, estimator: Estimator) -> None:
         """Compare an objective's passes with real ones, and tell the estimator to compare its derivatives.
 
         Raises:
             MetaKDError: losses or gradients differ.
         """
+        if isinstance(objective.student, ShardedStudent):
+            compare_shards(objective, ranks, forward_mode=needs_second_derivatives(estimator))
+            return
         self.lending.only_read = False
         found = compare_passes(objective)
         if found is None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metakd._autodiff import Params
+from metakd._autodiff import Gradients, Params, gradients
 from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
 from metakd._basics.rng import RngState
@@ -25,6 +25,8 @@ class Start(NamedTuple):
 
     state: PythonState
     rng: RngState
+    settle: Callable[[], None] = lambda: None
+    """Ends what a pass that failed has left open, before the state is put back."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -100,6 +102,10 @@ class FunctionalStudent:
     def cast(self, value: Any) -> Any:
         """A nest with its floating-point and complex tensors in the dtype of the runs."""
         return value if self._dtype is None else map_tensors(partial(_cast, self._dtype), value)
+
+    def gradients(self, loss: Tensor, params: Params, *, retain_graph: bool = False) -> Gradients:
+        """Gradients of a scalar of a real pass in parameters, by name, without touching `.grad`."""
+        return gradients(loss, params, retain_graph=retain_graph)
 
     @property
     def device_type(self) -> str:
@@ -194,6 +200,7 @@ class FunctionalStudent:
 
 def put_back(start: Start) -> None:
     """Restore everything to its state at `start`."""
+    start.settle()
     start.rng.restore()
     start.state.put_back()
     start.state.put_values_back()

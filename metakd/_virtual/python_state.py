@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from metakd._basics.together import clones, copy_into
 from metakd._virtual.iterators import RefusingIterator, is_iterator
 from metakd._virtual.reach import Places
+from metakd._virtual.shards import is_a
 from metakd._virtual.swapping import Place, substituted
 from metakd.errors import MetaKDError
 
@@ -51,7 +52,7 @@ class PythonState:
         self.tensors = list(self._tensors())
         self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
         buffers = {id(b) for m in places.modules for b in m._buffers.values()}
-        writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t))}
+        writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t) or is_a(t, "DTensor"))}
         kept = {i: t for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
         self.values = dict(zip(kept, clones(list(kept.values())), strict=True))
         self._versions = {i: t._version for i, t in writable.items() if i not in self.values and not t.is_inference()}

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
+from metakd._call.arguments import check_whole
 from metakd._call.evaluate import checked_losses, evaluate_weights
 from metakd._call.objective import weighted_mean
 from metakd._call.ranks import Ranks
@@ -50,6 +51,7 @@ def in_float64(
     One batch follows a call: real forward pass, lookahead from its graph, influence of each loss, weight model. Several
     batches follow `meta_step`. With several processes it is this process's own problem.
     """
+    check_whole(balancer.student)
     with balancer._untouched() as start, torch.enable_grad():
         known = [balancer._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = balancer._batch(meta_batch, "the meta batch", balancer.meta_loss)

@@ -62,6 +62,11 @@ def needs_forward_mode(estimator: Estimator) -> bool:
     return bool(getattr(estimator, "needs_forward_mode", False))
 
 
+def takes_shards(estimator: Estimator) -> bool:
+    """Whether the estimator works where each process holds a part of the parameters; the default is no."""
+    return bool(getattr(estimator, "takes_shards", False))
+
+
 def solved(estimator: Estimator, problem: Problem) -> Problem:
     """The problem whose hypergradient the estimator gives; another one for `OneStep(parameters=...)`."""
     solves = getattr(estimator, "solved", None)

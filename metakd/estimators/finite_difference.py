@@ -79,6 +79,7 @@ class FiniteDifference:
         return walk_back(problem, len(problem.batches), first=self._in_meta, later=self._in_both, params_gradient=False)
 
     needs_second_derivatives: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = True
 
     def exact(self, steps: int) -> bool:
         """Whether the answer is exact for this many inner steps."""
@@ -87,13 +88,13 @@ class FiniteDifference:
     def _in_meta(
         self, problem: Problem, params: Params, meta: Params, batch: Any, u: Params
     ) -> tuple[Gradients, Gradients]:
-        h = self._step(u)
+        h = self._step(problem, u)
         if problem.weighted is not None and problem.memory.compare:
             problem.memory.compare = False
             self._compare(problem, problem.weighted.at(problem.meta_params), params, batch, u, h)
 
         def side(step: Tensor) -> Gradients:
-            there = _moved(params, u, step)
+            there = _moved(problem, params, u, step)
             try:
                 return gradients(problem.inner(there, meta, batch), meta)
             except RuntimeError:  # a loss may itself take gradients in the parameters, which needs leaves
@@ -108,10 +109,10 @@ class FiniteDifference:
     def _in_both(
         self, problem: Problem, params: Params, meta: Params, batch: Any, u: Params
     ) -> tuple[Gradients, Gradients]:
-        h = self._step(u)
+        h = self._step(problem, u)
         sides = []
         for step in (h, -h):
-            theta = leaves(_moved(params, u, step))
+            theta = leaves(_moved(problem, params, u, step))
             sides.append(joint_gradients(problem.inner(theta, meta, batch), theta, meta))
         (ahead, meta_ahead), (behind, meta_behind) = sides
         return _slope(ahead, behind, 2 * h), _slope(meta_ahead, meta_behind, 2 * h)
@@ -123,8 +124,8 @@ class FiniteDifference:
         if not bool(h):
             return
         with torch.no_grad():
-            ahead = weighted.losses(_moved(params, u, h), batch)
-            behind = weighted.losses(_moved(params, u, -h) if self.sides == 2 else params, batch)
+            ahead = weighted.losses(_moved(problem, params, u, h), batch)
+            behind = weighted.losses(_moved(problem, params, u, -h) if self.sides == 2 else params, batch)
         found = compare_influence(problem, params, batch, u, (ahead - behind) / (self.sides * h), limit=_TOLERANCE)
         if found is not None:
             warnings.warn(
@@ -134,22 +135,28 @@ class FiniteDifference:
                 stacklevel=3,
             )
 
-    def _step(self, u: Params) -> Tensor:
+    def _step(self, problem: Problem, u: Params) -> Tensor:
         """The step size h; zero if u is zero."""
         length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in u.values()]))
+        length = problem.norm(length, "the length of a step")
         precision = torch.finfo(length.dtype).eps
         epsilon = self.epsilon or (3 * precision ** (1 / 2) if self.sides == 1 else precision ** (1 / 3))
         return torch.where(length > 0, epsilon / length, 0.0)
 
 
-def _moved(params: Params, u: Params, h: Tensor) -> Params:
+def _moved(problem: Problem, params: Params, u: Params, h: Tensor) -> Params:
     there = moved(params, u, h)
-    if bool(h) and all(torch.equal(there[name], params[name]) for name in u):
+    if bool(h) and not bool(problem.norm(_any_moves(params, there, u), "a moved pass")):
         raise MetaKDError(
             f"epsilon is lost in the rounding of {next(iter(u.values())).dtype}: no parameter moves; give a larger one "
             "or None"
         )
     return there
+
+
+def _any_moves(params: Params, there: Params, u: Params) -> Tensor:
+    """1 if an entry of this process's part moves, else 0."""
+    return torch.tensor(float(not all(torch.equal(there[name], params[name]) for name in u)))
 
 
 def _slope(ahead: Gradients, behind: Gradients, distance: Tensor) -> Gradients:

@@ -1,6 +1,7 @@
 """`IdentityJacobian`: the hypergradient of K inner steps without the inner Hessian."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from metakd.estimators.mixed import mixed_alone
 from metakd.estimators.problem import Problem
@@ -38,6 +39,8 @@ class IdentityJacobian:
     def __call__(self, problem: Problem) -> Hypergradient:
         """Estimate d outer / d phi; see the class."""
         return walk_back(problem, len(problem.batches), first=mixed_alone(), later=mixed_alone(), params_gradient=False)
+
+    takes_shards: ClassVar[bool] = True
 
     def exact(self, steps: int) -> bool:
         """Whether the answer is exact for this many inner steps."""

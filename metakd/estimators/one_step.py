@@ -90,6 +90,11 @@ class OneStep:
         """Whether it needs forward mode."""
         return self.mode == "forward"
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether it works on a student of `fully_shard`: in forward mode."""
+        return self.mode != "reverse"
+
     def solved(self, problem: Problem) -> Problem:
         """The problem whose hypergradient this is: its step moves only `parameters`."""
         return problem if self.parameters is None else moving_only(problem, self.parameters)

@@ -29,6 +29,15 @@ def unchanged(values: Gradients, like: Params, what: str) -> Gradients:
     return values
 
 
+Norm = Callable[[Tensor, str], Tensor]
+"""(norm of this process's part of params, what) -> the norm over all processes."""
+
+
+def whole(of_part: Tensor, what: str) -> Tensor:
+    """The norm where this process holds all of params."""
+    return of_part
+
+
 class WeightedLosses(NamedTuple):
     r"""Says that $\mathrm{inner}(\theta, \phi, b) = \frac{1}{B} \sum_{ik} w_{ik}(\phi, b)\, \ell_{ik}(\theta, b)$.
 
@@ -96,6 +105,7 @@ class Problem:
         memory: what estimators learn about this problem, such as that its model has no forward-mode derivatives.
         mean: averages gradients in params over processes, each of which has its part of the losses. The hypergradient
             that an estimator returns stays this process's part.
+        norm: joins the norms of the processes' parts, if each has only a part of params.
         weighted: the parts of the inner loss, if it is a weighted mean of losses.
         wants_params_gradient: whether to compute the gradient in theta_0, too.
 
@@ -119,6 +129,7 @@ class Problem:
     first_inner: Callable[[Params], Tensor] | None = None
     memory: Memory = field(default_factory=Memory)
     mean: Mean = unchanged
+    norm: Norm = whole
     weighted: WeightedLosses | None = None
     wants_params_gradient: bool = False
 
@@ -192,7 +203,8 @@ class Estimator(Protocol):
 
     Optional attributes tell checks more about it: `exact(steps) -> bool`, whether its answer is exact for that many
     inner steps (default: yes); `needs_second_derivatives` (default True); `needs_forward_mode` (default False); and
-    `solved(problem)`, the problem whose hypergradient it gives, if that is another one.
+    `solved(problem)`, the problem whose hypergradient it gives, if that is another one; and `takes_shards`, whether it
+    works where each process holds a part of the parameters (default False).
     """
 
     def __call__(self, problem: Problem) -> Hypergradient:

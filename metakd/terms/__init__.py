@@ -12,6 +12,7 @@ from metakd.terms.reading import logits
 from metakd.terms.rebalanced import RebalancedSoftTarget
 from metakd.terms.robust import Bootstrapped, GeneralisedCrossEntropy
 from metakd.terms.soft_target import ReverseSoftTarget, SoftTarget
+from metakd.terms.tokens import Tokens, tokens_as_samples
 from metakd.terms.transition import ForwardCorrected, estimated_transition
 from metakd.terms.vector_scaled import VectorScaled
 
@@ -32,10 +33,12 @@ __all__ = [
     "SoftTarget",
     "TargetClass",
     "Term",
+    "Tokens",
     "VectorScaled",
     "WithinGroupTarget",
     "estimated_transition",
     "evaluate",
     "logits",
     "named",
+    "tokens_as_samples",
 ]

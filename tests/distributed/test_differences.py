@@ -4,18 +4,10 @@ import re
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from metakd import BilevelLossBalancer, MetaKDError, estimators, terms, validate, weighting
-from tests.distributed.pair import SIZE
 from tests.distributed.training import balancer_of, batch, momentum, plain
-
-if hasattr(torch.distributed.fsdp, "fully_shard"):
-    from torch.distributed.fsdp import fully_shard
-else:  # torch < 2.6
-    from torch.distributed._composable.fsdp import fully_shard
 
 
 def mine(rank, one, other):
@@ -97,25 +89,6 @@ def refused(rank):
     _, _, balancer = balancer_of(rank, estimator=estimators.Unroll())
     with pytest.raises(MetaKDError, match=r"Unroll records one graph.*use estimators.Adjoint\(\)"):
         balancer.meta_step([batch(0, rank)], batch(0, rank, 1))
-    for shard in (sharded, sharded_in_part, fully_sharded):
-        student = shard()
-        with pytest.raises(MetaKDError, match=r"holds parts of the parameters.*Use torch.*DistributedDataParallel"):
-            BilevelLossBalancer(student, [terms.CrossEntropy()], optimizer=momentum(student.parameters()))
-
-
-def sharded():
-    fully_shard(student := plain(), mesh=init_device_mesh("cpu", (SIZE,)))
-    return student
-
-
-def sharded_in_part():
-    student = plain()
-    fully_shard(student[2], mesh=init_device_mesh("cpu", (SIZE,)))
-    return student
-
-
-def fully_sharded():
-    return FullyShardedDataParallel(plain(), device_id=torch.device("cpu"))
 
 
 def test_what_is_refused_by_name(pair):
