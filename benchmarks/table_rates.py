@@ -1,6 +1,6 @@
-"""Which learning rate do tables of weights need? Small tasks on the digits, each with a table at several rates.
+"""Which rate do tables of weights need, and do the meta images belong into training? Small tasks on the digits.
 
-    python benchmarks/table_rates.py --threads 1         # all tasks, ten minutes of one core
+    python benchmarks/table_rates.py --threads 1         # all tasks, fifteen minutes of one core
     python benchmarks/table_rates.py --preset smoke      # seconds: does it run?
 
 Writes results.json and README.md to --output, each cell as soon as it is there; the same command after an interruption
@@ -19,6 +19,7 @@ from benchmarks.common.markdown import provenance, spread, table, what_failed, w
 from benchmarks.common.measure import ROOT
 from benchmarks.common.numbers import Content
 from benchmarks.common.small_tasks import BATCH, HELD, TASKS
+from benchmarks.common.with_meta import METHODS_WITH_META
 
 PRESETS = {
     "full": {
@@ -63,6 +64,15 @@ Over all training images and seeds.
 Without an upper end weights go on growing. Test accuracy, and the highest weight at the end:
 
 {longer}
+
+## Meta images among the training images
+
+A table, `bounded`, rate 0.1, {epochs} epochs. Each training batch has {batch} meta images beside its {batch} training
+images, at the weight in the name; another meta batch judges the step. *Two parts*: the meta set is split in two; one
+part is trained on, the other judges; they take turns from step to step, or not. Test accuracy, the mean validation
+accuracy over the tasks, and the meta loss in the last epoch:
+
+{with_meta}
 """
 
 LONG = ("bounded, 0.1", "softplus, 0.1", "softplus, 0.3")
@@ -71,8 +81,9 @@ LONG = ("bounded, 0.1", "softplus, 0.1", "softplus, 0.3")
 
 def write(content: Content, folder: Path) -> list[Path]:
     """Write README.md."""
-    lengths = sorted({cell["epochs"] for cell in content["cells"]})
-    cells, long = ([cell for cell in content["cells"] if cell["epochs"] == n] for n in (lengths[0], lengths[-1]))
+    of_rates, of_meta = ([c for c in content["cells"] if c["kind"] == kind] for kind in ("rates", "meta"))
+    lengths = sorted({cell["epochs"] for cell in of_rates})
+    cells, long = ([cell for cell in of_rates if cell["epochs"] == n] for n in (lengths[0], lengths[-1]))
     tasks = [task for task in TASKS if any(cell["task"] == task for cell in cells)]
     names = [name for name in rates.NAMES if any(name in cell.get("found", {}) for cell in cells)]
 
@@ -96,10 +107,24 @@ def write(content: Content, folder: Path) -> list[Path]:
         low, high = values(task, name, "low"), values(task, name, "high")
         return f"{min(low):.2f} to {max(high):.2f}" if low else ""
 
+    def mixed(task: str, name: str) -> str:
+        found = [c["found"][name] for c in of_meta if c["task"] == task and name in c.get("found", {})]
+        loss = [one["meta loss"] for one in found if "meta loss" in one]
+        return spread([one["test"] for one in found]) + (f"; {mean(loss):.3f}" if loss else "") if found else ""
+
+    def chosen_by(name: str) -> str:
+        found = [c["found"][name]["validation"] for c in of_meta if name in c.get("found", {})]
+        return f"{mean(found):.1f}" if found else ""
+
+    joinable = [task for task in tasks if any(cell["task"] == task for cell in of_meta)]
     text = TEXT.format(
         provenance=provenance(content),
         epochs=lengths[0],
         long=lengths[-1],
+        with_meta=table(
+            ["", *joinable, "validation"],
+            [[name, *(mixed(task, name) for task in joinable), chosen_by(name)] for name in METHODS_WITH_META],
+        ),
         longer=table(["weights, rate", *tasks], [[name, *(at_last(task, name) for task in tasks)] for name in LONG]),
         batch=BATCH,
         held=HELD,
@@ -131,6 +156,9 @@ def main() -> None:
     jobs = [Job({"kind": "rates", **key}, args.methods) for key in keys]
     longer = [name for name in LONG if name in args.methods]
     jobs += [Job({"kind": "rates", **key, "epochs": args.long}, longer) for key in keys if longer]
+    if args.methods == parser.get_default("methods"):
+        one_term = [key for key in keys if key["task"] != "annotators"]
+        jobs += [Job({"kind": "meta", **key}, list(METHODS_WITH_META)) for key in one_term]
     for path in write(measure(args, rates, jobs).content, args.output):
         print(path)
 

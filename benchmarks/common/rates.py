@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.small_tasks import BATCH, TASKS, Task, accuracy, batches, endless, rows_of, student
+from benchmarks.common.with_meta import meta_cell
 from metakd import BilevelLossBalancer, MetaKDError
 from metakd.terms import evaluate
 
@@ -70,4 +71,4 @@ def trained(task: Task, name: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 METHODS: dict[str, Any] = {}
-CELLS = {"rates": rates_cell}
+CELLS = {"rates": rates_cell, "meta": meta_cell}

@@ -139,10 +139,10 @@ def batches(whole: Batch, generator: torch.Generator, size: int = BATCH) -> Iter
             yield rows_of(whole, rows)
 
 
-def endless(whole: Batch, generator: torch.Generator) -> Iterator[Batch]:
+def endless(whole: Batch, generator: torch.Generator, size: int = BATCH) -> Iterator[Batch]:
     """Shuffled batches without end."""
     while True:
-        yield from batches(whole, generator)
+        yield from batches(whole, generator, size)
 
 
 def student(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

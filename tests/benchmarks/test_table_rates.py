@@ -7,8 +7,9 @@ pytest.importorskip("higher")  # of the extra "benchmarks"
 pytest.importorskip("sklearn")  # of the extra "examples"
 
 from benchmarks import table_rates
-from benchmarks.common import rates
+from benchmarks.common import rates, with_meta
 from benchmarks.common.small_tasks import HELD, TASKS, rows_of, student
+from metakd import BilevelLossBalancer
 
 
 def rows(batch):
@@ -49,6 +50,26 @@ def test_a_cell_trains_every_method_from_one_start():
     assert torch.equal(*same) and torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_cell_with_meta_images_among_the_training_images(monkeypatch):
+    seen = {}
+
+    class Watched(BilevelLossBalancer):
+        def __call__(self, batch, meta_batch):
+            seen.setdefault(self.weighting.weight, []).append((batch, meta_batch))
+            return super().__call__(batch, meta_batch)
+
+    monkeypatch.setattr(with_meta, "BilevelLossBalancer", Watched)
+    names = ["meta images alone", "equal weights", "learned + meta at 0.3", "learned + meta at 1, two fixed parts"]
+    found = with_meta.meta_cell({"task": "sources", "seed": 0, "epochs": 1, "methods": names})["found"]
+    assert ["meta loss" in found[name] for name in names] == [False, False, True, True]
+    for weight, calls in seen.items():
+        trained_on = [rows(rows_of(b, (b.columns["from_meta"] == 1).nonzero().flatten())) for b, _ in calls]
+        judged = [rows(meta) for _, meta in calls]
+        assert all(len(one) <= 50 for one in trained_on)
+        assert not any(a & b for a, b in zip(trained_on, judged, strict=True))
+        assert bool(set().union(*trained_on) & set().union(*judged)) == (weight == 0.3)
+
+
 def test_the_tables_follow_the_numbers(tmp_path):
     def one(test):
         return {"validation": test + 1.0, "test": test, "low": 0.5, "high": test / 10}
@@ -57,6 +78,11 @@ def test_the_tables_follow_the_numbers(tmp_path):
         {"kind": "rates", "task": task, "seed": seed, "epochs": epochs, "methods": [], "failed": {},
          "found": {"bounded, 0.1": one(80.0 + seed + epochs)}}
         for task in ("sources", "noise") for seed in (0, 2) for epochs in (1, 9)
+    ]  # fmt: skip
+    cells += [
+        {"kind": "meta", "task": "noise", "seed": seed, "epochs": 1, "methods": [],
+         "found": {"learned": {"validation": 70.0 + seed, "test": 60.0, "meta loss": 0.25}}}
+        for seed in (0, 2)
     ]  # fmt: skip
     settings = {"device": "cpu", "threads": 1, "batch_size": None}
     about = {"versions": {"torch": "2"}, "processor": "a processor", "cores": 2, "memory_gb": 8.0, "gpu": None}
@@ -67,4 +93,5 @@ def test_the_tables_follow_the_numbers(tmp_path):
     assert "| bounded, 0.1 | 82.00 ± 1.41 | 82.00 ± 1.41 | 82.0 |" in text
     assert "| bounded, 0.1 | 0.50 to 8.30 | 0.50 to 8.30 |" in text
     assert "## 9 epochs" in text and "| bounded, 0.1 | 90.00 ± 1.41; 9.1 | 90.00 ± 1.41; 9.1 |" in text
+    assert "| learned | 60.00 ± 0.00; 0.250 | 71.0 |" in text
     assert "- **noise**: 40 % of the labels are another class" in text and "over the seeds 0, 2." in text

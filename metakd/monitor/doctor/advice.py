@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from metakd.balancer import BilevelLossBalancer
 from metakd.monitor.doctor.diagnosis import CLEAR
 from metakd.monitor.doctor.numbers import Numbers
-from metakd.monitor.doctor.ranges import EDGE
+from metakd.monitor.doctor.ranges import EDGE, unpinned
 from metakd.validation.finding import HANDLED, Finding, by_severity
 from metakd.weighting import TermScalars
 
@@ -25,7 +25,7 @@ def no_hypergradient(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Find
 
 def constant(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
     """All samples have the same weights."""
-    if n.constant and not isinstance(balancer.weighting, TermScalars):
+    if n.constant and not isinstance(unpinned(balancer.weighting), TermScalars):
         yield Finding(
             "warning",
             "the weights",

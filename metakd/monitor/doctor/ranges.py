@@ -5,14 +5,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from metakd.weighting import LossMLP
+from metakd.weighting import LossMLP, Pinned
 from metakd.weighting.base import FreeNumbers, output_map
 
 EDGE = 0.02  # a weight closer than this to an end of its range is saturated
 
 
+def unpinned(model: nn.Module) -> nn.Module:
+    """The weight model that learns."""
+    return unpinned(model.model) if isinstance(model, Pinned) else model
+
+
 def over_start(model: nn.Module, weights: Tensor) -> tuple[float | None, float | None]:
     """See `Numbers.scale` and `Numbers.scale_spread`."""
+    model = unpinned(model)
     if isinstance(model, FreeNumbers):
         start = model.init
     elif isinstance(model, LossMLP):
@@ -27,6 +33,7 @@ def over_start(model: nn.Module, weights: Tensor) -> tuple[float | None, float |
 
 def at_the_ends(model: nn.Module, weights: Tensor) -> tuple[list[float] | None, list[float] | None]:
     """The fraction of each term's weights at the ends of their range, if the model states its output map."""
+    model = unpinned(model)
     output = getattr(model, "output", None)
     if isinstance(model, FreeNumbers) and output != "softmax":
         ends = model.output_map
