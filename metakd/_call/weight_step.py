@@ -1,6 +1,7 @@
 """The meta-parameters' side of a step: hypergradients are accumulated, averaged, and given to their optimizer."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class WeightingStep:
         self.weighting, self.learned, self.optimizer = weighting, learned, optimizer
         self.accumulate, self._mean = accumulate, mean
         self.pending = Pending({}, 0)
+        self._checked = False
 
     @property
     def moves_next(self) -> bool:
@@ -127,6 +129,7 @@ class WeightingStep:
                 else f"the hypergradient of {', '.join(params)} is exactly zero although the losses influence the meta "
                 "loss: the terms do not read these parameters in a call, or are saturated"
             )
+        self._warn_of_idle_terms(gradient)
         total = {name: self.pending.total[name] + g if self.pending.total else g for name, g in gradient.items()}
         if self.moves_next and self.optimizer is not None:
             for name, p in params.items():
@@ -140,6 +143,19 @@ class WeightingStep:
             p.grad = gradient[name].clone()
         norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
         return norm
+
+    def _warn_of_idle_terms(self, gradient: Gradient) -> None:
+        """Warn once if the first hypergradient does not feel parameters of terms, such as those of a frozen network."""
+        checked, self._checked = self._checked, True
+        idle = [] if checked else [name for name in self.learned.params() if not bool(gradient[name].any())]
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            warnings.warn(
+                f"the hypergradient in {', '.join(idle[:3])}{more} is exactly zero, so these parameters of terms are "
+                "not learned: the losses do not depend on them, or not yet. Freeze what should stay, such as a network "
+                "inside a term, with requires_grad_(False)",
+                stacklevel=6,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the meta-parameters, their optimizer's state and the accumulated hypergradients."""
