@@ -81,12 +81,14 @@ class BilevelLossBalancer:
     Args:
         student: any module, as it is trained, wrappers included.
         terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
-            (outputs, batch) -> (B,).
+            (outputs, batch) -> (B,). The parameters of one that is a module are learned as well, unless the student's
+            optimizer holds them.
         optimizer: the student's own torch optimizer, or a list of optimizers that together hold its parameters; every
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
         weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
-            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters, too;
+            the default has them at lr=1e-2 without decay.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the

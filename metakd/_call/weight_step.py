@@ -1,6 +1,7 @@
 """The meta-parameters' side of a step: hypergradients are accumulated, averaged, and given to their optimizer."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class WeightingStep:
         self.weighting, self.learned, self.optimizer = weighting, learned, optimizer
         self.accumulate, self._mean = accumulate, mean
         self.pending = Pending({}, 0)
+        self._checked = False
 
     @property
     def moves_next(self) -> bool:
@@ -120,6 +122,7 @@ class WeightingStep:
         """
         params = self.params()
         gradient = with_zeros(self._mean({**gradient}, params, "the hypergradient"), params)
+        self._warn_of_idle_terms(gradient)
         norm = norm_of(list(gradient.values()))
         number, total = self.pending.number + 1, gradient
         if self.pending.total:
@@ -149,6 +152,19 @@ class WeightingStep:
             f"the hypergradient of {', '.join(self.params())} is exactly zero although the losses influence the meta "
             "loss: the terms do not read these parameters in a call, or are saturated"
         )
+
+    def _warn_of_idle_terms(self, gradient: Gradient) -> None:
+        """Warn once if the first hypergradient does not feel parameters of terms, such as those of a frozen network."""
+        checked, self._checked = self._checked, True
+        idle = [] if checked else [name for name in self.learned.params() if not bool(gradient[name].any())]
+        if idle:
+            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+            warnings.warn(
+                f"the hypergradient in {', '.join(idle[:3])}{more} is exactly zero, so these parameters of terms are "
+                "not learned: the losses do not depend on them, or not yet. Freeze what should stay, such as a network "
+                "inside a term, with requires_grad_(False)",
+                stacklevel=6,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the meta-parameters, their optimizer's state and the accumulated hypergradients."""

@@ -2,13 +2,22 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metakd import BilevelLossBalancer, History, MetaKDError, estimators, weighting
+from metakd import (
+    BilevelLossBalancer,
+    History,
+    MetaKDError,
+    check_hypergradient,
+    diagnose,
+    estimators,
+    weighting,
+)
 from metakd.terms import CrossEntropy
 from tests.learned_terms.by_hand import LR, Shifted, balancer_of, data, student
 from tests.test_no_trace import assert_same
@@ -73,6 +82,27 @@ def test_parameters_that_others_train_are_not_learned():
     assert all(p.grad.any() for p in term.projector.parameters())  # the user's own backward trains it
     assert_same(before, guide.state_dict())
     assert all(p.grad is None for p in guide.parameters())
+
+
+def test_a_network_inside_a_term_that_nobody_froze():
+    class Guided(Shifted):
+        def __init__(self):
+            super().__init__()
+            self.guide = student()
+
+        def forward(self, outputs, batch):
+            with torch.no_grad():
+                target = self.guide(batch.inputs).softmax(1)
+            return super().forward(outputs, batch) - (target * outputs.log_softmax(1)).sum(1)
+
+    term = Guided()
+    _, _, balancer = balancer_with({"guided": term, "hard": CrossEntropy()})
+    before = copy.deepcopy(term.guide.state_dict())
+    with pytest.warns(UserWarning, match=r"terms\.guided\.guide\.0\.weight, .* and 1 more is exactly zero.*Freeze"):
+        balancer(data(0), data(9))
+    balancer(data(1), data(9))  # says it once
+    assert_same(before, term.guide.state_dict())
+    assert term.offset.grad.any()
 
 
 def test_the_users_backward_gives_terms_no_gradient():
@@ -214,6 +244,49 @@ def test_reports_and_history():
     for _ in range(3):
         few.add(balancer.report)
     torch.testing.assert_close(few.over_time("terms.shifted.offset"), seen[-1].expand(2, 3), rtol=1e-6, atol=1e-6)
+
+
+def test_a_diagnosis():
+    _, _, balancer = balancer_with({"shifted": Shifted(), "hard": CrossEntropy()})
+    batches, meta = [data(t) for t in range(4)], [data(10 + t) for t in range(4)]
+    kept = copy.deepcopy(balancer.state_dict())
+    assert "Is it learning?" in str(diagnose(balancer, batches, meta))
+    assert_same(kept, balancer.state_dict())
+
+
+def test_a_problem_in_another_dtype():
+    model, term = student().float(), Shifted().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    balancer = BilevelLossBalancer(model, {"shifted": term}, optimizer=optimizer)
+    x, y = data(0)
+    found = []
+    for dtype in (None, torch.float64):
+        with balancer.problem([(x.float(), y)], (x.float(), y), dtype) as problem:
+            assert problem.meta_params["terms.shifted.offset"].dtype == (dtype or torch.float32)
+            found.append(estimators.OneStep()(problem).gradient["terms.shifted.offset"])
+    assert 0 < (found[0].double() - found[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("wrap", [lambda z: {"logits": z}, lambda z: (z, z.exp()), lambda z: SimpleNamespace(logits=z)])
+def test_outputs_of_any_kind(wrap):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = student()
+
+        def forward(self, x):
+            return wrap(self.body(x))
+
+    class Reads(Shifted):
+        def forward(self, outputs, batch):
+            named = isinstance(outputs, dict)
+            z = outputs["logits"] if named else outputs[0] if isinstance(outputs, tuple) else outputs.logits
+            return super().forward(z, batch)
+
+    model, term = Wrapped(), Reads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    balancer = BilevelLossBalancer(model, {"own": term}, optimizer=optimizer, meta_loss=copy.deepcopy(term))
+    check_hypergradient(balancer, [data(0)], data(9))
 
 
 def test_to_moves_terms_as_well():
