@@ -33,8 +33,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: the student's arguments. A tuple or list holds positional arguments, a mapping keyword arguments;
-        anything
-            else, such as a tensor or a `PackedSequence`, is the only argument.
+            anything else, such as a tensor or a `PackedSequence`, is the only argument.
         targets: labels, or whatever the terms compare with, first dimension B; or None.
         teacher: the teacher's outputs for these inputs, a list for several teachers; or None.
         index: the samples' positions in the training set, shape (B,); only `SampleTable` needs them.

@@ -11,7 +11,7 @@ import pytest
 from tests.docs.pages import HOME, PAGES, ROOT, blocks, execute, is_excerpt, prose, run_page, text_of
 from tests.zoo import QUIET
 
-HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org"}
+HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org", "zensical.org"}
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 BESIDE = {page for page in PAGES if not page.startswith(("docs/", "benchmarks/"))}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py")))
