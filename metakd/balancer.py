@@ -87,8 +87,8 @@ class BilevelLossBalancer:
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
         weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
-            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters, too;
-            the default has them at lr=1e-2 without decay.
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters,
+            too; the default has them at lr=1e-2 without decay.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the
@@ -106,6 +106,9 @@ class BilevelLossBalancer:
             real ones, and forward mode or the double backward with first-order gradients. With `OneStep` that costs 6
             forward passes, a forward-mode pass and M + 5 backward passes, once. A number n repeats it at every n-th
             hypergradient; False omits it.
+        order: `"sequential"`: the weight model steps first, and the returned loss has its new weights, as in the
+            published codes. `"simultaneous"`: the loss has the weights that the lookahead has judged, and the step
+            counts from the next call on. The real gradient then is the lookahead's, which saves a backward pass.
 
     Raises:
         MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
@@ -141,6 +144,7 @@ class BilevelLossBalancer:
         every: int = 1,
         batch_fn: Callable[[Any], Batch] | None = None,
         verify: bool | int = True,
+        order: str = "sequential",
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
@@ -152,14 +156,14 @@ class BilevelLossBalancer:
         check_parts(student, optimizer, estimator)
         check_sharded(student, optimizer, inner)
         check_teacher(teacher)
-        self._proofs = Proofs(verify)
+        self._proofs, self.order = Proofs(verify), order
         self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             weighting = default_weighting(plain, width if features is None else None, len(self.terms))
-        check_weighting(weighting)
+        check_weighting(weighting, order)
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
         learned = LearnedTerms(self.terms, student, trained_elsewhere(optimizer, teacher), weighting)
@@ -370,7 +374,8 @@ class BilevelLossBalancer:
             before = batch if lending.only_read else snapshot.keep_batch(batch)
             with lending.lend(batch, itself=True):
                 parts = self.student, self._functional, batch, self.terms, snapshot.start, self._step.learned
-                train = TrainPass(*parts, hooked=self._proofs.hooked)
+                proven = self._proofs
+                train = TrainPass(*parts, hooked=proven.hooked, may_be_float16=proven.may_be_float16)
             if overflow := self._overflow(train):
                 return self._unweighted(train, overflow)
             with self._functional.untouched() as end:
@@ -409,7 +414,7 @@ class BilevelLossBalancer:
         """Take the hypergradient, step the weight model, and return the loss under the new weights with its report."""
         batch, losses = objective.steps[0].batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
-        moves = from_influence is not None or self._step.moves_next
+        moves = self.order == "sequential" and (from_influence is not None or self._step.moves_next)
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:

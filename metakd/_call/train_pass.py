@@ -36,6 +36,7 @@ class TrainPass:
         start: where the pass starts.
         learned: the terms' own meta-parameters, constants in this pass; None if they should get gradients from it.
         hooked: whether the pass is known to register hooks on activations.
+        may_be_float16: whether the pass may run in float16 without an autocast block around it.
         what: the batch's name in errors.
 
     Attributes:
@@ -64,6 +65,7 @@ class TrainPass:
         learned: LearnedTerms | None = None,
         *,
         hooked: bool = False,
+        may_be_float16: bool = True,
         what: str = "the batch",
     ) -> None:
         self.compiled = bool(compiled_parts(student))
@@ -90,7 +92,7 @@ class TrainPass:
         with swap_in(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
             # Gradients underflow in float16 unless a scaler scales the loss, which only the user's backward pass does.
-            self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
+            self.float16 = self.float16 or (may_be_float16 and ran_in_float16(tensors(self.outputs)))
         self._evaluate()
         self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
         start.state.check_written()
