@@ -17,6 +17,7 @@ from benchmarks.common.cases import Task, differentiable_kernels
 from benchmarks.common.methods import Call
 from metakd import Batch, BilevelLossBalancer
 from metakd.estimators import Estimator, OneStep
+from metakd.weighting.base import default_optimizer
 
 PERIOD = 5
 
@@ -40,6 +41,7 @@ def by_metakd(
     window: str | None = None,
     estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
     verify: bool = True,
+    order: str = "sequential",
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = _optimizer(task), len(task.batches) if window else 1
@@ -53,6 +55,7 @@ def by_metakd(
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
         verify=verify,
+        order=order,
         **({window: count} if window else {}),
     )
 
@@ -110,11 +113,12 @@ def metasgd_on_a_copy(task: Task) -> Call:
 
 
 def _optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4)
+    # One kernel for all parameters, as is torch's default on a GPU.
+    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
 
 
 def _weighting_optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4)
+    return default_optimizer(task.weighting)
 
 
 def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
@@ -134,6 +138,7 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "accumulate=1": by_metakd,
     f"accumulate={PERIOD}": partial(by_metakd, window="accumulate"),
     f"every={PERIOD}": partial(by_metakd, window="every"),
+    "simultaneous": partial(by_metakd, order="simultaneous"),
     "published way": partial(by_peer, published),
     "by hand": partial(by_peer, methods.by_hand),
     "TorchOpt MetaSGD": partial(by_peer, metasgd_on_a_copy),
