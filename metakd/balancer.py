@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd._basics.checks import check, read_at_end
+from metakd._basics.checks import Waiting, check, read_at_end
 from metakd._basics.positive_int import positive_int
 from metakd._basics.together import clones
 from metakd._call.arguments import (
@@ -42,7 +42,7 @@ from metakd._virtual.precision import as_written
 from metakd._virtual.sharded import as_function
 from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, detached_copy, endless
-from metakd.errors import MetaKDError, explained
+from metakd.errors import MetaKDError, blamed, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import Step, WeightedLosses, unchanged
@@ -109,6 +109,9 @@ class BilevelLossBalancer:
         order: `"sequential"`: the weight model steps first, and the returned loss has its new weights, as in the
             published codes. `"simultaneous"`: the loss has the weights that the lookahead has judged, and the step
             counts from the next call on. The real gradient then is the lookahead's, which saves a backward pass.
+        defer_checks: whether the checks of a call on numbers (finite losses and weights, labels in range, a
+            hypergradient that is not zero) wait for the next call or for `read_checks`. A call then never waits for the
+            device; but what fails is reported one step later, and that step stays.
 
     Raises:
         MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
@@ -145,6 +148,7 @@ class BilevelLossBalancer:
         batch_fn: Callable[[Any], Batch] | None = None,
         verify: bool | int = True,
         order: str = "sequential",
+        defer_checks: bool = False,
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
@@ -157,6 +161,7 @@ class BilevelLossBalancer:
         check_sharded(student, optimizer, inner)
         check_teacher(teacher)
         self._proofs, self.order = Proofs(verify), order
+        self.defer_checks, self._late = defer_checks, list[Waiting]()
         self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
@@ -199,6 +204,7 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
+        self.read_checks()
         with self._all_or_nothing() as snapshot, self._ranks.together():
             self._calls += 1
             meta_batch, skipped = self._turn(meta_batch)
@@ -210,6 +216,17 @@ class BilevelLossBalancer:
             loss = self._trained(snapshot, read, meta_batch, skipped)
             self._ranks.agree("the end of the call")
             return loss
+
+    def read_checks(self) -> None:
+        """Read the checks of the last call that `defer_checks` has left waiting; the next call does so, too.
+
+        Raises:
+            MetaKDError: one failed. The last call is not undone.
+        """
+        late, self._late = self._late, []
+        with blamed("a check of the last call"):
+            for waiting in late:
+                waiting.judge()
 
     def loss(self, batch: Any) -> Tensor:
         """The weighted loss under the present weights; nothing is learned."""
@@ -369,7 +386,7 @@ class BilevelLossBalancer:
 
     def _trained(self, snapshot: Snapshot, batch: Batch, meta_batch: Batch | None, skipped: str | None) -> Tensor:
         """The training pass, the hypergradient of a given meta batch, and the weighted loss; sets the report."""
-        with read_at_end():
+        with read_at_end(self._late.append if self.defer_checks else None):
             lending = self._proofs.lending
             before = batch if lending.only_read else snapshot.keep_batch(batch)
             with lending.lend(batch, itself=True):

@@ -36,7 +36,7 @@ class Waiting:
 
     def judge(self) -> None:
         """Read all numbers of a device at once, and judge them in order."""
-        checks, self._checks = self._checks, []
+        checks, self._checks, self._seen = self._checks, [], {}
         every = [value for values, _ in checks for value in values]
         read: dict[int, float] = {}
         for device in {value.device for value in every}:
@@ -69,8 +69,10 @@ _open: ContextVar[Waiting | None] = ContextVar("_open", default=None)
 
 
 @contextmanager
-def read_at_end() -> Iterator[Waiting]:
+def read_at_end(later: Callable[[Waiting], None] | None = None) -> Iterator[Waiting]:
     """A block whose checks are read at its end, or before an exception leaves it: a failed check may be the cause.
+
+    `later` takes checks that shall not be read at the block's end.
 
     Examples:
         >>> with read_at_end():
@@ -93,7 +95,7 @@ def read_at_end() -> Iterator[Waiting]:
         _open.reset(token)
         raise
     _open.reset(token)
-    waiting.judge()
+    waiting.judge() if later is None else later(waiting)
 
 
 def check(judge: Judge, *numbers: Tensor) -> None:
