@@ -341,8 +341,8 @@ class BilevelLossBalancer:
         The optimizer's state follows. The user moves student and teacher; a default weight model is built on the
         student's device.
         """
-        for module in (self.weighting, *self._step.learned.modules):
-            module.to(*args, **kwargs)
+        self.weighting.to(*args, **kwargs)
+        self._step.learned.to(*args, **kwargs)
         self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
         return self
 

@@ -1,6 +1,7 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -88,6 +89,8 @@ class TrainPass:
             student = data_parallel(student) or functional.module
         self.float16 = autocasts_to_float16(functional.device_type)
         versions = {name: p._version for name, p in self._variables.items()}
+        kind = functional.device_type
+        self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._parts = terms, batch, what, start, views, learned
         with swap_in(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
@@ -99,7 +102,9 @@ class TrainPass:
 
     def evaluate_again(self) -> Tensor:
         """Evaluate the terms again on the same outputs, after their own parameters have moved."""
-        self._evaluate()
+        kind, enabled, dtype = self._autocast
+        with torch.autocast(kind, dtype) if enabled else nullcontext():  # as the user has it
+            self._evaluate()
         return self.losses
 
     def _evaluate(self) -> None:
