@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,7 @@ def test_the_default_run_says_what_it_used_and_ends_with_the_table(whole):
         assert row[4] > 0
     for name in ["results.json", *FIGURES]:
         assert str(output / name) in done.stdout
-    assert "bikd: 100%" in done.stderr  # a progress bar
+    assert re.search(r"bikd, network (\d) of \1: 100%.*\[\d+:\d+<\d+:\d+", done.stderr)  # a progress bar
 
 
 def test_the_record_is_complete(whole):
