@@ -33,7 +33,7 @@ FAULTS = ("term", "meta loss", "features", "weighting", "teacher", "student", "w
 
 @pytest.fixture(autouse=True)
 def _no_search_for_drivers(monkeypatch):
-    """Lightning sets this; then every `torch.cuda.is_available` of a CUDA build without a GPU leaves cycles of its own."""
+    """Lightning sets this, and each `torch.cuda.is_available` of a CUDA build without a GPU then leaves cycles."""
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
 
 
