@@ -56,8 +56,8 @@ def check_whole(student: nn.Module) -> None:
     """Check that one process can run the student on its own, or raise a `MetaKDError`."""
     if is_sharded(student):
         raise MetaKDError(
-            "balancer.problem and check_hypergradient run the student in one process, but a sharded one (fully_shard) "
-            "needs all of them; check the student before it is sharded"
+            "balancer.problem, check_hypergradient and diagnose run the student in one process, but a sharded one "
+            "(fully_shard) needs all of them; check the student before it is sharded"
         )
 
 
