@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from threading import RLock
 from typing import Any
 
@@ -50,6 +50,7 @@ from metakd.inner import GradientTransformation, Params, inner_optimizer, learni
 from metakd.inner.groups import Optimizers
 from metakd.report import Report
 from metakd.terms import CrossEntropy, Term, named
+from metakd.terms.base import nested
 from metakd.weighting.features import Features, default_features, evaluate_features
 
 
@@ -370,9 +371,11 @@ class BilevelLossBalancer:
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function; its passes also call the terms, the meta loss and the features."""
-        return as_function(
-            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
-        )
+        return as_function(self.student, dtype, self._called, excluded=self.weighting)
+
+    def _called(self) -> list[Any]:
+        """What a pass calls beside the student."""
+        return [*chain.from_iterable(map(nested, (*self.terms.values(), self.meta_loss))), self.features]
 
     def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
         """The meta batch if this call takes a hypergradient, else None; and why a due one is skipped."""

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
 from metakd.errors import MetaKDError
+from metakd.terms.base import nested
 
 
 class LearnedTerms:
@@ -35,6 +36,7 @@ class LearnedTerms:
     ) -> None:
         known = {id(p) for p in (*student.parameters(), *others)}
         of_weighting = {id(p) for p in weighting.parameters()}
+        terms = {name: nested(term)[-1] for name, term in terms.items()}
         self._terms = [term for term in terms.values() if isinstance(term, nn.Module)]
         self.named: dict[str, nn.Parameter] = {}
         for term, module in terms.items():

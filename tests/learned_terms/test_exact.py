@@ -10,7 +10,7 @@ from torch import nn
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, weighting
 from metakd._call import train_pass
 from metakd._virtual import functional
-from metakd.terms import CrossEntropy, ForwardCorrected, VectorScaled
+from metakd.terms import CrossEntropy, ForwardCorrected, FromTeacher, VectorScaled
 from tests.learned_terms.by_hand import LR, Shifted, balancer_of, by_hand, data, grads, student
 
 EXACT = [
@@ -190,16 +190,20 @@ def test_a_term_that_reads_its_parameter_where_it_cannot_be_swapped():
         balancer(data(0), data(9))
 
 
+@pytest.mark.parametrize("wrap", [lambda term: term, lambda term: FromTeacher(term, 0)], ids=["alone", "inside"])
 @pytest.mark.parametrize(
     "term",
     [ForwardCorrected(0.8 * torch.eye(3) + 0.2 / 3, learned=True), VectorScaled(3)],
     ids=["ForwardCorrected", "VectorScaled"],
 )
-def test_the_librarys_own_terms(term):
+def test_the_librarys_own_terms(term, wrap):
     model = student()
     fixed = weighting.TermScalars(1, init=1.0).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    balancer = BilevelLossBalancer(model, {"learned": term.double()}, optimizer=optimizer, weighting=fixed)
+    teachers = [nn.Linear(4, 3).double(), nn.Linear(4, 3).double()]
+    balancer = BilevelLossBalancer(
+        model, {"learned": wrap(term.double())}, optimizer=optimizer, weighting=fixed, teacher=teachers
+    )
     check_hypergradient(balancer, [data(0)], data(9))
 
 
