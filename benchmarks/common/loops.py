@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from benchmarks.common import methods
 from benchmarks.common.cases import Task, differentiable_kernels
+from benchmarks.common.graphs import captured
 from benchmarks.common.methods import Call
 from metakd import Batch, BilevelLossBalancer
 from metakd.estimators import Estimator, OneStep
@@ -40,6 +41,7 @@ def by_metakd(
     window: str | None = None,
     estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
     verify: bool = True,
+    capturable: bool = False,
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = _optimizer(task), len(task.batches) if window else 1
@@ -48,7 +50,7 @@ def by_metakd(
         task.terms,
         optimizer=optimizer,
         weighting=task.weighting,
-        weighting_optimizer=_weighting_optimizer(task),
+        weighting_optimizer=_weighting_optimizer(task, capturable),
         teacher=task.teacher,
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
@@ -109,12 +111,22 @@ def metasgd_on_a_copy(task: Task) -> Call:
     return methods.by_torchopt(task._replace(student=copy.deepcopy(task.student)))
 
 
+def compiled(loop: Callable[[Task], Call], task: Task) -> Call:
+    """A loop whose student is compiled; metakd's virtual passes run it as written."""
+    return loop(task._replace(student=torch.compile(task.student)))
+
+
+def graphed(loop: Callable[[Task], Call], task: Task) -> Call:
+    """A loop's call as a CUDA graph, always on the same batch."""
+    return captured(loop(task))
+
+
 def _optimizer(task: Task) -> torch.optim.Optimizer:
     return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4)
 
 
-def _weighting_optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4)
+def _weighting_optimizer(task: Task, capturable: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4, capturable=capturable)
 
 
 def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
@@ -141,5 +153,13 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "4 terms": lambda task: by_metakd(task.with_terms(4)),
     "8 terms": lambda task: by_metakd(task.with_terms(8)),
 }
+MODES: dict[str, Callable[[Task], Call]] = {
+    "plain, compiled": partial(compiled, plain),
+    "accumulate=1, compiled": partial(compiled, by_metakd),
+    "plain, CUDA graph": partial(graphed, plain),
+    "accumulate=1, CUDA graph": partial(graphed, partial(by_metakd, capturable=True)),
+}
+"""Other ways to run a loop, which are asked for by name."""
+METHODS |= MODES
 WINDOWS = (f"accumulate={PERIOD}", f"every={PERIOD}")
 WITH_TEACHER = ("accumulate=1", *WINDOWS, "published way")
