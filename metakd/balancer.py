@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from metakd._basics.checks import Waiting, check, read_at_end
 from metakd._basics.positive_int import positive_int
+from metakd._basics.rng import capturing
 from metakd._basics.together import clones
 from metakd._call.arguments import (
     check_parts,
@@ -27,6 +28,7 @@ from metakd._call.arguments import (
     trained_elsewhere,
     validated,
 )
+from metakd._call.capture import check_capture
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.objective import Objective, weighted_mean
@@ -205,7 +207,10 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
-        self.read_checks()
+        if capturing():
+            check_capture(self)
+        else:
+            self.read_checks()
         with self._all_or_nothing() as snapshot, self._ranks.together():
             self._calls += 1
             meta_batch, skipped = self._turn(meta_batch)
@@ -221,10 +226,12 @@ class BilevelLossBalancer:
     def read_checks(self) -> None:
         """Read the checks of the last call that `defer_checks` has left waiting; the next call does so, too.
 
+        After a replay of a CUDA graph that captured a call, it reads those of the replay.
+
         Raises:
             MetaKDError: one failed. The last call is not undone.
         """
-        late, self._late = self._late, []
+        late, self._late = self._late, [waiting for waiting in self._late if waiting.captured]
         with blamed("a check of the last call"):
             for waiting in late:
                 waiting.judge()

@@ -117,3 +117,55 @@ def test_a_sum_that_overflows_is_no_fault_by_itself():
     values, said = torch.full((4,), torch.finfo(torch.float32).max), []
     check_finite(values, lambda: said.extend(values[~values.isfinite()].tolist()))
     assert not said
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """As in the capture of a CUDA graph, where no number can be read."""
+
+    def begin():
+        monkeypatch.setattr("metakd.balancer.capturing", lambda: True)
+        monkeypatch.setattr("metakd._basics.checks.capturing", lambda: True)
+
+    return begin
+
+
+def test_a_captured_call_reads_nothing_and_its_checks_are_read_after_each_replay(capture):
+    _, optimizer, balancer = parts(defer_checks=True)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    train, meta = batch(2), batch(3)
+    capture()
+    found = count(lambda: iteration(balancer, optimizer, train, meta))
+    assert not found.syncs
+    *_, waiting = balancer._late
+    balancer.read_checks()
+    balancer.read_checks()
+    waiting._checks[0][0][1].fill_(7)  # a replay writes to the same memory: the largest label
+    with pytest.raises(MetaKDError, match="label 7 is out of range"):
+        balancer.read_checks()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "build it with defer_checks=True"),
+        ({"defer_checks": True, "accumulate": 2}, "leave both at 1"),
+        ({"defer_checks": True, "every": 2}, "leave both at 1"),
+        ({"defer_checks": True, "verify": False}, "with verify=True"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(capture, options, words):
+    _, optimizer, balancer = parts(**options)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    capture()
+    with pytest.raises(MetaKDError, match=f"cannot be captured in a CUDA graph: .*{words}"):
+        balancer(batch(2), batch(3))
+
+
+def test_a_student_that_draws_cannot_be_captured(capture):
+    student, optimizer, balancer = parts(defer_checks=True)
+    student[2] = nn.Dropout(0.5)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    capture()
+    with pytest.raises(MetaKDError, match="draws random numbers"):
+        balancer(batch(2), batch(3))

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import higher
 import torch
-import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -78,6 +76,8 @@ def by_hand(task: Task) -> Call:
 
 def by_torchopt(task: Task) -> Call:
     """`torchopt.MetaSGD`."""
+    import torchopt  # a peer that is not installed fails alone
+
     recurrent = [module for module in task.student.modules() if isinstance(module, nn.RNNBase)]
 
     def call() -> Sequence[Tensor]:
@@ -103,6 +103,8 @@ def by_torchopt(task: Task) -> Call:
 
 def by_higher(task: Task) -> Call:
     """`higher.innerloop_ctx`."""
+    import higher
+
     optimizer = torch.optim.SGD(task.student.parameters(), lr=task.lr)
 
     def call() -> Sequence[Tensor]:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from metakd._basics.rng import capturing
 from metakd.errors import MetaKDError
 
 Judge = Callable[..., None]
@@ -17,11 +18,16 @@ Judge = Callable[..., None]
 
 
 class Waiting:
-    """Checks whose numbers are not read yet."""
+    """Checks whose numbers are not read yet.
+
+    Attributes:
+        captured: whether the numbers belong to a CUDA graph, whose replays renew them.
+    """
 
     def __init__(self) -> None:
         self._checks: list[tuple[list[Tensor], Judge]] = []
         self._seen: dict[Hashable, object] = {}
+        self.captured = capturing()
 
     def add(self, numbers: tuple[Tensor, ...], judge: Judge) -> None:
         """Keep a check for later."""
@@ -36,7 +42,9 @@ class Waiting:
 
     def judge(self) -> None:
         """Read all numbers of a device at once, and judge them in order."""
-        checks, self._checks, self._seen = self._checks, [], {}
+        checks, self._seen = self._checks, {}
+        if not self.captured:
+            self._checks = []
         every = [value for values, _ in checks for value in values]
         read: dict[int, float] = {}
         for device in {value.device for value in every}:

@@ -38,6 +38,7 @@ class Proofs:
         repeats: False if compiled code draws its own random numbers; the lookahead's gradient is then a virtual pass's.
         hooked: whether a forward pass registers hooks on activations, which must see the user's backward pass.
         may_be_float16: whether a forward pass may run in float16 on its own; False once a proof has seen otherwise.
+        draws: whether passes draw random numbers; None until a proof has seen it.
         lending: gives passes copies of their batches, until a proof has seen that they only read.
 
     Raises:
@@ -46,6 +47,7 @@ class Proofs:
 
     def __init__(self, verify: bool | int) -> None:
         self.repeats, self.hooked, self.may_be_float16, self.lending = True, False, True, Lending()
+        self.draws: bool | None = None
         self._wanted = verify is not False
         self._period = None if isinstance(verify, bool) else positive_int(verify, "verify")
         self._proven: frozenset[tuple[Hashable, Hashable]] = frozenset()
@@ -81,6 +83,7 @@ class Proofs:
         self.lending.only_read, self.may_be_float16 = not self.lending.written, False
         memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
+        self.draws = self.draws or found.draws
 
     def check_train_pass(self, train: TrainPass) -> None:
         """Check a call's training pass: it must not write to parameters.

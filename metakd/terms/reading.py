@@ -141,11 +141,9 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> Tensor:
     """Raise if an index is outside `[0, size)`, now or when the call's checks are read; return the indices.
 
     Off the CPU, where an index out of range would end the process before that, they are clamped. The check reads the
-    values. It is skipped where that is impossible: during CUDA graph capture, under `torch.compile` and on the meta
-    device.
+    values. It is skipped where that is impossible: under `torch.compile` and on the meta device.
     """
-    capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
+    if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
         return indices
 
     def judge(low: float, high: float) -> None:
