@@ -159,7 +159,7 @@ class WeightingStep:
         """Warn once if the first hypergradient does not feel parameters of terms, such as those of a frozen network."""
         checked, self._checked = self._checked, True
         idle = [] if checked else [name for name in self.learned.params() if not bool(gradient[name].any())]
-        if idle:
+        if idle and len(idle) < len(gradient):  # with nothing learned, an error follows
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             warnings.warn(
                 f"the hypergradient in {', '.join(idle[:3])}{more} is exactly zero, so these parameters of terms are "

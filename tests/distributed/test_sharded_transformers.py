@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from metakd import BilevelLossBalancer, weighting
+from metakd.longtail._torchvision import import_torchvision
 from metakd.terms import CrossEntropy, SoftTarget, Tokens
 from tests.distributed.pair import SIZE
 from tests.distributed.sharded import wholes
@@ -19,6 +20,7 @@ TEXT, TEACHER = Tokens(CrossEntropy(), shift=True), Tokens(SoftTarget(2.0), shif
 
 
 def model(seed):
+    import_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
