@@ -2,6 +2,7 @@
 
     python benchmarks/iteration.py                    # all CASES and METHODS
     python benchmarks/iteration.py --preset smoke     # seconds: does it run?
+    python benchmarks/iteration.py --device cuda --clock device --methods "plain, CUDA graph" "plain, compiled"
 
 Writes results.json, README.md and cost.png to --output. The same command after an interruption goes on where it
 stopped. What `notes.md` there says is put at the end of README.md. Needs `pip install -e ".[benchmarks]"`.
@@ -15,6 +16,7 @@ from benchmarks.common.command import Job, measure, parse, parser_of, run
 from benchmarks.common.measure import ROOT
 
 NAMES = [name for name in loops.METHODS if name != "plain"]
+ALWAYS = [name for name in NAMES if name not in loops.MODES]
 PRESETS = {
     "full": {
         "cases": ["resnet8x4", "resnet20", "transformer"], "repeats": 4,
@@ -28,7 +30,9 @@ PRESETS = {
 
 def main() -> None:
     """Measure the cells that are not in the record yet, times first; then write the report."""
-    args = parse(parser_of(__doc__, PRESETS, NAMES), PRESETS)
+    parser = parser_of(__doc__, PRESETS, NAMES)
+    parser.set_defaults(methods=ALWAYS)
+    args = parse(parser, PRESETS)
     jobs = []
     for teacher, known in ((False, NAMES), (True, loops.WITH_TEACHER)):
         chosen = [name for name in args.methods if name in known]

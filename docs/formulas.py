@@ -1,44 +1,48 @@
-"""Formulas as MathML, made when the site is built: they need no script, no network, and no font of the reader's own."""
+"""Formulas as MathML, made when the site is built: they need no script, no network, and no font of the reader's own.
+
+A Markdown extension, after `pymdownx.arithmatex` in mkdocs.yml.
+"""
 
 import html
 import re
-from importlib import resources
+from functools import cache
+from typing import Any
 
 import pypandoc
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+from markdown import Extension, Markdown
+from markdown.postprocessors import Postprocessor
 
-FONT = "STIXTwoMath-Regular.ttf"  # the stylesheet names it, for readers whose system has no font for mathematics
 FORMULA = re.compile(r'(?<=class="arithmatex">)\s*\\[(\[](.*?)\\[)\]]\s*(?=</(span|div)>)', re.DOTALL)
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the font, which the package `ziamath` brings."""
-    content = (resources.files("ziamath") / "fonts" / FONT).read_bytes()
-    files.append(File.generated(config, f"stylesheets/{FONT}", content=content))
-    return files
-
-
-def mathml(formulas: list[tuple[str, bool]]) -> list[str]:
-    """MathML of formulas in TeX, each with whether it is displayed; a formula that pandoc cannot read is an error."""
-    marks = (f"$${tex.strip()}$$" if displayed else f"${tex.strip()}$" for tex, displayed in formulas)
+@cache
+def mathml(tex: str, displayed: bool) -> str:
+    """MathML of a formula in TeX; one that pandoc cannot read is an error."""
+    mark = "$$" if displayed else "$"
     options = ["--mathml", "--wrap=none", "--fail-if-warnings"]
-    page = pypandoc.convert_text("\n\n".join(marks), "html", format="markdown", extra_args=options)
+    page = pypandoc.convert_text(f"{mark}{tex.strip()}{mark}", "html", format="markdown", extra_args=options)
     found = re.findall(r"<math.*?</math>", page, re.DOTALL)
-    if len(found) != len(formulas):
-        raise RuntimeError(
-            f"pandoc made {len(found)} formulas of {len(formulas)}; is one empty, or has it a blank line?"
-        )
-    return [re.sub(r"<annotation.*?</annotation>", "", one, flags=re.DOTALL) for one in found]
+    if len(found) != 1:
+        raise RuntimeError(f"pandoc made {len(found)} formulas of {tex!r}; is it empty, or has it a blank line?")
+    return re.sub(r"<annotation.*?</annotation>", "", found[0], flags=re.DOTALL)
 
 
-def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put MathML in the place of TeX in the page's HTML, whether of the page itself or of a docstring."""
-    formulas = [(html.unescape(found[1]), found[2] == "div") for found in FORMULA.finditer(content)]
-    try:
-        made = iter(mathml(formulas) if formulas else ())
-    except RuntimeError as error:
-        raise PluginError(f"{page.file.src_uri}: {error}") from error
-    return FORMULA.sub(lambda _: next(made), content)
+class InPlaceOfTeX(Postprocessor):
+    """Puts MathML in the place of TeX in HTML, whether of a page itself or of a docstring."""
+
+    def run(self, text: str) -> str:
+        """Convert all formulas."""
+        return FORMULA.sub(lambda found: mathml(html.unescape(found[1]), found[2] == "div"), text)
+
+
+class Formulas(Extension):
+    """The extension's name is `docs.formulas`."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Run after all that puts HTML back into the page."""
+        md.postprocessors.register(InPlaceOfTeX(md), "formulas", -100)
+
+
+def makeExtension(**settings: Any) -> Formulas:
+    """What Markdown calls."""
+    return Formulas(**settings)

@@ -57,7 +57,7 @@ ROOMS = {
     "basics": Room(
         "basics",
         "Batch, MetaKDError, nests of tensors, derivatives by name",
-        "batch.py errors.py _basics/ _autodiff.py",
+        "batch.py meta_set.py errors.py _basics/ _autodiff.py",
         1.5,
         3.86,
     ),

@@ -66,8 +66,9 @@ class Constant(nn.Module):
 def weighting_of(method):
     """A method's weights of the three terms: what a balancer needs for them."""
     if method == "learned":
-        model = LossMLP(3, 3)  # sees the sample's three losses
-        return {"weighting": model, "weighting_optimizer": torch.optim.Adam(model.parameters(), lr=3e-3)}
+        model = LossMLP(3, 3)
+        moved_by = torch.optim.Adam(model.parameters(), lr=3e-3)
+        return {"weighting": model, "weighting_optimizer": moved_by, "features": lambda losses, *_: losses}
     if method == "bd_kd":
         return {"weighting": EntropyGate(low=1.0, high=2.0), "features": entropies}
     if method == "swapped":  # each sees the other's entropy as its own

@@ -9,6 +9,7 @@ from metakd.batch import Batch
 from metakd.check import check_hypergradient
 from metakd.errors import MetaKDError
 from metakd.estimators import Hypergradient, hypergradient
+from metakd.meta_set import meta_in_training
 from metakd.monitor import Diagnosis, History, diagnose, export_weights, learned_weights, plots, tensorboard
 from metakd.report import Report
 from metakd.validation import Finding, validate
@@ -33,6 +34,7 @@ __all__ = [
     "export_weights",
     "hypergradient",
     "learned_weights",
+    "meta_in_training",
     "plots",
     "recipes",
     "show_versions",

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from threading import RLock
 from typing import Any
 
@@ -12,9 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakd._basics.checks import Waiting, check, read_at_end
 from metakd._basics.positive_int import positive_int
-from metakd._call.arguments import check_parts, check_sharded, check_teacher, check_whole, default_weighting, validated
+from metakd._basics.rng import capturing
+from metakd._basics.together import clones
+from metakd._call.arguments import (
+    check_parts,
+    check_sharded,
+    check_sharded_terms,
+    check_teacher,
+    check_weighting,
+    check_whole,
+    default_weighting,
+    trained_elsewhere,
+    validated,
+)
+from metakd._call.capture import check_capture
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
+from metakd._call.learned_terms import LearnedTerms
 from metakd._call.objective import Objective, weighted_mean
 from metakd._call.ranks import Ranks, checksum
 from metakd._call.read import read_batch
@@ -28,7 +44,7 @@ from metakd._virtual.precision import as_written
 from metakd._virtual.sharded import as_function
 from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, detached_copy, endless
-from metakd.errors import MetaKDError, explained
+from metakd.errors import MetaKDError, blamed, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import Step, WeightedLosses, unchanged
@@ -36,7 +52,8 @@ from metakd.inner import GradientTransformation, Params, inner_optimizer, learni
 from metakd.inner.groups import Optimizers
 from metakd.report import Report
 from metakd.terms import CrossEntropy, Term, named
-from metakd.weighting.features import Features, evaluate_features, own_losses, student_and_teacher
+from metakd.terms.base import nested
+from metakd.weighting.features import Features, default_features, evaluate_features
 
 
 class BilevelLossBalancer:
@@ -67,15 +84,19 @@ class BilevelLossBalancer:
     Args:
         student: any module, as it is trained, wrappers included.
         terms: per-sample losses: a mapping name -> term, or a sequence of terms. A term is any callable
-            (outputs, batch) -> (B,).
+            (outputs, batch) -> (B,). The parameters of one that is a module are learned as well, unless the student's
+            optimizer holds them.
         optimizer: the student's own torch optimizer, or a list of optimizers that together hold its parameters; every
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
-        weighting_optimizer: the weight model's optimizer; default `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`.
+        weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters,
+            too; the default has them at lr=1e-2 without decay.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the
-            cross-entropies of student and teacher on the label; without a teacher the losses.
+            cross-entropies of student and teacher (each of an ensemble) on the label, or their entropies where a batch
+            has no labels; without a teacher, and with terms that use none, the losses.
         meta_loss: a term, averaged over the meta batch; default `terms.CrossEntropy()`.
         inner: the lookahead's optimizer: `"sgd"` is plain SGD at the optimizer's current learning rates (the
             paper), `"mirror"` the optimizer's own rule and state, or a torchopt `GradientTransformation`.
@@ -88,6 +109,12 @@ class BilevelLossBalancer:
             real ones, and forward mode or the double backward with first-order gradients. With `OneStep` that costs 6
             forward passes, a forward-mode pass and M + 5 backward passes, once. A number n repeats it at every n-th
             hypergradient; False omits it.
+        order: `"sequential"`: the weight model steps first, and the returned loss has its new weights, as in the
+            published codes. `"simultaneous"`: the loss has the weights that the lookahead has judged, and the step
+            counts from the next call on. The real gradient then is the lookahead's, which saves a backward pass.
+        defer_checks: whether the checks of a call on numbers (finite losses and weights, labels in range, a
+            hypergradient that is not zero) wait for the next call or for `read_checks`. A call then never waits for the
+            device; but what fails is reported one step later, and that step stays.
 
     Raises:
         MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
@@ -123,28 +150,33 @@ class BilevelLossBalancer:
         every: int = 1,
         batch_fn: Callable[[Any], Batch] | None = None,
         verify: bool | int = True,
+        order: str = "sequential",
+        defer_checks: bool = False,
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
         self.meta_loss: Term = CrossEntropy() if meta_loss is None else meta_loss
-        default = own_losses if teacher is None else student_and_teacher
+        default, width = default_features(self.terms, teacher)
         self.features: Features = default if features is None else features
         self.accumulate, self.every = positive_int(accumulate, "accumulate"), positive_int(every, "every")
         self._batch_fn = batch_fn or as_batch
         check_parts(student, optimizer, estimator)
         check_sharded(student, optimizer, inner)
         check_teacher(teacher)
-        self._proofs = Proofs(verify)
+        self._proofs, self.order = Proofs(verify), order
+        self.defer_checks, self._late = defer_checks, list[Waiting]()
         self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
-            known = len(self.terms) if teacher is None else 2
-            weighting = default_weighting(plain, known if features is None else None, len(self.terms))
+            weighting = default_weighting(plain, width if features is None else None, len(self.terms))
+        check_weighting(weighting, order)
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
-        self._step = WeightingStep(weighting, weighting_optimizer, self.accumulate, self._ranks.mean)
+        learned = LearnedTerms(self.terms, student, trained_elsewhere(optimizer, teacher), weighting)
+        check_sharded_terms(student, learned.params())
+        self._step = WeightingStep(weighting, learned, weighting_optimizer, self.accumulate, self._ranks.mean)
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
@@ -175,29 +207,34 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
+        if capturing():
+            check_capture(self)
+        else:
+            self.read_checks()
         with self._all_or_nothing() as snapshot, self._ranks.together():
             self._calls += 1
             meta_batch, skipped = self._turn(meta_batch)
             read = self._batch(batch, "the batch")
             self._agree(f"call {self._calls}, {'without' if meta_batch is None else 'with'} a hypergradient")
+            self._share_terms()
             if meta_batch is not None:
                 meta_batch = self._prove([read], meta_batch)
-            before = snapshot.keep_batch(read)
-            train = TrainPass(
-                self.student, self._functional, read, self.terms, snapshot.start, hooked=self._proofs.hooked
-            )
-            if overflow := self._overflow(train):
-                return self._unweighted(train, overflow)
-            with self._functional.untouched() as end:
-                features = self._features_of(train, read)
-                if meta_batch is None:
-                    loss, self._report = self._weigh(train, read, features, skipped)
-                else:
-                    objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
-                    with as_written(self._functional.device_type):
-                        loss, self._report = self._learn(snapshot, objective, train, features)
+            loss = self._trained(snapshot, read, meta_batch, skipped)
             self._ranks.agree("the end of the call")
             return loss
+
+    def read_checks(self) -> None:
+        """Read the checks of the last call that `defer_checks` has left waiting; the next call does so, too.
+
+        After a replay of a CUDA graph that captured a call, it reads those of the replay.
+
+        Raises:
+            MetaKDError: one failed. The last call is not undone.
+        """
+        late, self._late = self._late, [waiting for waiting in self._late if waiting.captured]
+        with blamed("a check of the last call"):
+            for waiting in late:
+                waiting.judge()
 
     def loss(self, batch: Any) -> Tensor:
         """The weighted loss under the present weights; nothing is learned."""
@@ -246,11 +283,12 @@ class BilevelLossBalancer:
             with as_written(self._functional.device_type):
                 if self._stands_still():
                     problem.sweep()
-                    report = Report(*objective.last, skipped=_STILL, terms=tuple(self.terms))
+                    report = Report(*objective.last, skipped=_STILL, **self._of_terms())
                 else:
                     result = estimate(self.estimator, problem)
                     norm = self._step.take(result.gradient, snapshot.keep_optimizer)
-                    report = Report(*objective.last, None, result.outer_loss, norm, terms=tuple(self.terms))
+                    check(partial(self._judge_norm, None), norm)
+                    report = Report(*objective.last, None, result.outer_loss, norm, **self._of_terms())
             self._ranks.agree("the end of the meta step")
             self._report = report
             return report
@@ -300,17 +338,19 @@ class BilevelLossBalancer:
             MetaKDError: the state does not fit this balancer; the message names the difference, and nothing changes.
         """
         with self._all_or_nothing() as snapshot, loading("the balancer"):
-            check_balancer_state(state, self.state_dict(), self.weighting)
+            check_balancer_state(state, self.state_dict(), self.weighting, self._step.learned.params())
             snapshot.keep_optimizer()
             self._step.load_state_dict(state)
             self._calls = int(state["calls"])
 
     def to(self, *args: Any, **kwargs: Any) -> "BilevelLossBalancer":
-        """Move or cast the weight model, its optimizer's state and pending hypergradients, as `nn.Module.to` does.
+        """Move or cast the weight model, terms that are modules, and pending hypergradients, as `nn.Module.to` does.
 
-        The user moves student and teacher; a default weight model is built on the student's device.
+        The optimizer's state follows. The user moves student and teacher; a default weight model is built on the
+        student's device.
         """
         self.weighting.to(*args, **kwargs)
+        self._step.learned.to(*args, **kwargs)
         self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
         return self
 
@@ -338,9 +378,11 @@ class BilevelLossBalancer:
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function; its passes also call the terms, the meta loss and the features."""
-        return as_function(
-            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
-        )
+        return as_function(self.student, dtype, self._called, excluded=self.weighting)
+
+    def _called(self) -> list[Any]:
+        """What a pass calls beside the student."""
+        return [*chain.from_iterable(map(nested, (*self.terms.values(), self.meta_loss))), self.features]
 
     def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
         """The meta batch if this call takes a hypergradient, else None; and why a due one is skipped."""
@@ -351,6 +393,27 @@ class BilevelLossBalancer:
         if not torch.is_grad_enabled():
             raise MetaKDError("a hypergradient needs gradients; call the balancer outside torch.no_grad()")
         return meta_batch, None
+
+    def _trained(self, snapshot: Snapshot, batch: Batch, meta_batch: Batch | None, skipped: str | None) -> Tensor:
+        """The training pass, the hypergradient of a given meta batch, and the weighted loss; sets the report."""
+        with read_at_end(self._late.append if self.defer_checks else None):
+            lending = self._proofs.lending
+            before = batch if lending.only_read else snapshot.keep_batch(batch)
+            with lending.lend(batch, itself=True):
+                parts = self.student, self._functional, batch, self.terms, snapshot.start, self._step.learned
+                proven = self._proofs
+                train = TrainPass(*parts, hooked=proven.hooked, may_be_float16=proven.may_be_float16)
+            if overflow := self._overflow(train):
+                return self._unweighted(train, overflow)
+            with self._functional.untouched() as end:
+                features = self._features_of(train, batch)
+                if meta_batch is None:
+                    loss, self._report = self._weigh(train, batch, features, skipped)
+                    return loss
+                objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
+                with as_written(self._functional.device_type):
+                    loss, self._report = self._learn(snapshot, objective, train, features)
+                    return loss
 
     def _features_of(self, train: TrainPass, batch: Batch) -> Tensor:
         """The weight model's inputs; also gives all ranks the same weight model."""
@@ -363,13 +426,13 @@ class BilevelLossBalancer:
     def _weigh(self, train: TrainPass, batch: Batch, features: Tensor, skipped: str | None) -> tuple[Tensor, Report]:
         """The loss under the present weights, and its report."""
         weights = evaluate_weights(self.weighting, features, batch, train.losses).detach().clone()
-        report = Report(train.losses.detach(), weights, skipped=skipped, terms=tuple(self.terms))
+        report = Report(train.losses.detach(), weights, skipped=skipped, **self._of_terms())
         return weighted_mean(weights, train.losses), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
         """A loss that is not finite, so that a gradient scaler sees the overflow."""
         weights = torch.ones_like(train.losses)
-        self._report = Report(train.losses.detach(), weights, skipped=overflow, terms=tuple(self.terms))
+        self._report = Report(train.losses.detach(), weights, skipped=overflow, **self._of_terms())
         return weighted_mean(weights, train.losses)
 
     def _learn(
@@ -378,7 +441,7 @@ class BilevelLossBalancer:
         """Take the hypergradient, step the weight model, and return the loss under the new weights with its report."""
         batch, losses = objective.steps[0].batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
-        moves = from_influence is not None or self._step.moves_next
+        moves = self.order == "sequential" and (from_influence is not None or self._step.moves_next)
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:
@@ -386,18 +449,26 @@ class BilevelLossBalancer:
             norm = all_ranks.norm()
             weights = evaluate_weights(lambda *_: from_influence(all_ranks)[own], features, batch, losses)
         else:
-            gradient = self._step.pull_back(weights, result.gradient["weights"])
-            felt = self._ranks.several or bool(influence.any())
-            if not (felt or self._said_zero):
-                warnings.warn(_ZERO, stacklevel=5)
-                self._said_zero = True
-            norm = self._step.take(gradient, snapshot.keep_optimizer, felt=felt)
+            gradient = self._step.pull_back(weights, result.gradient)
+            norm = self._step.take(gradient, snapshot.keep_optimizer)
+            check(partial(self._judge_norm, influence), norm)
             if moves:
+                losses = train.evaluate_again() if self._step.learned.params() else losses
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         used = weights.detach().clone()
-        report = Report(losses.detach(), used, influence, result.outer_loss, norm, terms=tuple(self.terms))
+        report = Report(losses.detach(), used, influence, result.outer_loss, norm, **self._of_terms())
         return loss, report
+
+    def _judge_norm(self, influence: Tensor | None, norm: float) -> None:
+        """Raise if the hypergradient is zero although the influence is not; warn once if both are."""
+        if norm != 0.0 or any(p.grad is not None and bool(p.grad.any()) for p in self._step.params().values()):
+            return
+        if influence is None or self._ranks.several or bool(influence.any()):
+            raise MetaKDError(self._step.why_zero())
+        if not self._said_zero:
+            warnings.warn(_ZERO, stacklevel=7)
+            self._said_zero = True
 
     def _look_ahead(
         self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
@@ -435,6 +506,10 @@ class BilevelLossBalancer:
         moving = {id(p) for _, g in param_groups(self.optimizer) if learning_rate(g) != 0 for p in g["params"]}
         return not any(id(p) in moving for p in self._functional.trainable().values())
 
+    def _of_terms(self) -> dict[str, Any]:
+        """What a report says of the terms themselves."""
+        return {"terms": tuple(self.terms), "term_parameters": self._step.learned.values()}
+
     def _overflow(self, train: TrainPass) -> str | None:
         """Which loss overflowed in float16 on any rank, or None; a gradient scaler then skips the step."""
         if not train.float16:
@@ -456,14 +531,14 @@ class BilevelLossBalancer:
         known = [self._batch(batch, f"batch {t}") for t, batch in enumerate(batches)]
         meta = self._batch(meta_batch, "the meta batch", self.meta_loss)
         features = self.features if end is None else None  # the real forward pass has given the weights already
-        parts = self.terms, self.meta_loss, features, self.weighting
-        return Objective(student, *parts, known, meta, start=start, end=end)
+        parts = self.terms, self.meta_loss, features, self.weighting, self._step.learned
+        return Objective(student, *parts, known, meta, self._proofs.lending, start=start, end=end)
 
     def _problem_in_phi(self, objective: Objective) -> Problem:
         if not self._step.params():
             raise MetaKDError(
-                f"{type(self.weighting).__name__} has no trainable parameters, so meta_step, windows and "
-                "check_hypergradient have nothing to learn; call the balancer itself, one batch at a time"
+                f"{type(self.weighting).__name__} has no trainable parameters, nor has a term, so meta_step, windows "
+                "and check_hypergradient have nothing to learn; call the balancer itself, one batch at a time"
             )
         objective.materialise()
         phi = {name: objective.student.cast(p.detach()) for name, p in self._step.params().items()}
@@ -474,25 +549,28 @@ class BilevelLossBalancer:
     ) -> Problem:
         """The problem of one inner step in the weights themselves, with values known from the real pass."""
         losses, given = train.losses.detach(), weights.detach()
-        same = not (train.compiled or train.float16)  # a virtual pass gives the same losses, to rounding
+        learned = {name: objective.student.cast(p.detach()) for name, p in self._step.learned.params().items()}
+        # A virtual pass gives the same losses, to rounding; those of learned terms are no constants.
+        same = not (learned or train.compiled or train.float16)
         return self._problem(
             objective,
             objective.given_weights(),
-            {"weights": given},
+            {"weights": given, **learned},
             first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._proofs.repeats else None,
             first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
         )
 
     def _problem(self, objective: Objective, weighted: WeightedLosses, phi: Params, **known: Any) -> Problem:
         def inner(params: Params, meta: Params, step: Step) -> Tensor:
-            losses = weighted.losses(params, step)  # first, because the weights need its features
+            losses = weighted.at(meta).losses(params, step)  # first, because the weights need its features
             return weighted_mean(weighted.weights(meta, step), losses)
 
         optimizer = inner_optimizer(self.inner, self.optimizer, self._functional.trainable())
+        theta = objective.student.detached()
         return Problem(
             inner,
             [objective.outer],
-            {name: p.clone() for name, p in objective.student.detached().items()},  # a pass may write to .data
+            dict(zip(theta, clones(list(theta.values())), strict=True)),  # a pass may write to .data
             phi,
             objective.steps,
             lambda _: optimizer.transformation,
@@ -506,12 +584,18 @@ class BilevelLossBalancer:
 
     def _agree(self, where: str) -> None:
         if self._ranks.several:
-            known = f"with the weight model {checksum(self.weighting)!r}" if self._shared else "its weight model new"
+            every = self._step.every
+            known = f"with the weight model {checksum(every())!r}" if self._shared else "its weight model new"
             self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
 
     def _share_weighting(self) -> None:
-        self._ranks.share(self.weighting, parameters=not self._shared)
+        self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
         self._shared = True
+
+    def _share_terms(self) -> None:
+        """Give all ranks the same terms before their first losses."""
+        if not self._shared:
+            self._ranks.share(list(self._step.learned.named.values()))
 
     def _batch(self, item: Any, what: str, needed_by: Term | None = None) -> Batch:
         """The item as a batch, with the teacher's outputs if a term may need them."""

@@ -1,6 +1,7 @@
 """The report of a balancer's last step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Report:
         skipped: why a requested hypergradient was not taken: the learning rate is 0, or float16 overflowed.
             The weight model has not moved then.
         terms: the names of the M terms.
+        term_parameters: the values of terms' own parameters after the step, by name, such as "terms.hard.offset".
 
     Examples:
         >>> import torch
@@ -43,13 +45,15 @@ class Report:
     hypergradient_norm: Tensor | None = None
     skipped: str | None = None
     terms: tuple[str, ...] = ()
+    term_parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """The step in numbers, for any logger; waits for the device once.
 
         The names are `weight/<term>`, `loss/<term>` and `influence/<term>` for the means over the batch, `meta_loss`
         and `hypergradient_norm`. A step without a hypergradient has no influence, meta loss and norm, so they are left
-        out. A report that was built without `terms` counts them from 0.
+        out. A report that was built without `terms` counts them from 0. A term's own parameter is one number, such as
+        `terms.hard.tau`, or its mean, smallest and largest entry, `terms.hard.offset/mean` and so on.
 
         Returns:
             Name -> number.
@@ -64,6 +68,10 @@ class Report:
         }
         alone = {"meta_loss": self.meta_loss, "hypergradient_norm": self.hypergradient_norm}
         found |= {name: _at_least_float32(value) for name, value in alone.items() if value is not None}
+        for name, value in self.term_parameters.items():
+            wide = _at_least_float32(value)
+            ways = {"": wide} if wide.numel() == 1 else {"/mean": wide.mean(), "/min": wide.min(), "/max": wide.max()}
+            found |= {f"{name}{way}": number.flatten()[0] for way, number in ways.items()}
         # One tensor, so one host sync.
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 

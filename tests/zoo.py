@@ -15,6 +15,23 @@ CLASSES = 3
 # Older torch passes the inputs of a checkpoint through an operation that has no forward-mode derivative.
 CHECKPOINTS_HAVE_FORWARD_MODE = not hasattr(torch.utils.checkpoint, "_NoopSaveInputs")
 
+
+def differentiable(function: Callable[[torch.Tensor], torch.Tensor], times: int = 1) -> bool:
+    """Whether this torch has so many derivatives of a function of a matrix (8, 4); older ones lack a few."""
+    value = x = torch.zeros(8, 4, dtype=torch.float64, requires_grad=True)
+    try:
+        for _ in range(times):
+            (value,) = torch.autograd.grad(function(x).sum() if value is x else value.sum(), x, create_graph=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def cdist_is_once_differentiable() -> bool:
+    """It has neither forward mode nor a second derivative in torch before 2.14."""
+    return not differentiable(lambda x: torch.cdist(x, x.detach() + 1, p=3.0), times=2)
+
+
 # What the animals make the library and torch say.
 QUIET = [
     pytest.mark.filterwarnings("ignore:.*in train mode every gradient of spectral norm"),

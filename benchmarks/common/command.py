@@ -41,7 +41,8 @@ def parser_of(description: str | None, presets: Presets, methods: Sequence[str])
     add("--seconds", type=float, help="no new round of a cell starts after so many; each has at least one")
     add("--batch-size", type=int, help="default: 100 images, 32 sequences")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's choice, here %(default)s")
-    add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: one thread's own time, on a busy machine")
+    add("--clock", choices=["wall", "cpu", "device"], default="wall",
+        help="cpu: one thread's own time, on a busy machine; device: the GPU's own, by events")  # fmt: skip
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--output", type=Path)
     return parser
@@ -55,6 +56,8 @@ def parse(parser: argparse.ArgumentParser, presets: Presets) -> argparse.Namespa
             setattr(args, key, value)
     if args.clock == "cpu" and (args.threads > 1 or args.device == "cuda"):
         parser.error("--clock cpu is for one thread of the CPU: it adds up the time of several, and misses a GPU's")
+    if args.clock == "device" and args.device != "cuda":
+        parser.error("--clock device is for --device cuda")
     return args
 
 

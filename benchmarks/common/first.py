@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import loops
 from benchmarks.common.cases import CASES, Task
-from benchmarks.common.measure import CLOCKS, timed
+from benchmarks.common.clocks import CLOCKS, timed
 
 STEADY = 3
 VERIFY = {"verify=True": True, "verify=False": False}

@@ -14,9 +14,11 @@ from torch.func import functional_call
 
 from benchmarks.common import methods
 from benchmarks.common.cases import Task, differentiable_kernels
+from benchmarks.common.graphs import captured
 from benchmarks.common.methods import Call
 from metakd import Batch, BilevelLossBalancer
 from metakd.estimators import Estimator, OneStep
+from metakd.weighting.base import default_optimizer
 
 PERIOD = 5
 
@@ -40,6 +42,8 @@ def by_metakd(
     window: str | None = None,
     estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
     verify: bool = True,
+    order: str = "sequential",
+    capturable: bool = False,
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = _optimizer(task), len(task.batches) if window else 1
@@ -48,11 +52,13 @@ def by_metakd(
         task.terms,
         optimizer=optimizer,
         weighting=task.weighting,
-        weighting_optimizer=_weighting_optimizer(task),
+        weighting_optimizer=_weighting_optimizer(task, capturable),
         teacher=task.teacher,
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
         verify=verify,
+        order=order,
+        defer_checks=capturable,
         **({window: count} if window else {}),
     )
 
@@ -109,12 +115,26 @@ def metasgd_on_a_copy(task: Task) -> Call:
     return methods.by_torchopt(task._replace(student=copy.deepcopy(task.student)))
 
 
+def compiled(loop: Callable[[Task], Call], task: Task) -> Call:
+    """A loop whose student is compiled; metakd's virtual passes run it as written."""
+    return loop(task._replace(student=torch.compile(task.student)))
+
+
+def graphed(loop: Callable[[Task], Call], task: Task) -> Call:
+    """A loop's call as a CUDA graph, always on the same batch."""
+    return captured(loop(task))
+
+
 def _optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4)
+    # One kernel for all parameters, as is torch's default on a GPU.
+    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
 
 
-def _weighting_optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4)
+def _weighting_optimizer(task: Task, capturable: bool = False) -> torch.optim.Optimizer:
+    optimizer = default_optimizer(task.weighting)
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+    return optimizer
 
 
 def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
@@ -134,6 +154,7 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "accumulate=1": by_metakd,
     f"accumulate={PERIOD}": partial(by_metakd, window="accumulate"),
     f"every={PERIOD}": partial(by_metakd, window="every"),
+    "simultaneous": partial(by_metakd, order="simultaneous"),
     "published way": partial(by_peer, published),
     "by hand": partial(by_peer, methods.by_hand),
     "TorchOpt MetaSGD": partial(by_peer, metasgd_on_a_copy),
@@ -141,5 +162,13 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "4 terms": lambda task: by_metakd(task.with_terms(4)),
     "8 terms": lambda task: by_metakd(task.with_terms(8)),
 }
+MODES: dict[str, Callable[[Task], Call]] = {
+    "plain, compiled": partial(compiled, plain),
+    "accumulate=1, compiled": partial(compiled, by_metakd),
+    "plain, CUDA graph": partial(graphed, plain),
+    "accumulate=1, CUDA graph": partial(graphed, partial(by_metakd, capturable=True)),
+}
+"""Other ways to run a loop, which are asked for by name."""
+METHODS |= MODES
 WINDOWS = (f"accumulate={PERIOD}", f"every={PERIOD}")
 WITH_TEACHER = ("accumulate=1", *WINDOWS, "published way")

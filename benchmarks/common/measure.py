@@ -3,11 +3,10 @@
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,18 +17,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.cases import CASES, Task
+from benchmarks.common.clocks import CALLS, CLOCKS, Clock, timed
 from benchmarks.common.methods import Call
 
 ROOT = Path(__file__).parents[2]
 Prepare = Callable[[Task], Call]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 
 def in_process(kind: str, **cell: Any) -> dict[str, Any]:
-    """Measure a cell in a fresh process; where that dies, the cell says so.
+    """Measure a cell, on the CPU in a fresh process; where that dies, the cell says so.
+
+    On a GPU memory is that of torch's allocator, which needs no process of its own, and a start takes seconds.
 
     Its kind is `time` (`time_cell`), `memory` (`memory_cell`), or one that the methods' module has in `CELLS`.
     """
+    if cell["device"] == "cuda":
+        try:
+            return measured({"kind": kind, **cell})
+        except Exception as error:  # as if the process had died of it
+            return {"died": shorten(f"{type(error).__name__}: {error}", 160)}
     command = [sys.executable, "-m", "benchmarks.common.measure", json.dumps({"kind": kind, **cell})]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -46,7 +53,8 @@ def time_cell(
     repeats: int,
     seconds: float,
     reference: str = "by hand",
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
+    calls_at_once: int = 1,
 ) -> dict[str, Any]:
     """Rounds of all methods, one call each, with plain steps before each of them; first calls are not timed.
 
@@ -57,6 +65,7 @@ def time_cell(
         seconds: no new round starts after so many.
         reference: the method whose hypergradient the others' are compared with.
         clock: in seconds.
+        calls_at_once: calls that are timed together; a time is their mean.
 
     Returns:
         rounds: name -> seconds in each round; for "plain" the list of its steps. errors: relative errors of the
@@ -89,29 +98,13 @@ def time_cell(
         shift = len(rounds) % max(len(names), 1)  # nobody always follows the same one
         this: dict[str, Any] = {"plain": []}
         for name in names[shift:] + names[:shift]:
-            this["plain"] += [timed(plain, clock)[0] for _ in range(max(len(task.batches) // 4, 1))]
-            if (result := attempt(name, partial(timed, calls[name], clock))) is not None:
+            this["plain"] += [timed(plain, clock, calls_at_once)[0] for _ in range(max(len(task.batches) // 4, 1))]
+            if (result := attempt(name, partial(timed, calls[name], clock, calls_at_once))) is not None:
                 this[name], gradient = result
                 if gradient:
                     found[name] = torch.cat([g.detach().flatten() for g in gradient])
         rounds.append(this)
     return {"rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
-
-
-def timed(call: Call, clock: Callable[[], float]) -> tuple[float, Sequence[Tensor]]:
-    """The seconds that a call took, and what it gave."""
-    gc.collect()
-    synchronize()
-    start = clock()
-    result = call()
-    synchronize()
-    return round(clock() - start, 6), result
-
-
-def synchronize() -> None:
-    """Wait for what the GPU still has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _relative_errors(found: Mapping[str, Tensor], reference: str) -> dict[str, float]:
@@ -155,6 +148,8 @@ def _resident() -> tuple[int, int]:
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         now, peak = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         return now, peak
+    import resource  # Unix alone has it
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
 
@@ -162,22 +157,25 @@ def _resident() -> tuple[int, int]:
 def main() -> None:
     """Measure the cell that the command line describes as JSON, and print it as JSON."""
     cell = json.loads(sys.argv[1])
-    torch.set_num_threads(cell["threads"])
     _limit_memory()
+    print(json.dumps(measured(cell)))
+
+
+def measured(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure the cell in this process."""
+    torch.set_num_threads(cell["threads"])
     module = import_module(cell["module"])
     if cell["kind"] in getattr(module, "CELLS", {}):
-        print(json.dumps(module.CELLS[cell["kind"]](cell)))
-        return
+        return dict(module.CELLS[cell["kind"]](cell))
     options = {"batch_size": cell["batch_size"], "teacher": cell.get("teacher", False), "device": cell["device"]}
     task = Task.build(CASES[cell["case"]], cell["steps"], **options)
     methods = module.METHODS
     if cell["kind"] == "time":
         chosen = {name: methods[name] for name in cell["methods"]}
         limits = {"repeats": cell["repeats"], "seconds": cell["seconds"]}
-        found = time_cell(task, chosen, **limits, clock=CLOCKS[cell.get("clock", "wall")])
-    else:
-        found = memory_cell(cell["case"], task, methods[cell["method"]], cell["device"])
-    print(json.dumps(found))
+        at_once = CALLS if cell["device"] == "cuda" else 1
+        return time_cell(task, chosen, **limits, clock=CLOCKS[cell.get("clock", "wall")], calls_at_once=at_once)
+    return memory_cell(cell["case"], task, methods[cell["method"]], cell["device"])
 
 
 def _limit_memory() -> None:
@@ -186,6 +184,8 @@ def _limit_memory() -> None:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
+        import resource
+
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
 
 

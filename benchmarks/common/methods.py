@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import higher
 import torch
-import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -48,6 +46,7 @@ def by_metakd(estimator: Estimator, task: Task) -> Call:
         optimizer=torch.optim.SGD(task.student.parameters(), lr=task.lr),
         weighting=task.weighting,
         weighting_optimizer=torch.optim.SGD(task.weighting.parameters(), lr=0.0),
+        features=lambda losses, outputs, batch: losses,
         estimator=estimator,
     )
 
@@ -77,6 +76,8 @@ def by_hand(task: Task) -> Call:
 
 def by_torchopt(task: Task) -> Call:
     """`torchopt.MetaSGD`."""
+    import torchopt  # a peer that is not installed fails alone
+
     recurrent = [module for module in task.student.modules() if isinstance(module, nn.RNNBase)]
 
     def call() -> Sequence[Tensor]:
@@ -102,6 +103,8 @@ def by_torchopt(task: Task) -> Call:
 
 def by_higher(task: Task) -> Call:
     """`higher.innerloop_ctx`."""
+    import higher
+
     optimizer = torch.optim.SGD(task.student.parameters(), lr=task.lr)
 
     def call() -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ Cell = dict[str, Any]
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware and versions that may change a number."""
-    versions = {name: metadata.version(name) for name in ("torch", "torchopt", "higher")}
+    versions = {name: version for name in ("torch", "torchopt", "higher") if (version := _version(name))}
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
         "versions": {"python": platform.python_version(), "metakd": __version__, **versions},
@@ -28,6 +28,13 @@ def environment(device: str) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": gpu,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

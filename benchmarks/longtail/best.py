@@ -32,7 +32,7 @@ def best_mixture(
 def best(setting: Setting) -> BilevelLossBalancer:
     """One learned weight a class and term, which starts at the best fixed mixture and leaves it slowly."""
     known = terms(setting.counts)
-    table = ClassTable(len(setting.counts), len(known), init=1.0)
+    table = ClassTable(len(setting.counts), len(known), init=1.0, output="softplus")
     with torch.no_grad():
         table.free[:, -1] = -4.0  # a weight of 0.02, from which a gradient can still lift it
     return setting.balancer(known, table, lr=setting.preset.weighting_lr)

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.longtail.setting import Setting
-from metakd import Batch, BilevelLossBalancer, recipes
+from metakd import BilevelLossBalancer, recipes
 from metakd.recipes.base import hard_and_soft
-from metakd.terms import CrossEntropy, SoftTarget
 from metakd.weighting import ClassAware, Normalised
 from metakd.weighting.features import Features, student_and_teacher
 
@@ -26,10 +25,13 @@ def bikd(*, faster: float = 1.0, **options: Any) -> Callable[[Setting], BilevelL
     return build
 
 
-def cross_entropy_and_soft_target(outputs: Any, batch: Batch) -> Tensor:
-    """The upper loss of BiKD's published CIFAR-10 command."""
-    both: Tensor = CrossEntropy()(outputs, batch) + SoftTarget(temperature=4.0)(outputs, batch)
-    return both
+def with_teacher_in_train_mode(setting: Setting) -> BilevelLossBalancer:
+    """The published CIFAR-10 command, with the teacher in train mode, as the published code leaves it."""
+
+    def judged(inputs: Any) -> Any:
+        return setting.teacher.train()(inputs)  # a function's modules keep their mode
+
+    return bikd(setting="cifar10")(setting._replace(teacher=judged))
 
 
 def bikd_from(start: float) -> Callable[[Setting], BilevelLossBalancer]:

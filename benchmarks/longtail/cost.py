@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.measure import peak_memory, synchronize
+from benchmarks.common.clocks import synchronize
+from benchmarks.common.measure import peak_memory
 from benchmarks.longtail import methods
 from benchmarks.longtail.presets import Preset
 from benchmarks.longtail.setting import Setting

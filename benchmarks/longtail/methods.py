@@ -1,8 +1,10 @@
 """Every method of the table by name, and the controls that a suffix makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+
+from torch import nn
 
 from benchmarks.longtail.best import best, best_mixture, by_network, from_below
 from benchmarks.longtail.bikd import (
@@ -10,7 +12,7 @@ from benchmarks.longtail.bikd import (
     bikd_from,
     bikd_with_more_inputs,
     bikd_with_shares,
-    cross_entropy_and_soft_target,
+    with_teacher_in_train_mode,
 )
 from benchmarks.longtail.fixed import ClassBalanced, Fixed, Mixture
 from benchmarks.longtail.learned import CONTROLS, Learned
@@ -30,7 +32,8 @@ from metakd.terms import (
     TargetClass,
     WithinGroupTarget,
 )
-from metakd.weighting import EntropyGate, entropies
+from metakd.weighting import ClassAware, EntropyGate, LossMLP, Normalised, entropies
+from metakd.weighting.features import own_losses
 
 Method = Fixed | Learned
 
@@ -43,6 +46,24 @@ def amal(setting: Setting) -> BilevelLossBalancer:
     return recipes.amal(student, teacher, optimizer=optimizer, samples=sum(counts), last_layer=last)
 
 
+def meta_weight_net(published: str) -> Callable[[Setting], BilevelLossBalancer]:
+    """Meta-Weight-Net as one of its two published codes has it."""
+    return lambda setting: recipes.meta_weight_net(setting.student, optimizer=setting.optimizer, setting=published)
+
+
+def weight_net(setting: Setting, *, rarity: bool = False) -> BilevelLossBalancer:
+    """Meta-Weight-Net's network, normalised as in one code, by Adam as in the other; it may see class rarity."""
+    network = Normalised(LossMLP(3 if rarity else 1, 1, hidden=(100,), activation=nn.ReLU))
+    features = ClassAware(setting.counts) if rarity else own_losses
+    alone = {"teacher": None, "features": features}
+    return setting.balancer({"hard": CrossEntropy()}, network, lr=1e-3, weight_decay=1e-4, **alone)
+
+
+def auto_balance(setting: Setting) -> BilevelLossBalancer:
+    """Learned offsets and scales of the classes' logits."""
+    return recipes.auto_balance(setting.student, optimizer=setting.optimizer, classes=len(setting.counts))
+
+
 def bd_kd(setting: Setting) -> BilevelLossBalancer:
     """BD-KD's gate between both divergences; the teacher stays as it is."""
     terms = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0), "reverse": ReverseSoftTarget(temperature=4.0)}
@@ -53,7 +74,7 @@ def bd_kd(setting: Setting) -> BilevelLossBalancer:
 
 
 def kd(counts: Sequence[int]) -> Mixture:
-    """Distillation with equal weights."""
+    """Distillation with equal weights; BiKD's code has T = 3, decay 2e-4 and batches of 128 for its KD baseline."""
     return {name: (0.5, term) for name, term in hard_and_soft(4.0).items()}
 
 
@@ -94,12 +115,21 @@ FIXED: dict[str, Method] = {
 }
 
 LEARNED: dict[str, Learned] = {
-    "mwn": Learned("Meta-Weight-Net", lambda s: recipes.meta_weight_net(s.student, optimizer=s.optimizer)),
+    "mwn": Learned("Meta-Weight-Net's network, normalised, by Adam (neither published code)", weight_net),
+    "mwn-imbalance": Learned("Meta-Weight-Net as published for imbalance", meta_weight_net("imbalance")),
+    "mwn-noise": Learned("Meta-Weight-Net as published for noise", meta_weight_net("noise")),
+    "mwn-rarity": Learned(
+        "Meta-Weight-Net's network, normalised, by Adam, class rarity as input", partial(weight_net, rarity=True)
+    ),
+    "autobalance": Learned("AutoBalance's loss, one-step hypergradients", auto_balance),
     "l2rw": Learned("Learning to Reweight", lambda s: recipes.learning_to_reweight(s.student, optimizer=s.optimizer)),
     "amal": Learned("AMAL", amal),
     "bikd": Learned("BiKD, k = 1", bikd(accumulate=1)),
     "bikd-k5": Learned("BiKD, k = 5", bikd(accumulate=5)),
-    "bikd-mix": Learned("BiKD, k = 1, upper loss CE + KD", bikd(accumulate=1, meta_loss=cross_entropy_and_soft_target)),
+    "bikd-mix": Learned("BiKD as published for CIFAR-10 (k = 1, upper loss CE + KD)", bikd(setting="cifar10")),
+    "bikd-mix-train": Learned(
+        "BiKD as published for CIFAR-10, teacher in train mode as published", with_teacher_in_train_mode
+    ),
     "bikd-5steps": Learned("BiKD, 5 inner steps", bikd(accumulate=1, inner="mirror", estimator=Adjoint()), steps=5),
     "bikd-rate": Learned("BiKD, k = 1, weight model's rate x 10", bikd(accumulate=1, faster=10.0)),
     "bikd-slow": Learned("BiKD, k = 1, weight model's rate / 5", bikd(accumulate=1, faster=0.2)),

@@ -1,6 +1,6 @@
 """What a method is given, and what it gives back to the training loop."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ class Setting(NamedTuple):
 
     Attributes:
         student: the network to train.
-        teacher: trained on the same long tail, in eval mode.
+        teacher: trained on the same long tail; a module, which runs in eval mode, or a function.
         optimizer: the student's.
         counts: training images of each class.
         preset: the cell's other settings.
     """
 
     student: nn.Module
-    teacher: nn.Module
+    teacher: Callable[..., Any]
     optimizer: Optimizer
     counts: tuple[int, ...]
     preset: Preset

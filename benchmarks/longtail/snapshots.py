@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from metakd import BilevelLossBalancer, learned_weights, plots
 from metakd.weighting import LossMLP
@@ -43,6 +42,8 @@ def model_of(snapshot: Snapshot) -> LossMLP:
 
 def draw(snapshots: Mapping[int, Snapshot], terms: Sequence[str], path: Path, *, title: str) -> None:
     """A row of maps for each epoch, the weight of each term over the losses of student and teacher."""
+    from matplotlib.figure import Figure  # a machine that only trains may lack it
+
     losses = {epoch: torch.tensor(snapshot["losses"]) for epoch, snapshot in snapshots.items()}
     limits = torch.cat(list(losses.values())).quantile(0.98, dim=0).tolist()
     figure = Figure(figsize=(1.0 + 4.3 * len(terms), 0.6 + 3.6 * len(snapshots)), layout="constrained")

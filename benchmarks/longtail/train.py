@@ -189,6 +189,6 @@ def fit(
     if balancer is None or seen is None:
         return found
     learned = {"terms": list(balancer.terms), "history": saved(seen)}
-    if weighting_scheduler is not None:
+    if any(p.requires_grad for p in balancer.weighting.parameters()):
         learned["diagnosis"] = str(diagnose(balancer, data.train.epoch(0), data.validation.endless(0)))
     return found | {"learned": learned}

@@ -1,11 +1,13 @@
 """Checks of a balancer's arguments, and the default weight model."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from metakd._autodiff import Params
 from metakd._virtual.functional import FunctionalStudent
 from metakd._virtual.shards import is_sharded
 from metakd._virtual.teacher import members
@@ -41,6 +43,15 @@ def check_sharded(student: nn.Module, optimizer: Optimizers, inner: Any) -> None
         )
 
 
+def check_sharded_terms(student: nn.Module, learned: Params) -> None:
+    """Check that a sharded student has no terms with parameters to learn, or raise a `MetaKDError`."""
+    if learned and is_sharded(student):
+        raise MetaKDError(
+            f"the parameters {', '.join(learned)} cannot be learned with a sharded student (fully_shard); freeze them "
+            "with requires_grad_(False), and learn them with an unsharded student"
+        )
+
+
 def check_whole(student: nn.Module) -> None:
     """Check that one process can run the student on its own, or raise a `MetaKDError`."""
     if is_sharded(student):
@@ -62,6 +73,30 @@ def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -
     if said := [str(finding) for finding in findings if finding.level == "warning"]:
         warnings.warn("\n".join(said), stacklevel=3)
     return Memory(forward_mode=None if all(finding.forward_mode for finding in findings) else False)
+
+
+def check_weighting(weighting: Any, order: str) -> None:
+    """Check that the weight model is a module that fits the order of the two steps, or raise a `MetaKDError`."""
+    if not isinstance(weighting, nn.Module):
+        raise MetaKDError(f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}")
+    if order not in ("sequential", "simultaneous"):
+        raise MetaKDError(f"order must be 'sequential' or 'simultaneous', got {order!r}")
+    if order == "simultaneous" and hasattr(weighting, "from_influence"):
+        raise MetaKDError(
+            f"{type(weighting).__name__} looks ahead with weights of zero, so order='simultaneous' would never move "
+            "the student; use order='sequential'"
+        )
+
+
+def trained_elsewhere(optimizer: Optimizers, teacher: Any) -> Iterator[torch.Tensor]:
+    """The parameters that are no term's to learn: those of the student's optimizer and of the teacher's modules."""
+    for one in optimizers(optimizer):
+        for group in one.param_groups:
+            yield from group["params"]
+    for part in members(teacher) or [teacher]:
+        owner = getattr(part, "__self__", part)  # of a method
+        if isinstance(owner, nn.Module):
+            yield from owner.parameters()
 
 
 def check_teacher(teacher: Any) -> None:

@@ -1,12 +1,14 @@
 """Evaluates terms and weight models, and checks that the results are finite and have the right shape."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from metakd._basics.checks import check_finite
 from metakd._virtual.precision import as_written, widened
-from metakd.batch import Batch, tensors
+from metakd.batch import Batch, map_tensors, tensors
 from metakd.errors import MetaKDError
 from metakd.terms import Term, evaluate
 
@@ -18,8 +20,14 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         MetaKDError: a term fails, or with `finite` a loss is NaN or infinite.
     """
     losses = widened(evaluate(terms, outputs, batch))
-    if finite and (broken := not_finite(losses, list(terms), where)):
-        raise MetaKDError(f"{broken}; {_cause(outputs, batch)}")
+    known, seen = losses.detach(), map_tensors(Tensor.detach, outputs)  # without graphs, as checks may wait
+
+    def say() -> None:
+        if broken := not_finite(known, list(terms), where):
+            raise MetaKDError(f"{broken}; {_cause(seen, batch)}")
+
+    if finite:
+        check_finite(losses, say)
     return losses
 
 
@@ -71,9 +79,13 @@ def evaluate_weights(model: Callable[[Tensor, Batch], Any], features: Tensor, ba
             f"the weight model returned {got}, expected (B, M) = {tuple(losses.shape)}: one weight for each sample and "
             "term"
         )
-    if not bool(weights.detach().isfinite().all()):
+    check_finite(weights, partial(_weights_not_finite, weights.detach()))
+    return weights
+
+
+def _weights_not_finite(weights: Tensor) -> None:
+    if not bool(weights.isfinite().all()):
         raise MetaKDError(
             "the weight model returned NaN or infinite weights; lower its learning rate, or bound its features or its "
             "output"
         )
-    return weights

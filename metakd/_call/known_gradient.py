@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from metakd._basics.together import times
+
 
 def hand_over(loss: Tensor, leaves: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
     """The same loss value, but its backward adds the given gradients to the leaves and runs no graph.
@@ -29,4 +31,5 @@ class _HandOver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if g is None else g * scale for g in ctx.gradients)
+        found = iter(times([g for g in ctx.gradients if g is not None], scale))
+        return None, None, *(None if g is None else next(found) for g in ctx.gradients)

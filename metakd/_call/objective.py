@@ -1,6 +1,7 @@
 """The balancer's inner and outer loss as pure functions of the student's and the weight model's parameters."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,10 +9,12 @@ from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
 from metakd._call.evaluate import checked_losses, evaluate_weights
+from metakd._call.learned_terms import LearnedTerms
+from metakd._call.lending import Lending
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.precision import virtual_autocast
 from metakd._virtual.swapping import with_parameters
-from metakd.batch import Batch, detached_copy
+from metakd.batch import Batch
 from metakd.estimators.problem import Step, WeightedLosses
 from metakd.terms import Term
 from metakd.weighting.features import Features, evaluate_features
@@ -19,7 +22,8 @@ from metakd.weighting.features import Features, evaluate_features
 
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors."""
-    return (weights * losses).sum() / losses.shape[0]
+    # Divided first, because the weights are constants in most derivatives.
+    return (weights / losses.shape[0] * losses).sum()
 
 
 class Objective:
@@ -35,8 +39,10 @@ class Objective:
         meta_loss: the term of the outer loss.
         features: the weight model's inputs; None if the weights are given.
         weighting: the weight model.
+        learned: the terms' own meta-parameters.
         batches: one per inner step, with the teacher's outputs.
         meta_batch: the batch of the outer loss.
+        lending: gives each pass its batch.
         start: the start of step 0.
         end: the start of the meta batch's pass, if the real forward pass has already led there (K = 1).
     """
@@ -48,15 +54,17 @@ class Objective:
         meta_loss: Term,
         features: Features | None,
         weighting: nn.Module,
+        learned: LearnedTerms,
         batches: Sequence[Batch],
         meta_batch: Batch,
+        lending: Lending,
         *,
         start: Start,
         end: Start | None = None,
     ) -> None:
-        self.student, self.weighting, self.features = student, weighting, features
+        self.student, self.weighting, self.features, self.learned = student, weighting, features, learned
         self.terms, self.meta_terms = terms, {"meta_loss": meta_loss}
-        self.steps, self.meta_batch = Step.all_of(batches), meta_batch  # each pass takes copies
+        self.steps, self.meta_batch, self.lending = Step.all_of(batches), meta_batch, lending
         self._starts = [start] if end is None else [start, end]
         self._autocast = virtual_autocast(student.device_type)
         self._seen: dict[int, Tensor] = {}
@@ -65,32 +73,43 @@ class Objective:
     def opening(self) -> "Objective":
         """A fresh objective from the same start, with at most the first two inner steps."""
         meta_loss, batches = self.meta_terms["meta_loss"], [step.batch for step in self.steps[:2]]
-        return Objective(
-            self.student, self.terms, meta_loss, None, self.weighting, batches, self.meta_batch, start=self._starts[0]
-        )
+        parts = self.student, self.terms, meta_loss, None, self.weighting, self.learned
+        return Objective(*parts, batches, self.meta_batch, self.lending, start=self._starts[0])
 
     def weighted(self) -> WeightedLosses:
         """The inner losses, weighted by the weight model."""
-        return WeightedLosses(self.losses, self.weights, list(self.terms))
+        return WeightedLosses(self.losses, self.weights, list(self.terms), learned=list(self.learned.params()))
 
     def given_weights(self) -> WeightedLosses:
         """The inner losses, weighted by the meta-parameter "weights", (B, M)."""
-        return WeightedLosses(self.losses, lambda meta, step: meta["weights"], list(self.terms))
+        return self.weighted()._replace(weights=lambda meta, step: meta["weights"], given="weights")
 
-    def losses(self, params: Params, step: Step) -> Tensor:
-        """The terms' losses (B, M) of an inner step at `params`."""
-        t, batch = step.number, self.student.cast(detached_copy(step.batch))
+    def losses(self, params: Params, step: Step, meta_params: Params | None = None, via: Any = None) -> Tensor:
+        """The terms' losses (B, M) of an inner step at `params`, and at the terms' own parameters in `meta_params`.
+
+        `via(terms, outputs)` may evaluate the terms in its own way.
+        """
+        t = step.number
 
         def evaluated(outputs: Any) -> Tensor:
-            losses = checked_losses(self.terms, outputs, batch, f"the batch of inner step {t}")
+            terms = partial(checked_losses, self.terms, batch=batch, where=f"the batch of inner step {t}")
+            losses = terms(outputs) if via is None else via(terms, outputs)
             if self.features is not None and t not in self._seen:
                 features = evaluate_features(self.features, losses, outputs, batch)
                 self._seen[t] = self.student.cast(features)
             return losses
 
         following = len(self._starts) == t + 1
-        with self._autocast():
-            losses, end = self.student.run(params, batch.inputs, self._starts[t], evaluated, wants_end=following)
+        with self.lending.lend(step.batch) as lent, self._autocast():
+            batch = self.student.cast(lent)
+            losses, end = self.student.run(
+                params,
+                batch.inputs,
+                self._starts[t],
+                evaluated,
+                wants_end=following,
+                others=self.learned.swaps(meta_params),
+            )
         if end is not None:
             self._starts.append(end)
         found: Tensor = losses
@@ -114,15 +133,21 @@ class Objective:
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
-        return self.meta_losses(params).mean()
+        return self.meta_losses(params, meta_params).mean()
 
-    def meta_losses(self, params: Params) -> Tensor:
-        """The meta loss of each sample at `params`, (B, 1)."""
-        batch = self.student.cast(detached_copy(self.meta_batch))
+    def meta_losses(self, params: Params, meta_params: Params | None = None) -> Tensor:
+        """The meta loss of each sample at `params`, (B, 1); it may use a term, with parameters in `meta_params`."""
 
         def evaluated(outputs: Any) -> Tensor:
             return checked_losses(self.meta_terms, outputs, batch, "the meta batch")
 
-        with self._autocast():
-            losses: Tensor = self.student.run(params, batch.inputs, self._starts[len(self.steps)], evaluated)[0]
+        with self.lending.lend(self.meta_batch) as lent, self._autocast():
+            batch = self.student.cast(lent)
+            losses: Tensor = self.student.run(
+                params,
+                batch.inputs,
+                self._starts[len(self.steps)],
+                evaluated,
+                others=self.learned.swaps(meta_params),
+            )[0]
         return losses

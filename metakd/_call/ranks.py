@@ -1,6 +1,6 @@
 """Several processes that train one student: they agree on each station of a call, and average."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from typing import Any
@@ -135,13 +135,12 @@ class Ranks:
         return board.flatten(0, 1).to(rows.device), slice(first, first + rows.shape[0])
 
     @torch.no_grad()
-    def share(self, module: nn.Module, *, parameters: bool) -> None:
-        """Copy rank 0's buffers of a module to all ranks, and its parameters if asked.
+    def share(self, values: Sequence[Tensor]) -> None:
+        """Copy rank 0's values of the weight model, or of terms' parameters, to all ranks.
 
         Raises:
-            MetaKDError: see `agree`; also if the modules differ in size.
+            MetaKDError: see `agree`; also if they differ in size.
         """
-        values = [*module.buffers(), *(module.parameters() if parameters else ())]
         if not self.several or not values:
             return
         self.agree(f"a weight model of {sum(value.numel() for value in values)} numbers in {len(values)} tensors")
@@ -204,7 +203,7 @@ def _device(mesh: Any) -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
-def checksum(module: nn.Module) -> float:
-    """The sum of all parameters: equal models have equal sums."""
-    sums = [value.detach().double().sum() for value in module.parameters()]
+def checksum(values: Iterable[Tensor]) -> float:
+    """The sum of all numbers: equal models have equal sums."""
+    sums = [value.detach().double().sum() for value in values]
     return float(torch.stack([value.to(sums[0].device) for value in sums]).sum()) if sums else 0.0

@@ -11,19 +11,19 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.nest import tensors
+from metakd._basics.together import clones, copy_into
 from metakd._call.weight_step import WeightingStep
 from metakd._virtual.functional import FunctionalStudent, put_back
 from metakd._virtual.python_state import PythonState
-from metakd._virtual.reach import reach
 from metakd.batch import Batch, detached_copy
 
 
 class Snapshot:
     """Everything that a balancer's step may change in the user's objects, as it was before.
 
-    It keeps the student's buffers, attributes and generators, the weight model with its gradients, the given dicts, and
-    from `keep_optimizer()` on the weight model's optimizer. The student's parameters are never written to, but a
-    virtual pass moves them out of their places.
+    It keeps the student's buffers, attributes and generators, the weight model and the terms' parameters with their
+    gradients, the given dicts, and from `keep_optimizer()` on the weight model's optimizer. The student's parameters
+    are never written to, but a virtual pass moves them out of their places.
     """
 
     def __init__(self, student: FunctionalStudent, step: WeightingStep, *contents: dict[str, Any]) -> None:
@@ -33,9 +33,10 @@ class Snapshot:
         self._inputs: list[tuple[Tensor, int, Tensor]] = []
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
-        self._weighting_state = PythonState(reach([step.weighting]))
-        kept = [*step.weighting.parameters(), *step.weighting.buffers()]
-        self._values = [(t, t.detach().clone(), t.grad) for t in kept if not is_lazy(t)]
+        self._weighting_state = PythonState(step.walk.places())
+        kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
+        kept = [t for t in kept if not is_lazy(t)]
+        self._values = list(zip(kept, clones(kept), [t.grad for t in kept], strict=True))
 
     def keep_batch(self, batch: Batch) -> Batch:
         """A copy of the batch that a pass may write to."""
@@ -58,8 +59,8 @@ class Snapshot:
                 t.copy_(value)
         self._weighting_state.put_back()
         self._put_lazy_parts_back()
-        for t, value, grad in self._values:
-            t.copy_(value)
+        copy_into([t for t, _, _ in self._values], [value for _, value, _ in self._values])
+        for t, _, grad in self._values:
             t.grad = grad
         if self._put_optimizer_back is not None:
             self._put_optimizer_back()
@@ -79,14 +80,22 @@ def all_or_nothing(snapshot: Snapshot) -> Iterator[None]:
 
 def _keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Copy an optimizer's state; the returned function restores it into the same tensors."""
-    state = {p: {name: (value, _copy(value)) for name, value in held.items()} for p, held in optimizer.state.items()}
+    every = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+    copies = dict(zip(map(id, every), clones(every), strict=True))
+    state = {
+        p: {
+            name: (value, copies[id(value)] if isinstance(value, Tensor) else copy.deepcopy(value))
+            for name, value in held.items()
+        }
+        for p, held in optimizer.state.items()
+    }
     groups = [(group, dict(group)) for group in optimizer.param_groups]
 
     def put_back() -> None:
         optimizer.state.clear()
         for p, held in state.items():
             optimizer.state[p] = {
-                name: value.copy_(kept) if isinstance(value, Tensor) else _copy(kept)
+                name: value.copy_(kept) if isinstance(value, Tensor) else copy.deepcopy(kept)
                 for name, (value, kept) in held.items()
             }
         optimizer.param_groups[:] = [group for group, _ in groups]  # loading a state replaces the groups
@@ -100,10 +109,6 @@ def _refill(now: dict[Any, Any], old: dict[Any, Any]) -> None:
     for key in now.keys() - old.keys():
         del now[key]
     now.update(old)
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _keep_lazy_parts(module: nn.Module) -> Callable[[], None]:

@@ -33,8 +33,12 @@ def check_state(saved: Any, own: Any, where: str, key: str = "") -> None:
         raise MetaKDError(f"{where}'s {key!r} is {saved!r:.80} in the saved state and {own!r:.80} here; {CURE}")
 
 
-def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Module) -> None:
+def check_balancer_state(
+    saved: Any, own: Mapping[str, Any], weighting: nn.Module, learned: Mapping[str, Tensor]
+) -> None:
     """Compare a saved balancer with this one's state `own`, except for the optimizer's.
+
+    `learned` are the trainable parameters of terms.
 
     Raises:
         MetaKDError: they differ, or the saved one is damaged (negative numbers, NaN).
@@ -46,8 +50,10 @@ def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Modul
     weights, pending = weighting.state_dict(), saved["pending"]
     if saved["weighting"] != {} or not any(map(is_lazy, filter(torch.is_tensor, weights.values()))):
         check_state(saved["weighting"], weights, where, "weighting")
+    if "learned_terms" in own:
+        check_state(saved["learned_terms"], own["learned_terms"], where, "learned_terms")
     if pending != {}:
-        params = {name: p for name, p in weighting.named_parameters() if p.requires_grad}
+        params = {**{name: p for name, p in weighting.named_parameters() if p.requires_grad}, **learned}
         sized = {name: saved["weighting"].get(name, p) if is_lazy(p) else p for name, p in params.items()}
         check_state(pending, sized, where, "pending")
     for name in ("calls", "pending_count"):
@@ -60,9 +66,10 @@ def check_balancer_state(saved: Any, own: Mapping[str, Any], weighting: nn.Modul
             f"{where}'s 'pending' does not hold the {saved['pending_count']} hypergradients that were counted in the "
             f"saved state; {DAMAGED}"
         )
-    for part in ("weighting", "pending"):
-        for name, value in saved[part].items():
-            if isinstance(value, Tensor) and value.isnan().any() and not weights[name].isnan().any():
+    known = {**weights, **own.get("learned_terms", {})}
+    for part in ("weighting", "learned_terms", "pending"):
+        for name, value in saved.get(part, {}).items():
+            if isinstance(value, Tensor) and value.isnan().any() and not known[name].isnan().any():
                 raise MetaKDError(f"{where}'s '{part}.{name}' holds NaN in the saved state; {DAMAGED}")
 
 

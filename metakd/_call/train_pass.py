@@ -1,16 +1,18 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from metakd._autodiff import Gradients, graph_leaves
+from metakd._autodiff import Gradients, Params, graph_leaves
 from metakd._basics.module_call import call
 from metakd._basics.nest import tensors
 from metakd._call.evaluate import checked_losses
 from metakd._call.known_gradient import hand_over
+from metakd._call.learned_terms import LearnedTerms
 from metakd._virtual.functional import FunctionalStudent, Start, data_parallel
 from metakd._virtual.kernels import compiled_parts
 from metakd._virtual.precision import autocasts_to_float16, ran_in_float16
@@ -33,7 +35,9 @@ class TrainPass:
         batch: the training batch; the pass may write to its tensors.
         terms: evaluated on the outputs.
         start: where the pass starts.
+        learned: the terms' own meta-parameters, constants in this pass; None if they should get gradients from it.
         hooked: whether the pass is known to register hooks on activations.
+        may_be_float16: whether the pass may run in float16 without an autocast block around it.
         what: the batch's name in errors.
 
     Attributes:
@@ -59,8 +63,10 @@ class TrainPass:
         batch: Batch,
         terms: Mapping[str, Term],
         start: Start,
+        learned: LearnedTerms | None = None,
         *,
         hooked: bool = False,
+        may_be_float16: bool = True,
         what: str = "the batch",
     ) -> None:
         self.compiled = bool(compiled_parts(student))
@@ -83,13 +89,29 @@ class TrainPass:
             student = data_parallel(student) or functional.module
         self.float16 = autocasts_to_float16(functional.device_type)
         versions = {name: p._version for name, p in self._variables.items()}
+        kind = functional.device_type
+        self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._parts = terms, batch, what, start, views, learned
         with swap_in(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
             # Gradients underflow in float16 unless a scaler scales the loss, which only the user's backward pass does.
-            self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
-            self.losses = checked_losses(terms, self.outputs, batch, what, finite=not self.float16)
+            self.float16 = self.float16 or (may_be_float16 and ran_in_float16(tensors(self.outputs)))
+        self._evaluate()
         self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
         start.state.check_written()
+
+    def evaluate_again(self) -> Tensor:
+        """Evaluate the terms again on the same outputs, after their own parameters have moved."""
+        kind, enabled, dtype = self._autocast
+        with torch.autocast(kind, dtype) if enabled else nullcontext():  # as the user has it
+            self._evaluate()
+        return self.losses
+
+    def _evaluate(self) -> None:
+        terms, batch, what, start, views, learned = self._parts
+        constants = {} if learned is None else {id(p): p.detach().clone() for p in learned.params().values()}
+        with swap_in(start.state.tensors, {**views, **constants}):
+            self.losses = checked_losses(terms, self.outputs, batch, what, finite=not self.float16)
 
     @property
     def can_hand_over(self) -> bool:
@@ -122,9 +144,9 @@ class TrainPass:
         found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
         return {name: self._known(found.get(id(self._variables[name]))) for name in names}
 
-    def last_gradient_of(self, loss: Tensor, names: Collection[str]) -> Gradients:
-        """The loss's gradient by a backward pass that frees the graph."""
-        found = self._gradients_in(loss, {name: self._variables[name] for name in names})
+    def last_gradient_of(self, loss: Tensor, names: Collection[str], others: Params | None = None) -> Gradients:
+        """The loss's gradient, also in `others`, by a backward pass that frees the graph."""
+        found = self._gradients_in(loss, {name: self._variables[name] for name in names} | (others or {}))
         return {name: self._known(g) for name, g in found.items()}
 
     def _known(self, gradient: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metakd._basics.nest import tensors
 from metakd._basics.positive_int import positive_int
+from metakd._call.lending import Lending
 from metakd._call.objective import Objective
 from metakd._call.ranks import Ranks
 from metakd._call.train_pass import TrainPass
@@ -36,13 +37,17 @@ class Proofs:
     Attributes:
         repeats: False if compiled code draws its own random numbers; the lookahead's gradient is then a virtual pass's.
         hooked: whether a forward pass registers hooks on activations, which must see the user's backward pass.
+        may_be_float16: whether a forward pass may run in float16 on its own; False once a proof has seen otherwise.
+        draws: whether passes draw random numbers; None until a proof has seen it.
+        lending: gives passes copies of their batches, until a proof has seen that they only read.
 
     Raises:
         MetaKDError: another `verify`.
     """
 
     def __init__(self, verify: bool | int) -> None:
-        self.repeats, self.hooked = True, False
+        self.repeats, self.hooked, self.may_be_float16, self.lending = True, False, True, Lending()
+        self.draws: bool | None = None
         self._wanted = verify is not False
         self._period = None if isinstance(verify, bool) else positive_int(verify, "verify")
         self._proven: frozenset[tuple[Hashable, Hashable]] = frozenset()
@@ -71,11 +76,14 @@ class Proofs:
         if isinstance(objective.student, ShardedStudent):
             compare_shards(objective, ranks, forward_mode=needs_second_derivatives(estimator))
             return
-        found = compare_passes(objective)
+        self.lending.only_read = False
+        found, self.may_be_float16 = compare_passes(objective), True
         if found is None:
             return
+        self.lending.only_read, self.may_be_float16 = not self.lending.written, False
         memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
+        self.draws = self.draws or found.draws
 
     def check_train_pass(self, train: TrainPass) -> None:
         """Check a call's training pass: it must not write to parameters.

@@ -12,13 +12,14 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.overrides import TorchFunctionMode
 
 from metakd._autodiff import Gradients
+from metakd._call.lending import Lending
 from metakd._call.objective import weighted_mean
 from metakd._call.train_pass import TrainPass
 from metakd._proof.demands import check_apart, check_disjoint, check_same_parameters, check_unwritten
 from metakd._virtual.functional import FunctionalStudent, Start, put_back
 from metakd._virtual.kernels import no_parametrization_cache, uncompiled
 from metakd._virtual.precision import as_written
-from metakd.batch import Batch, detached_copy
+from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.estimators.tolerance import tolerance_of
 from metakd.inner import Params, as_real
@@ -37,7 +38,7 @@ class Pass(NamedTuple):
 
 
 class RealResult(NamedTuple):
-    """A real pass's losses (B, M), gradient of their `uncancelled_mean`, parameters and tolerance."""
+    """A real pass's losses (B, M), gradient of their `uncancelled_mean`, all parameters and tolerance."""
 
     losses: Tensor
     gradient: Gradients
@@ -45,8 +46,12 @@ class RealResult(NamedTuple):
     limit: float
 
 
-def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks) -> list[RealResult] | None:
+def real_passes(
+    student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks, lending: Lending, learned: Params
+) -> list[RealResult] | None:
     """Run the passes by the student itself, in order, each after the first with its parameters moved.
+
+    `learned` are parameters of terms, which are moved as well.
 
     A moved pass reveals code that reads parameters from elsewhere. Some models fail away from their parameters, such as
     one with a matrix that must stay positive definite. Then the moves get smaller, at last zero, to see if the model
@@ -57,7 +62,7 @@ def real_passes(student: FunctionalStudent, passes: list[Pass], start: Start, ho
     for size in (*_MOVES, 0.0):
         for _ in range(2):
             try:
-                found = _passes_moved_by(size, student, passes, start, hooks)
+                found = _passes_moved_by(size, student, passes, start, hooks, lending, learned)
             except _MovedTooFarError as error:
                 failures.append(error.failure)
                 put_back(start)
@@ -88,20 +93,27 @@ class _MovedTooFarError(Exception):
 
 
 def _passes_moved_by(
-    size: float, student: FunctionalStudent, passes: list[Pass], start: Start, hooks: Hooks
+    size: float,
+    student: FunctionalStudent,
+    passes: list[Pass],
+    start: Start,
+    hooks: Hooks,
+    lending: Lending,
+    learned: Params,
 ) -> list[RealResult] | None:
     trained, found, nodes = student.trainable(), list[RealResult](), set[Any]()
+    both = {**trained, **learned}
     start.state.guard_iterators()
     with (
-        _parameters_put_back(trained),
+        _parameters_put_back(both),
         _arrays_put_back(start.state.large_arrays) as check_arrays,
         uncompiled(student.module),
     ):
         for t, (what, batch, terms, _) in enumerate(passes):
-            values = {name: p.detach().clone() for name, p in trained.items()}
+            values = {name: p.detach().clone() for name, p in both.items()}
             try:
-                with hooks, no_parametrization_cache(), _no_autocast_cache():
-                    train = TrainPass(student.module, student, detached_copy(batch), terms, start, what=what)
+                with hooks, no_parametrization_cache(), _no_autocast_cache(), lending.lend(batch) as own:
+                    train = TrainPass(student.module, student, own, terms, start, what=what)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -111,14 +123,14 @@ def _passes_moved_by(
             if train.float16:
                 return None
             check_same_parameters(trained, student.trainable())
-            check_unwritten([name for name, p in trained.items() if not torch.equal(p, values[name])])
+            check_unwritten([name for name, p in both.items() if not torch.equal(p, values[name])])
             check_arrays()
             check_apart(train.losses, nodes)
             with as_written(student.device_type):
-                gradient = train.last_gradient_of(uncancelled_mean(train.losses), trained)
+                gradient = train.last_gradient_of(uncancelled_mean(train.losses), trained, learned)
             params = {name: student.cast(as_real(value)) for name, value in values.items()}
             found.append(RealResult(train.losses.detach(), gradient, params, tolerance_of(train.losses)))
-            _move(trained, size, seed=t)
+            _move(both, size, seed=t)
     return found
 
 

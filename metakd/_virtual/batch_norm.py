@@ -64,9 +64,9 @@ def _dual(
         moved, x, gamma, running_mean, running_var, mean, scale, use_batch, eps, [True, False, False]
     )[0]
     if gamma_moved is not None:
-        slope = gamma_moved * scale
-        tangent.addcmul_(x, _by_channel(slope, x)).sub_(_by_channel(slope * mean, x))
-    if beta_moved is not None:
+        known = (None, None) if use_batch else statistics
+        tangent.add_(torch.native_batch_norm(x, gamma_moved, beta_moved, *known, use_batch, 0.0, eps)[0])
+    elif beta_moved is not None:
         tangent.add_(_by_channel(beta_moved, x))
     dual: Tensor = forward_ad.make_dual(y, tangent)
     return dual

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
+from metakd._basics.together import clones, copy_into
 from metakd._virtual.iterators import RefusingIterator, is_iterator
 from metakd._virtual.reach import Places
 from metakd._virtual.shards import is_a
@@ -52,7 +53,8 @@ class PythonState:
         self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
         buffers = {id(b) for m in places.modules for b in m._buffers.values()}
         writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t) or is_a(t, "DTensor"))}
-        self.values = {i: t.detach().clone() for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
+        kept = {i: t for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
+        self.values = dict(zip(kept, clones(list(kept.values())), strict=True))
         self._versions = {i: t._version for i, t in writable.items() if i not in self.values and not t.is_inference()}
 
     def _entries(self) -> Iterator[tuple[Any, Any, Any]]:
@@ -119,14 +121,13 @@ class PythonState:
         """Write the kept values into their tensors, even if a pass has changed their shapes."""
         for kept, gradient in self._gradients:
             kept.grad = gradient
-        for *_, tensor in self.tensors:
-            value = self.values.get(id(tensor))
-            if value is None:
-                continue
-            if tensor.shape == value.shape and tensor.dtype == value.dtype:
-                tensor.data.copy_(value)  # a graph may have saved it; .data does not count as modification
-            else:
-                tensor.data = value.clone()
+        written = {id(t): t for *_, t in self.tensors if id(t) in self.values}
+        same = {i: t for i, t in written.items() if t.shape == self.values[i].shape and t.dtype == self.values[i].dtype}
+        # A graph may have saved the tensor; .data does not count as modification.
+        copy_into([t.data for t in same.values()], [self.values[i] for i in same])
+        for i, tensor in written.items():
+            if i not in same:
+                tensor.data = self.values[i].clone()
 
     def check_written(self) -> None:
         """Raise if a pass has written to a tensor whose value is not kept."""
@@ -157,7 +158,8 @@ class PythonState:
         new.tensors, new._versions, new._gradients = list(new._tensors()), {}, []
         pairs = [(old.tensor, kept.tensor) for old, kept in zip(self.tensors, new.tensors, strict=True)]
         changing = [(old, kept) for old, kept in pairs if id(old) in self.values and not kept.requires_grad]
-        new.values = {id(kept): _constant(old).clone() for old, kept in changing}
+        values = clones([_constant(old) for old, _ in changing])
+        new.values = {id(kept): value for (_, kept), value in zip(changing, values, strict=True)}
         return new
 
 

@@ -70,8 +70,10 @@ class ShardedStudent(FunctionalStudent):
         then: Callable[[Any], Any] = lambda outputs: outputs,
         *,
         wants_end: bool = False,
+        others: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Any, Start | None]:
         """Run one forward pass; see `FunctionalStudent.run`. With a graph, `then` must return one tensor."""
+        assert not others, "check_sharded refuses terms with parameters of their own"
 
         def forward() -> Any:
             return then(call(self.module, inputs))
@@ -87,7 +89,13 @@ class ShardedStudent(FunctionalStudent):
             return self._inside(params, start, forward, wants_end=wants_end)
 
     def _inside(
-        self, params: Params, start: Start, function: Callable[[], Any], *, wants_end: bool = False
+        self,
+        params: Params,
+        start: Start,
+        function: Callable[[], Any],
+        *,
+        wants_end: bool = False,
+        others: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[Any, Start | None]:
         if self._real_state is None:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")

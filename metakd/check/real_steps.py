@@ -80,7 +80,7 @@ def _gradient_of_call(balancer: BilevelLossBalancer, batches: list[Batch], meta_
     with student.untouched() as end:
         objective = balancer._objective(student, batches, meta_batch, start, end)
         weights, _, result = balancer._look_ahead(objective, train, features, moves=True)
-        gradient = balancer._step.pull_back(weights, result.gradient["weights"])
+        gradient = balancer._step.pull_back(weights, result.gradient)
     put_back(start)
     return gradient
 
@@ -121,11 +121,14 @@ class _RealSteps:
         self._optimizer, self._state = problem.optimizer(problem.meta_params), problem.optimizer_state
 
     def __call__(self, meta_params: Params) -> float:
-        student = self._balancer._functional
+        student, learned = self._balancer._functional, self._balancer._step.learned.params()
         variables, state = student.trainable(), self._state
         values = {name: p.data for name, p in variables.items()}
+        in_place = {name: p.data for name, p in learned.items()}
         put_back(self._start)
         try:
+            for name, p in learned.items():
+                p.data = meta_params[name]
             for t, batch in enumerate(self._batches):
                 gradient = self._gradient(meta_params, t, batch)
                 with torch.no_grad():
@@ -140,6 +143,8 @@ class _RealSteps:
         finally:
             for name, p in variables.items():
                 p.data = values[name]
+            for name, p in learned.items():
+                p.data = in_place[name]
             put_back(self._start)
 
     def _gradient(self, meta_params: Params, t: int, batch: Batch) -> dict[str, Tensor | None]:

@@ -11,6 +11,7 @@ from metakd.estimators.nested import as_given, detached, on_flat, real, unflatte
 from metakd.estimators.problem import NO_BATCHES, Outer, Problem, Step
 from metakd.estimators.randomness import Replay
 from metakd.inner import GradientTransformation, repaired
+from metakd.inner.transformation import is_transformation
 
 Nest = Mapping[str, Any]
 """A dict of name -> tensor; dicts may be nested."""
@@ -60,8 +61,8 @@ def build_problem(
         return loss
 
     def optimizer_at(m: Any) -> GradientTransformation:
-        found = optimizer(as_given(m, meta_params)) if callable(optimizer) else optimizer
-        if not isinstance(found, GradientTransformation):
+        found: Any = optimizer(as_given(m, meta_params)) if callable(optimizer) else optimizer
+        if not is_transformation(found):
             raise MetaKDError(
                 "optimizer must be a torchopt GradientTransformation such as torchopt.sgd(lr=0.1), or a function "
                 f"meta_params -> GradientTransformation, got {type(found).__name__}; torch.optim optimizers go to "

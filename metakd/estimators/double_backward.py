@@ -31,8 +31,8 @@ Products = tuple[Gradients, Gradients]
 
 def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Params) -> None:
     """Raise if a double backward gives other derivatives of the losses along u than first-order gradients do."""
-    weighted = problem.weighted
-    assert weighted is not None
+    assert problem.weighted is not None
+    weighted = problem.weighted.at(problem.meta_params)
     theta = leaves({name: params[name] for name in u})
     losses = twice_differentiable(lambda: weighted.losses({**params, **theta}, batch))
     cotangent = torch.zeros_like(losses, requires_grad=True)

@@ -1,7 +1,9 @@
 """Forward-mode differentiation with dual numbers, one block at a time in the whole process."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metakd.errors import MetaKDError
+from metakd.estimators.dual_formulas import dual_formula
 from metakd.inner import Params
 
 _LOCK = RLock()  # torch has one level of dual numbers for all threads
@@ -27,13 +30,14 @@ class LevelTaken(MetaKDError):
     """
 
 
-class _NoGradStopsTangents(TorchFunctionMode):
-    """A block in which `torch.no_grad()` stops tangents, too; torch alone would let them pass."""
+class _Rules(TorchFunctionMode):
+    """A block in which `torch.no_grad()` stops tangents, too, which torch alone lets pass; and with `dual_formula`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
             torch._C._set_fwd_grad_enabled(*args)
-        return func(*args, **(kwargs or {}))
+        found = dual_formula(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if found is None else found
 
 
 @contextmanager
@@ -44,9 +48,18 @@ def dual_numbers() -> Iterator[None]:
             stack.enter_context(forward_ad.dual_level())
         except RuntimeError as error:
             raise LevelTaken(_TAKEN) from error
+        _script_decompositions()
         stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
-        stack.enter_context(_NoGradStopsTangents())
+        stack.enter_context(_Rules())
         yield
+
+
+@cache
+def _script_decompositions() -> None:
+    """What torch does at its first dual number, without its warning that its own `torch.jit.script` is deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script`")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def duals(params: Params, u: Params) -> Params:

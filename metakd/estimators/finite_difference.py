@@ -91,7 +91,7 @@ class FiniteDifference:
         h = self._step(problem, u)
         if problem.weighted is not None and problem.memory.compare:
             problem.memory.compare = False
-            self._compare(problem, problem.weighted, params, batch, u, h)
+            self._compare(problem, problem.weighted.at(problem.meta_params), params, batch, u, h)
 
         def side(step: Tensor) -> Gradients:
             there = _moved(problem, params, u, step)

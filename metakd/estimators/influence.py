@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metakd._autodiff import Gradients, gradients
 from metakd.errors import MetaKDError
 from metakd.estimators.dual import dual_numbers, duals
 from metakd.estimators.problem import WeightedLosses
@@ -20,8 +19,3 @@ def influence(weighted: WeightedLosses, params: Params, batch: Any, u: Params) -
         if tangent is None:
             raise MetaKDError("an operation of the model or of the terms drops its tangent")
         return tangent.detach()
-
-
-def in_weights(weighted: WeightedLosses, meta: Params, batch: Any, tangent: Tensor) -> Gradients:
-    """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; call it outside of dual numbers."""
-    return gradients((weighted.weights(meta, batch) * tangent).sum() / tangent.shape[0], meta)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from metakd._autodiff import (
     Gradients,
     NoSecondDerivative,
+    added,
     first_line,
     gradients,
     graph_gradients,
@@ -23,8 +24,9 @@ from metakd.estimators.agreement import reject_other_products
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.double_backward import reject_wrong_influence, reject_wrong_products
 from metakd.estimators.dual import LevelTaken, dual_numbers, duals
-from metakd.estimators.influence import in_weights, influence
-from metakd.estimators.problem import Problem
+from metakd.estimators.influence import influence
+from metakd.estimators.problem import Problem, WeightedLosses
+from metakd.estimators.through_terms import ThroughTerms
 from metakd.estimators.verification import compare_influence
 from metakd.estimators.walk import Products
 from metakd.inner import Params
@@ -54,12 +56,12 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
         if problem.weighted is None:
             found = _through_tangent(*at)
         else:
-            tangent = _compared_influence(problem, params, batch, u)
+            tangent, through = _compared_influence(problem, params, meta, batch, u)
     except LevelTaken:
         if mode == "forward":
             raise
         return _reverse(*at)
-    except torch.cuda.OutOfMemoryError:
+    except (_Unverified, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         problem.memory.compare = problem.memory.compare or isinstance(error, _WrongTangents)
@@ -76,7 +78,7 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
         )
         return instead
     if problem.weighted is not None:
-        return in_weights(problem.weighted, meta, batch, tangent)
+        return _in_meta(problem.weighted, meta, batch, tangent, through)
     if problem.memory.compare:
         reject_other_products(
             *at, forward=({}, found), reverse=lambda: ({}, _reverse(*at)), what="OneStep(mode='forward')"
@@ -86,6 +88,10 @@ def mixed_product(problem: Problem, params: Params, meta: Params, batch: Any, u:
 
 class _WrongTangents(MetaKDError):
     """Forward mode differs from reverse mode."""
+
+
+class _Unverified(MetaKDError):
+    """The product in the terms' own parameters cannot be compared with reverse mode."""
 
 
 def reverse_instead(error: Exception, reverse: Callable[[], _T]) -> _T:
@@ -103,16 +109,51 @@ def reverse_instead(error: Exception, reverse: Callable[[], _T]) -> _T:
         ) from second
 
 
-def _compared_influence(problem: Problem, params: Params, batch: Any, u: Params) -> Tensor:
-    """The losses' derivatives along u; raise `_WrongTangents` if a due comparison finds reverse mode different."""
+def _compared_influence(
+    problem: Problem, params: Params, meta: Params, batch: Any, u: Params
+) -> tuple[Tensor, ThroughTerms]:
+    """The losses' derivatives along u, and what has theirs in the terms' own parameters.
+
+    Raises:
+        _WrongTangents: a due comparison finds reverse mode different.
+    """
     assert problem.weighted is not None
-    tangent = influence(problem.weighted, params, batch, u)
+    through = ThroughTerms({name: meta[name] for name in problem.weighted.learned})
+    tangent = influence(problem.weighted.at(meta, through), params, batch, u)
     if problem.memory.compare:
         problem.memory.compare = False
         found = compare_influence(problem, params, batch, u, tangent)
         if found is not None:
             raise _WrongTangents(f"forward mode is wrong on this model, {found}")
-    return tangent
+        if problem.weighted.learned:
+            _compare_learned(problem, params, meta, batch, u, tangent, through)
+    return tangent, through
+
+
+def _in_meta(
+    weighted: WeightedLosses, meta: Params, batch: Any, tangent: Tensor, through: ThroughTerms, **options: Any
+) -> Gradients:
+    """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; call it outside of dual numbers."""
+    weights = weighted.weights(meta, batch)
+    if weighted.given is None:
+        found = gradients((weights * (tangent / len(tangent))).sum(), meta)
+    else:
+        found = {**dict.fromkeys(meta), weighted.given: tangent / len(tangent)}
+    return added(found, dict.fromkeys(meta) | through.product(weights.detach() / len(tangent), **options))
+
+
+def _compare_learned(
+    problem: Problem, params: Params, meta: Params, batch: Any, u: Params, tangent: Tensor, through: ThroughTerms
+) -> None:
+    """Compare the hypergradient with reverse mode: a term may hide what it reads of the student's pass."""
+    assert problem.weighted is not None
+    at = problem, params, meta, batch, u
+    found = _in_meta(problem.weighted, meta, batch, tangent, through, retain_graph=True)
+    try:
+        reject_other_products(*at, forward=({}, found), reverse=lambda: ({}, _reverse(*at)), what="forward mode")
+    except MetaKDError as error:
+        kind = _Unverified if isinstance(error.__cause__, NoSecondDerivative) else _WrongTangents
+        raise kind(str(error)) from error.__cause__
 
 
 def _through_tangent(problem: Problem, params: Params, meta: Params, batch: Any, u: Params) -> Gradients:

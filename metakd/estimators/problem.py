@@ -1,13 +1,16 @@
 """The bilevel problem an estimator is given."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from metakd._autodiff import Gradients, added, dense, gradients, joint_gradients, leaves, with_zeros
+from metakd._basics.checks import check
 from metakd.errors import MetaKDError
 from metakd.estimators.memory import Memory
 from metakd.estimators.result import Hypergradient
@@ -38,12 +41,16 @@ def whole(of_part: Tensor, what: str) -> Tensor:
 class WeightedLosses(NamedTuple):
     r"""Says that $\mathrm{inner}(\theta, \phi, b) = \frac{1}{B} \sum_{ik} w_{ik}(\phi, b)\, \ell_{ik}(\theta, b)$.
 
-    The meta-parameters then only multiply the losses and their tangents, so forward mode is exact.
+    The meta-parameters then only multiply the losses and their tangents, so forward mode is exact. Those in `learned`
+    may also act on the losses, $\ell_{ik}(\theta, \phi, b)$, after the student's own operations.
 
     Attributes:
-        losses: (params, batch) -> (B, M).
+        losses: (params, batch) -> (B, M); with `learned` called with meta_params= and via= as well. A `via` that is not
+            None takes the place of terms(outputs) as via(terms, outputs), where the terms act on a model's outputs.
         weights: (meta_params, batch) -> (B, M).
         names: of the M terms.
+        given: the meta-parameter that is the weights, if one is.
+        learned: names of the meta-parameters that the losses depend on: the terms' own.
 
     Examples:
         >>> x = torch.tensor([1.0, 2.0])
@@ -52,9 +59,15 @@ class WeightedLosses(NamedTuple):
         torch.Size([2, 1])
     """
 
-    losses: Callable[[Params, Any], Tensor]
+    losses: Callable[..., Tensor]
     weights: Callable[[Params, Any], Tensor]
     names: Sequence[str]
+    given: str | None = None
+    learned: Sequence[str] = ()
+
+    def at(self, meta_params: Params, via: Any = None) -> "WeightedLosses":
+        """The same with losses (params, batch) -> (B, M) at these meta-parameters."""
+        return self._replace(losses=partial(self.losses, meta_params=meta_params, via=via)) if self.learned else self
 
 
 class Step(NamedTuple):
@@ -175,11 +188,12 @@ class Problem:
         theta, meta = leaves(params), leaves(self.meta_params)
         values, in_params, in_meta = [], dict.fromkeys(theta), dict.fromkeys(meta)
         for outer in self.outers:
-            loss = checked_scalar(outer(theta, meta), "the outer loss") / len(self.outers)
+            loss = checked_scalar(outer(theta, meta), "the outer loss")
+            loss = loss if len(self.outers) == 1 else loss / len(self.outers)
             found = joint_gradients(loss, theta, meta)
             values.append(loss.detach())
             in_params, in_meta = added(in_params, found[0]), added(in_meta, found[1])
-        value = {_OUTER: torch.stack(values).sum()}
+        value = {_OUTER: values[0] if len(values) == 1 else torch.stack(values).sum()}
         mean = self.mean({**in_params, **value}, {**params, **value}, "the outer loss and its gradient")
         return with_zeros(mean, value)[_OUTER], {name: mean[name] for name in params}, in_meta
 
@@ -204,9 +218,13 @@ def checked_scalar(loss: Any, what: str) -> Tensor:
         raise MetaKDError(f"{what} must be a scalar tensor, got {shape}; reduce it with .mean() or .sum()")
     if loss.is_complex():
         raise MetaKDError(f"{what} is complex ({loss.dtype}); take its .abs() or .real, a loss is a real number")
-    if not bool(loss.detach().isfinite()):
-        raise MetaKDError(f"{what} is {loss.item()}; lower the learning rate, or look for invalid inputs in its batch")
+    check(partial(_judge, what), loss)
     return loss.reshape(())
+
+
+def _judge(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise MetaKDError(f"{what} is {value}; lower the learning rate, or look for invalid inputs in its batch")
 
 
 NO_BATCHES = "batches is empty: its length is the number of inner steps, so give at least one batch"

@@ -34,7 +34,7 @@ def moving_only(problem: Problem, patterns: Sequence[str]) -> Problem:
     fixed = {name: p for name, p in problem.params.items() if name not in moving}
 
     def with_fixed(function: Any) -> Any:
-        return lambda params, *others: function({**fixed, **params}, *others)
+        return lambda params, *others, **named: function({**fixed, **params}, *others, **named)
 
     def optimizer(meta: Params) -> GradientTransformation:
         whole = problem.optimizer(meta)

@@ -102,8 +102,8 @@ def compare_influence(
     Returns:
         The first term that differs; None if all agree.
     """
-    weighted = problem.weighted
-    assert weighted is not None
+    assert problem.weighted is not None
+    weighted = problem.weighted.at(problem.meta_params)
 
     def along(direction: Params) -> Tensor:
         return influence(weighted, params, batch, direction)
@@ -131,7 +131,7 @@ def _is_rounding(problem: Problem, params: Params, batch: Any, probe: _Probe, al
     if not is_faint(probe.gradient, params, probe.tolerance):
         return False
     near = leaves(nudged({name: params[name] for name in probe.gradient}, probe.tolerance))
-    losses = problem.weighted.losses({**params, **near}, batch)
+    losses = problem.weighted.at(problem.meta_params).losses({**params, **near}, batch)
     again = probe._replace(gradient=gradients((probe.signs * losses).sum(), near))
     here, there = probe.expected(along), again.expected(along)
     scale = max(abs(here), abs(there))

@@ -37,17 +37,21 @@ class _Kept(NamedTuple):
 class _Trail:
     """A stack of the first sweep's steps, on another device if asked.
 
-    It allocates all memory before the sweep. Small copies between one step's large tensors and the next's would
-    otherwise keep the allocator from reusing that memory.
+    For several steps it allocates all memory before the sweep. Small copies between one step's large tensors and the
+    next's would otherwise keep the allocator from reusing that memory.
     """
 
     def __init__(self, problem: Problem, steps: int, offload: torch.device | str | None) -> None:
         like = _Kept(problem.params, problem.optimizer_state, {**problem.params})
-        self._rooms = [map_tensors(lambda t: torch.empty_like(t, device=offload), like) for _ in range(steps)]
+        count = steps if steps > 1 or offload is not None else 0
+        self._rooms = [map_tensors(lambda t: torch.empty_like(t, device=offload), like) for _ in range(count)]
         self._steps: list[tuple[_Kept, list[torch.device]]] = []
         self._start = problem.params
 
     def push(self, step: _Kept) -> None:
+        if not self._rooms:
+            self._steps.append((step, []))
+            return
         room = self._rooms.pop()
         present = {name: g for name, g in step.gradient.items() if g is not None}
         kept = _Kept(
@@ -59,6 +63,8 @@ class _Trail:
 
     def pop(self) -> _Kept:
         step, devices = self._steps.pop()
+        if not devices:
+            return step
         home = iter(devices)
         back: _Kept = map_tensors(lambda t: t.to(next(home)), step)
         return back

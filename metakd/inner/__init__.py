@@ -1,12 +1,10 @@
-"""The differentiable inner optimizer, and the only door to TorchOpt.
+"""The differentiable inner optimizer, and the only door to TorchOpt, which is imported where it is needed alone.
 
-An inner optimizer is a `torchopt.base.GradientTransformation`. `plain_sgd` and `mirror` build one from the
+An inner optimizer is a `GradientTransformation`, ours or TorchOpt's. `plain_sgd` and `mirror` build one from the
 student's torch optimizers (`optimizers`, `param_groups` and `learning_rate` read them), `inner_optimizer` chooses
 between them, `repaired` fixes errors of TorchOpt's transformations, and `apply` takes one differentiable step.
 `conjugate_gradient` and `neumann_series` solve linear systems.
 """
-
-from torchopt.base import GradientTransformation
 
 from metakd._autodiff import Params
 from metakd.inner.choose import inner_optimizer
@@ -16,6 +14,7 @@ from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
 from metakd.inner.real import as_real
 from metakd.inner.repaired import own, repaired
 from metakd.inner.step import apply
+from metakd.inner.transformation import GradientTransformation
 
 __all__ = [
     "GradientTransformation",

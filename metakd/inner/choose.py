@@ -1,13 +1,12 @@
 """The choice of the inner optimizer."""
 
-from torchopt.base import GradientTransformation
-
 from metakd._autodiff import Params
 from metakd.errors import MetaKDError
 from metakd.inner.groups import Optimizers, held_groups
 from metakd.inner.mirror import InnerOptimizer, mirror, plain_sgd
 from metakd.inner.real import as_real
 from metakd.inner.repaired import repaired
+from metakd.inner.transformation import GradientTransformation, is_transformation
 
 
 def inner_optimizer(choice: str | GradientTransformation, optimizer: Optimizers, params: Params) -> InnerOptimizer:
@@ -34,7 +33,7 @@ def inner_optimizer(choice: str | GradientTransformation, optimizer: Optimizers,
         ...
         metakd.errors.MetaKDError: inner='mirror' cannot follow Rprop; it supports ...
     """
-    if isinstance(choice, GradientTransformation):
+    if not isinstance(choice, str) and is_transformation(choice):
         held_groups(optimizer, params)  # raises unless it is the student's
         transformation = repaired(choice)
         return InnerOptimizer(transformation, transformation.init({n: as_real(p.detach()) for n, p in params.items()}))

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchopt.linear_solve import solve_cg, solve_inv
 
 from metakd.errors import MetaKDError
+from metakd.inner.transformation import require_torchopt
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -49,6 +49,9 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, steps: int, damping: float)
             )
         return product
 
+    require_torchopt("Implicit(solver='cg')")
+    from torchopt.linear_solve import solve_cg
+
     tolerance = torch.finfo(b.dtype).eps ** 0.75
     found: Tensor = solve_cg(ridge=damping, maxiter=steps, rtol=tolerance)(checked, b)
     return found
@@ -89,6 +92,9 @@ def neumann_series(matvec: MatVec, b: Tensor, *, steps: int, damping: float, ste
                 "above 2 / step_size (set a smaller one)"
             )
         return matvec(term)
+
+    require_torchopt("Implicit(solver='neumann')")
+    from torchopt.linear_solve import solve_inv
 
     found: Tensor = solve_inv(ns=True, ridge=damping, maxiter=steps, alpha=step_size)(checked, b)
     return found

@@ -1,13 +1,18 @@
 """Replacements for transformations of TorchOpt 0.7.3 that are wrong or not differentiable at zero; states are alike."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchopt import pytree
-from torchopt.base import GradientTransformation
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
+from torchopt.combine import chain_flat
+from torchopt.transform.add_decayed_weights import _masked
+from torchopt.transform.utils import tree_map_flat
 
+from metakd.inner.repaired import own, repaired
 from metakd.inner.updates import (
     adam_direction,
     clip_norm,
@@ -20,6 +25,21 @@ from metakd.inner.updates import (
 
 Mend = Callable[[GradientTransformation, dict[str, Any]], GradientTransformation]
 """(TorchOpt's transformation, the settings in its closure) -> its replacement."""
+
+
+def mended(transformation: GradientTransformation) -> GradientTransformation:
+    """The transformation of TorchOpt, or a chain of them, with its errors fixed; `repaired` says which."""
+    if isinstance(transformation, ChainedGradientTransformation):
+        return ChainedGradientTransformation(*(repaired(part) for part in transformation.transformations))
+    update: Any = transformation.update
+    settings = dict(inspect.getclosurevars(update).nonlocals)
+    where = f"{update.__module__}.{update.__qualname__}".removesuffix(".<locals>.update_fn")
+    if where == "torchopt.combine.chain_flat":
+        return chain_flat(repaired(settings["inner"]))
+    if where == "torchopt.transform.add_decayed_weights._masked":
+        flat = settings["tree_map"] is tree_map_flat
+        transformation = _masked(repaired(settings["inner"]), settings["mask"], already_flattened=flat)
+    return own(_MENDED.get(where, _skipping_none)(transformation, settings))
 
 
 class MomentumState(NamedTuple):
@@ -107,7 +127,7 @@ def _each(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, Any]
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
         gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        rows = zip(*map(leaves_of, state), strict=True)
+        rows = zip(*map(_leaves_of, state), strict=True)
         moved = [(None, *row) if g is None else step(g, *row) for g, row in zip(gradients, rows, strict=True)]
         new, *parts = ([row[i] for row in moved] for i in range(1 + len(state)))
         trees = [tree.unflatten(part) for part in parts]
@@ -124,12 +144,25 @@ def _clip(original: GradientTransformation, settings: dict[str, Any]) -> Gradien
     return GradientTransformation(original.init, update)
 
 
-def leaves_of(tree: Any) -> list[Any]:
+def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
+        if all(g is not None for g in gradients):
+            return original.update(updates, state, params=params, inplace=inplace)
+        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, _leaves_of(params), strict=True)]
+        new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
+        kept = [None if g is None else n for g, n in zip(gradients, _leaves_of(new), strict=True)]
+        return tree.unflatten(kept), state
+
+    return GradientTransformation(original.init, update)
+
+
+def _leaves_of(tree: Any) -> list[Any]:
     """The leaves of a tree, including None."""
     return pytree.tree_leaves(tree, none_is_leaf=True)
 
 
-MENDED: dict[str, Mend] = {
+_MENDED: dict[str, Mend] = {
     "torchopt.transform.trace._trace": _momentum,
     "torchopt.transform.scale_by_adam._scale_by_adam": _scale_by_adam,
     "torchopt.transform.scale_by_adam._scale_by_accelerated_adam": _scale_by_adam,

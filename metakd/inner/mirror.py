@@ -4,21 +4,22 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torchopt.base import GradientTransformation
 
 from metakd._autodiff import Params
+from metakd._basics.together import scaled
 from metakd.inner.groups import Optimizers, held_groups, required_rate
 from metakd.inner.real import as_real
 from metakd.inner.repaired import own
 from metakd.inner.rules import Group, Rule, State, rule_of
 from metakd.inner.state import numbers_off_device, started
+from metakd.inner.transformation import GradientTransformation
 
 
 class InnerOptimizer(NamedTuple):
     """A differentiable optimizer and its initial state.
 
     Attributes:
-        transformation: a TorchOpt transformation: `init` and `update`.
+        transformation: its `init` and `update`.
         state: of the parameters it was built for.
 
     Examples:
@@ -57,12 +58,16 @@ def plain_sgd(optimizer: Optimizers, params: Params) -> InnerOptimizer:
         >>> apply(inner.transformation, {"w": torch.tensor([1.0])}, inner.state, {"w": w.detach()})[0]
         {'w': tensor([0.5000])}
     """
-    rates = {name: required_rate(held) for held in held_groups(optimizer, params) for name in held.names}
+    rates = [(held.names, required_rate(held)) for held in held_groups(optimizer, params)]
 
     def update(
         updates: Any, state: tuple[()], *, params: Any = None, inplace: bool = True
     ) -> tuple[dict[str, Tensor | None], tuple[()]]:
-        return {name: None if (g := updates[name]) is None else -rate * g for name, rate in rates.items()}, state
+        moved: dict[str, Tensor | None] = {name: None for names, _ in rates for name in names}
+        for names, rate in rates:
+            present = [name for name in names if updates[name] is not None]
+            moved.update(zip(present, scaled([updates[name] for name in present], -rate), strict=True))
+        return moved, state
 
     return InnerOptimizer(own(GradientTransformation(lambda params: (), update)), ())
 

@@ -1,16 +1,8 @@
 """TorchOpt's transformations with the errors of TorchOpt 0.7.3 fixed."""
 
 import inspect
-from typing import Any
 
-import torch
-from torchopt import pytree
-from torchopt.base import ChainedGradientTransformation, GradientTransformation
-from torchopt.combine import chain_flat
-from torchopt.transform.add_decayed_weights import _masked
-from torchopt.transform.utils import tree_map_flat
-
-from metakd.inner.mended import MENDED, leaves_of
+from metakd.inner.transformation import GradientTransformation, require_torchopt
 
 
 def repaired(transformation: GradientTransformation) -> GradientTransformation:
@@ -30,7 +22,7 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
         The repaired transformation; one that needs no repair is returned unchanged.
 
     Examples:
-        >>> import torchopt
+        >>> import torch, torchopt
         >>> from metakd.inner import apply
         >>> adam = repaired(torchopt.adam(lr=0.1))
         >>> theta = {"w": torch.zeros(2, dtype=torch.float64)}
@@ -39,19 +31,12 @@ def repaired(transformation: GradientTransformation) -> GradientTransformation:
         >>> torch.autograd.grad(new["w"].sum(), g)[0].isfinite().all()
         tensor(True)
     """
-    if isinstance(transformation, ChainedGradientTransformation):
-        return ChainedGradientTransformation(*(repaired(part) for part in transformation.transformations))
-    update = transformation.update
-    if getattr(update, "_metakd_own", False) or not inspect.isfunction(update):
+    if getattr(transformation.update, "_metakd_own", False) or not inspect.isfunction(transformation.update):
         return transformation
-    settings = dict(inspect.getclosurevars(update).nonlocals)
-    where = f"{update.__module__}.{update.__qualname__}".removesuffix(".<locals>.update_fn")
-    if where == "torchopt.combine.chain_flat":
-        return chain_flat(repaired(settings["inner"]))
-    if where == "torchopt.transform.add_decayed_weights._masked":
-        flat = settings["tree_map"] is tree_map_flat
-        transformation = _masked(repaired(settings["inner"]), settings["mask"], already_flattened=flat)
-    return own(MENDED.get(where, _skipping_none)(transformation, settings))
+    require_torchopt("a transformation without the mark of metakd.inner.own")
+    from metakd.inner.mended import mended
+
+    return mended(transformation)
 
 
 def own(transformation: GradientTransformation) -> GradientTransformation:
@@ -72,16 +57,3 @@ def own(transformation: GradientTransformation) -> GradientTransformation:
     """
     transformation.update._metakd_own = True  # type: ignore[attr-defined]
     return transformation
-
-
-def _skipping_none(original: GradientTransformation, settings: dict[str, Any]) -> GradientTransformation:
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        gradients, tree = pytree.tree_flatten(updates, none_is_leaf=True)
-        if all(g is not None for g in gradients):
-            return original.update(updates, state, params=params, inplace=inplace)
-        values = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves_of(params), strict=True)]
-        new, state = original.update(tree.unflatten(values), state, params=params, inplace=inplace)
-        kept = [None if g is None else n for g, n in zip(gradients, leaves_of(new), strict=True)]
-        return tree.unflatten(kept), state
-
-    return GradientTransformation(original.init, update)

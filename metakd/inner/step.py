@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from torchopt.base import GradientTransformation
-
 from metakd._autodiff import Gradients, Params
+from metakd._basics.together import summed
+from metakd.inner.transformation import GradientTransformation
 
 
 def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, params: Params) -> tuple[Params, Any]:
@@ -29,4 +29,6 @@ def apply(optimizer: GradientTransformation, gradients: Gradients, state: Any, p
         {'w': tensor([0.8000])}
     """
     updates, state = optimizer.update(dict(gradients), state, params=params, inplace=False)
-    return {name: p if updates[name] is None else p + updates[name] for name, p in params.items()}, state
+    moving = [name for name in params if updates[name] is not None]
+    moved = summed([params[name] for name in moving], [updates[name] for name in moving])
+    return {**params, **dict(zip(moving, moved, strict=True))}, state

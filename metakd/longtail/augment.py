@@ -7,6 +7,7 @@ shifts every image by its own offset.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,24 @@ def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.
         >>> random_crop_flip(torch.ones(2, 3, 8, 8), padding=1, flip=True).shape
         torch.Size([2, 3, 8, 8])
     """
+    return crop(images, draw_crops(images, padding, flip, generator).to(images.device), padding)
+
+
+def draw_crops(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
+    """Which rows and columns of the padded images to take: (2, B, side) on the CPU, side the longer one of H and W."""
     batch, _, height, width = images.shape
     shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
-    rows = shift[0] + torch.arange(height)
-    columns = shift[1] + torch.arange(width)
+    rows, columns = shift + torch.arange(max(height, width))
     if flip:
         mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
+        columns[:, :width] = torch.where(mirrored, columns[:, :width].flip(1), columns[:, :width])
+    return torch.stack([rows, columns])
+
+
+def crop(images: Tensor, taken: Tensor, padding: int) -> Tensor:
+    """The rows and columns that `draw_crops` drew; all tensors on one device, which the host does not wait for."""
+    batch, _, height, width = images.shape
+    rows, columns = taken[0, :, :height], taken[1, :, :width]
     padded = F.pad(images, (padding,) * 4)
     which = torch.arange(batch, device=images.device)
     picked = padded.permute(0, 2, 3, 1)[which[:, None, None], rows[:, :, None], columns[:, None, :]]
@@ -85,6 +96,11 @@ class Augment:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise without augmentation, for validation and test images."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
         return (images.to(torch.float32) / self.scale - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1) constants, copied to a device once: each copy would make the host wait for the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)

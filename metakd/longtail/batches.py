@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metakd.errors import MetaKDError
-from metakd.longtail.augment import Augment
+from metakd.longtail.augment import Augment, crop, draw_crops
 from metakd.longtail.data import Images
 from metakd.longtail.splits import Split, long_tailed_split
 
@@ -18,7 +18,8 @@ from metakd.longtail.splits import Split, long_tailed_split
 class Batches:
     """A loader of images in memory, whose order and augmentation depend on (seed, epoch) alone.
 
-    So a run resumed at an epoch sees the same batches as an uninterrupted one.
+    So a run resumed at an epoch sees the same batches as an uninterrupted one. They come on the images' device, index
+    included; an epoch's random numbers go there in one copy.
 
     Attributes:
         images: (N, C, H, W) raw images.
@@ -65,10 +66,25 @@ class Batches:
         return torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
 
     def _once(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        # All random numbers of a pass, drawn on the CPU, the same for every device, and copied there at once.
         order = torch.randperm(len(self.targets), generator=generator)
-        for i in range(len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield self.augment(self.images[index], generator), self.targets[index], index
+        parts = order[: len(self) * self.batch_size].split(self.batch_size)
+        padding, flip = self.augment.padding, self.augment.flip
+        moves = bool(padding or flip)
+        drawn = [draw_crops(self.images[: len(part)], padding, flip, generator) for part in parts if moves]
+        crops = _moved(torch.stack(drawn), self.images.device) if moves else None
+        for i, index in enumerate(_moved(order, self.images.device).split(self.batch_size)[: len(parts)]):
+            images = self.images[index]
+            if crops is not None:
+                images = crop(images, crops[i], padding)
+            yield self.augment.normalise(images), self.targets[index], index
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU from pinned memory, for which the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class History:
         # squared weights of the M terms; the number of samples; the number of samples with an influence.
         self._samples = torch.zeros(points, self.classes + 1, 4 * len(self.terms) + 2)
         self._calls = torch.zeros(points, 3)  # meta loss, norm of the hypergradient, number of hypergradients
+        self._learned: dict[str, Tensor] = {}  # sums of the terms' own parameters, (points, *shape)
+        self._counted = torch.zeros(points)  # their number of steps
 
     @torch.no_grad()
     def add(self, report: Report, targets: Tensor | None = None) -> None:
@@ -75,8 +77,11 @@ class History:
         rows = self._rows(targets, losses)
         if self._samples.device != losses.device:
             self._samples, self._calls = self._samples.to(losses.device), self._calls.to(losses.device)
+            self._counted = self._counted.to(losses.device)
+            self._learned = {name: sums.to(losses.device) for name, sums in self._learned.items()}
         if self.steps == len(self._samples) * self._stride:
-            self._samples, self._calls = _merged(self._samples), _merged(self._calls)
+            self._samples, self._calls, self._counted = map(_merged, (self._samples, self._calls, self._counted))
+            self._learned = {name: _merged(sums) for name, sums in self._learned.items()}
             self._stride *= 2
         window = self.steps // self._stride
         self.steps += 1
@@ -86,6 +91,10 @@ class History:
         felt = [torch.zeros_like(losses), torch.zeros_like(ones)] if influence is None else [influence, ones]
         row = torch.cat([t.float() for t in (weights, losses, felt[0], weights.float() ** 2, ones, felt[1])], dim=1)
         self._samples[window].index_add_(0, rows, row)
+        self._counted[window] += 1
+        for name, value in report.term_parameters.items():
+            sums = self._learned.setdefault(name, value.new_zeros(len(self._calls), *value.shape, dtype=torch.float32))
+            sums[window] += value
         if report.meta_loss is not None and report.hypergradient_norm is not None:
             self._calls[window] += torch.stack([report.meta_loss, report.hypergradient_norm, ones[0, 0]]).float()
 
@@ -95,15 +104,25 @@ class History:
         start = torch.arange(0, self.steps, self._stride, dtype=torch.float64)
         return (start + 1 + (start + self._stride).clamp(max=self.steps)) / 2
 
+    @property
+    def learned(self) -> list[str]:
+        """The names of the terms' own parameters that the reports had."""
+        return list(self._learned)
+
     def over_time(self, name: str, classes: Sequence[int] | None = None) -> Tensor:
         """(P, M) means of each window by term, (P,) for quantities of a whole call; NaN without data.
 
+        A term's own parameter has its name in `report.term_parameters`, and its shape after P.
+
         Args:
             name: `"weights"`, `"losses"`, `"influence"`, `"spread"` (the standard deviation of the weights between
-                samples), `"meta_loss"` or `"hypergradient_norm"`.
+                samples), `"meta_loss"`, `"hypergradient_norm"`, or a name of `learned`.
             classes: only samples of these classes.
         """
         windows = len(self.at)
+        if name in self._learned:
+            sums = self._learned[name][:windows].cpu().double()
+            return sums / self._counted[:windows].cpu().double().view(-1, *[1] * (sums.ndim - 1))
         if name in _CALLS:
             calls = self._calls[:windows].cpu().double()
             return calls[:, _CALLS.index(name)] / calls[:, 2]
@@ -124,7 +143,10 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and numbers; loads with `weights_only=True`."""
-        tensors = {"samples": self._samples.clone(), "calls": self._calls.clone()}
+        tensors: dict[str, Any] = {"samples": self._samples.clone(), "calls": self._calls.clone()}
+        if self._learned:
+            learned = {name: sums.clone() for name, sums in self._learned.items()}
+            tensors |= {"learned": learned, "counted": self._counted.clone()}
         return {"terms": list(self.terms), "steps": self.steps, "stride": self._stride, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,6 +169,8 @@ class History:
                 )
         self.steps, self._stride = int(state["steps"]), int(state["stride"])
         self._samples, self._calls = state["samples"].detach().clone(), state["calls"].detach().clone()
+        self._learned = {name: sums.detach().clone() for name, sums in state.get("learned", {}).items()}
+        self._counted = state.get("counted", torch.zeros(len(self._calls))).detach().to(self._calls, copy=True)
 
     def _rows(self, targets: Tensor | None, like: Tensor) -> Tensor:
         """(B,) the row of each sample."""
@@ -164,7 +188,8 @@ class History:
     def _means(self, name: str, sums: Tensor) -> Tensor:
         """Means of one quantity from sums (..., 4 M + 2)."""
         if name not in _SAMPLES:
-            raise MetaKDError(f"a History has no {name!r}; it has {', '.join(_SAMPLES + _CALLS)}")
+            known = (*_SAMPLES, *_CALLS, *self._learned)
+            raise MetaKDError(f"a History has no {name!r}; it has {', '.join(known)}")
         *parts, counts = sums.split([len(self.terms)] * 4 + [2], dim=-1)
         if name == "spread":
             mean, square = parts[0] / counts[..., :1], parts[3] / counts[..., :1]

@@ -1,16 +1,14 @@
 """Auto-lambda: one weight per task."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakd.balancer import BilevelLossBalancer
-from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.recipes.base import adam, beside, configured
+from metakd.recipes.base import Sum, adam, beside, configured
 from metakd.terms import Term, named
 from metakd.weighting import TermScalars
 
@@ -74,19 +72,5 @@ def auto_lambda(
         optimizer=optimizer,
         weighting=weighting,
         weighting_optimizer=adam(weighting, lr),
-        meta_loss=tasks[names[0]] if len(names) == 1 else _Sum([tasks[name] for name in names]),
+        meta_loss=tasks[names[0]] if len(names) == 1 else Sum([tasks[name] for name in names]),
     )
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """The sum of several terms, itself a term."""
-
-    terms: Sequence[Term]
-
-    @property
-    def uses_teacher(self) -> bool:
-        return any(getattr(term, "uses_teacher", True) for term in self.terms)
-
-    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        return torch.stack([term(outputs, batch) for term in self.terms]).sum(dim=0)

@@ -1,14 +1,16 @@
 """Shared by the recipes: terms, the weight model's device and optimizer, and the construction of the balancer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metakd._call.arguments import weighting_dtype
 from metakd.balancer import BilevelLossBalancer
+from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms import CrossEntropy, SoftTarget, Term
 
@@ -18,6 +20,30 @@ Model = TypeVar("Model", bound=nn.Module)
 def hard_and_soft(temperature: float) -> dict[str, Term]:
     """The two terms of distillation: cross-entropy, and divergence from the teacher."""
     return {"hard": CrossEntropy(), "soft": SoftTarget(temperature=temperature)}
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of several terms, itself a term."""
+
+    terms: Sequence[Term]
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether one of them needs the teacher."""
+        return any(getattr(term, "uses_teacher", True) for term in self.terms)
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the loss of each sample, shape `(B,)`."""
+        return torch.stack([term(outputs, batch) for term in self.terms]).sum(dim=0)
+
+
+def chosen(setting: str | None, known: Mapping[str | None, Any], recipe: str) -> Any:
+    """The value of a recipe's published setting, or raise."""
+    if setting not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise MetaKDError(f"recipes.{recipe} has no setting {setting!r}; it follows {names}")
+    return known[setting]
 
 
 def beside(student: nn.Module, model: Model) -> Model:

@@ -9,7 +9,7 @@ from torch import nn
 from metakd._basics.positive_int import positive_int
 from metakd._virtual.teacher import Teacher
 from metakd.balancer import BilevelLossBalancer
-from metakd.recipes.base import adam, beside, configured, hard_and_soft
+from metakd.recipes.base import Sum, adam, beside, chosen, configured, hard_and_soft
 from metakd.weighting import LossMLP
 from metakd.weighting.features import student_and_teacher
 
@@ -21,8 +21,9 @@ def bikd(
     optimizer: torch.optim.Optimizer,
     classes: int | None = None,
     temperature: float = 4.0,
+    setting: str | None = None,
     hidden: Sequence[int] | None = None,
-    accumulate: int = 5,
+    accumulate: int | None = None,
     lr: float = 1e-3,
     **options: Any,
 ) -> BilevelLossBalancer:
@@ -39,8 +40,8 @@ def bikd(
     (PAKDD 2026, arXiv 2605.17839) and its published code. The teacher here is in eval mode (theirs stays in train mode,
     so that its batch statistics drift), and the weights of the real step come from the losses of the same forward pass
     as the lookahead's. The published code multiplies the weight model's learning rate by 0.8 at each decay of the
-    student's: attach a scheduler to `balancer.weighting_optimizer`. Their CIFAR-10 command uses cross-entropy +
-    divergence as the meta loss: pass such a term as `meta_loss`.
+    student's: attach a scheduler to `balancer.weighting_optimizer`. Their command for CIFAR-10 has cross-entropy plus
+    divergence as meta loss, one hidden layer and k = 1: `setting="cifar10"`.
 
     Args:
         student: any classifier.
@@ -49,8 +50,9 @@ def bikd(
         optimizer: the student's.
         classes: their number, which decides the default of `hidden`.
         temperature: T.
+        setting: `"cifar10"` for the published command's meta loss, `hidden` and `accumulate`, unless they are given.
         hidden: tanh layers of the MLP. Default: (64,), and (64, 64) from 100 classes on, as the authors recommend.
-        accumulate: k, the hypergradients averaged for each step of the MLP.
+        accumulate: k, the hypergradients averaged for each step of the MLP; None for 5, or the setting's 1.
         lr: of the MLP.
         options: other arguments of `BilevelLossBalancer`. With other `features`, the MLP takes their width from the
             first batch.
@@ -59,7 +61,7 @@ def bikd(
         The balancer, to be called in the loop.
 
     Raises:
-        MetaKDError: see `BilevelLossBalancer` and `LossMLP`; or an option is one that the recipe sets.
+        MetaKDError: another setting; see `BilevelLossBalancer` and `LossMLP`; or an option is one that the recipe sets.
 
     Examples:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -69,17 +71,21 @@ def bikd(
         >>> balancer.report.weights.shape
         torch.Size([8, 2])
     """
+    terms = hard_and_soft(temperature)
+    as_published = chosen(setting, {None: False, "cifar10": True}, "bikd")
+    if as_published:
+        options.setdefault("meta_loss", Sum(list(terms.values())))
     if hidden is None:
-        hidden = (64,) if classes is None or positive_int(classes, "classes") < 100 else (64, 64)
+        hidden = (64,) if as_published or classes is None or positive_int(classes, "classes") < 100 else (64, 64)
     weighting = beside(student, LossMLP(None if "features" in options else 2, 2, hidden))
     return configured(
         "bikd",
         student,
-        hard_and_soft(temperature),
+        terms,
         {"features": student_and_teacher, **options},
         optimizer=optimizer,
         teacher=teacher,
         weighting=weighting,
         weighting_optimizer=adam(weighting, lr, weight_decay=1e-4),
-        accumulate=accumulate,
+        accumulate=(1 if as_published else 5) if accumulate is None else accumulate,
     )

@@ -52,24 +52,24 @@ def thirds(counts: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...], t
 
 
 class PerClass:
-    """One number per class, moved to the device and dtype of the logits it is used with."""
+    """One number (or row) per class, moved to the device and dtype of the logits it is used with."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values
+        self.values = values
         self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def like(self, z: Tensor) -> Tensor:
         """Return the numbers `(C,)` for logits `(B, C)`, or raise if the logits have another number of columns."""
-        if len(self._values) != z.shape[1]:
+        if len(self.values) != z.shape[1]:
             raise MetaKDError(
-                f"there are {len(self._values)} class counts but the student has {z.shape[1]} outputs; pass "
+                f"there are {len(self.values)} class counts but the student has {z.shape[1]} outputs; pass "
                 "one count per class, in label order"
             )
         # Cached per device and dtype, so that no step copies to the GPU or loses digits.
-        dtype = z.dtype if self._values.is_floating_point() else self._values.dtype
+        dtype = z.dtype if self.values.is_floating_point() else self.values.dtype
         key = (z.device, dtype)
         if key not in self._kept:
-            self._kept[key] = self._values.to(*key)
+            self._kept[key] = self.values.to(*key)
         return self._kept[key]
 
 

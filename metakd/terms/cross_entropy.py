@@ -55,4 +55,7 @@ class CrossEntropy:
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         z = class_logits(outputs)
-        return F.cross_entropy(z, class_indices(z, batch), reduction="none", label_smoothing=self.label_smoothing)
+        labels = class_indices(z, batch)
+        if self.label_smoothing:
+            return F.cross_entropy(z, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return F.nll_loss(F.log_softmax(z, dim=1), labels, reduction="none")

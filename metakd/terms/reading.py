@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakd._basics.checks import check, checked_before
 from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -75,14 +76,13 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
             "lambda outputs, batch: F.mse_loss(outputs, batch.targets, reduction='none').mean(dim=1)"
         )
     _check_device(targets, student, "batch.targets is")
-    check_range(
+    return check_range(
         targets,
         classes,
         "label",
         f"the student has {classes} outputs: give it one per class, or correct the labels (no label means "
         "'ignore': drop such samples)",
-    )
-    return targets.long()
+    ).long()
 
 
 def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
@@ -100,33 +100,59 @@ def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
 
 def the_teachers_logits(batch: Batch) -> Tensor:
     """Return the detached logits of a single teacher, with any number of classes, or raise."""
-    if batch.teacher is None:
+    if isinstance(batch.teacher, tuple | list):
+        raise MetaKDError(
+            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs (an ensemble of "
+            "teachers), but this needs the logits of one teacher; pick one by terms.FromTeacher(term, 0), or in a "
+            "function of your own by batch._replace(teacher=batch.teacher[0]), or average them by "
+            "teacher=torch.stack(batch.teacher).mean(dim=0)"
+        )
+    return _of_one_teacher(batch.teacher)
+
+
+def every_teachers_logits(batch: Batch) -> list[Tensor]:
+    """Return the detached logits of each teacher, with any number of classes, or raise."""
+    several = isinstance(batch.teacher, tuple | list)
+    return [_of_one_teacher(one) for one in (batch.teacher if several else [batch.teacher])]
+
+
+def _of_one_teacher(outputs: Any) -> Tensor:
+    if outputs is None:
         raise MetaKDError(
             "the teacher's outputs are missing: batch.teacher is None; pass the teacher as "
             "BilevelLossBalancer(..., teacher=...) or its outputs for this batch as Batch(teacher=...)"
         )
-    if isinstance(batch.teacher, tuple | list):
+    check_not_stacked(outputs)
+    return logits(outputs).detach()
+
+
+def check_not_stacked(outputs: Any) -> None:
+    """Raise if a teacher's outputs look like those of several teachers in one tensor."""
+    found = tensor_in(outputs)
+    if found is not None and found.ndim == 3:
         raise MetaKDError(
-            f"batch.teacher is a {type(batch.teacher).__name__} of {len(batch.teacher)} outputs (an ensemble of "
-            "teachers), but this needs the logits of one teacher; pick or average them in a term of your own: "
-            "lambda outputs, batch: SoftTarget()(outputs, batch._replace(teacher=batch.teacher[0])), or "
-            "teacher=torch.stack(batch.teacher).mean(dim=0)"
+            f"the teacher's outputs are one tensor of shape {tuple(found.shape)}; if these are several teachers, give "
+            "a list of their outputs (B, C): Batch(teacher=list(stacked.unbind(1))) for the shape (B, teachers, C), "
+            "unbind(0) for (teachers, B, C)"
         )
-    return logits(batch.teacher).detach()
 
 
-def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
-    """Raise if an index is outside `[0, size)`.
+def check_range(indices: Tensor, size: int, what: str, cure: str) -> Tensor:
+    """Raise if an index is outside `[0, size)`, now or when the call's checks are read; return the indices.
 
-    The check reads the values. It is skipped where that is impossible: during CUDA graph capture, under `torch.compile`
-    and on the meta device.
+    Off the CPU, where an index out of range would end the process before that, they are clamped. The check reads the
+    values. It is skipped where that is impossible: under `torch.compile` and on the meta device.
     """
-    capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = torch.stack(torch.aminmax(indices)).tolist()
-    if low < 0 or high >= size:
-        raise MetaKDError(f"{what} {low if low < 0 else high} is out of range [0, {size}); {cure}")
+    if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
+        return indices
+
+    def judge(low: float, high: float) -> None:
+        if low < 0 or high >= size:
+            raise MetaKDError(f"{what} {int(low if low < 0 else high)} is out of range [0, {size}); {cure}")
+
+    if not checked_before(indices, size):
+        check(judge, *torch.aminmax(indices))
+    return indices if indices.device.type == "cpu" else indices.clamp(0, size - 1)
 
 
 def tensor_in(value: Any) -> Tensor | None:

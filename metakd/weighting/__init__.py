@@ -4,6 +4,7 @@ from metakd.weighting.class_aware import ClassAware
 from metakd.weighting.entropy_gate import EntropyGate, entropies
 from metakd.weighting.loss_mlp import LossMLP
 from metakd.weighting.normalised import Normalised
+from metakd.weighting.pinned import Pinned
 from metakd.weighting.rectified import Rectified
 from metakd.weighting.tables import ClassTable, GroupTable, SampleTable
 from metakd.weighting.term_scalars import TermScalars
@@ -15,6 +16,7 @@ __all__ = [
     "GroupTable",
     "LossMLP",
     "Normalised",
+    "Pinned",
     "Rectified",
     "SampleTable",
     "TermScalars",

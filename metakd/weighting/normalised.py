@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.weighting.base import shares
+from metakd.weighting.base import default_optimizer, shares
 
 
 class Normalised(nn.Module):
@@ -46,6 +47,10 @@ class Normalised(nn.Module):
                 f"Normalised wraps a weight model, an nn.Module (features, batch) -> (B, M), got {type(model).__name__}"
             )
         self.model = model
+
+    def default_optimizer(self) -> torch.optim.Optimizer:
+        """What the wrapped model asks for."""
+        return default_optimizer(self.model)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
         """Return the weights, shape `(B, M)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from metakd._basics.columns import RESERVED
 from metakd._basics.positive_int import positive_int
@@ -12,18 +12,19 @@ from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms.reading import check_range
-from metakd.weighting.base import output_map, starting_point
+from metakd.weighting.base import FreeNumbers
 
 
-class GroupTable(nn.Module):
+class GroupTable(FreeNumbers):
     """One weight per group and term, looked up by a column of integers in the batch.
 
     `w_ik = map(A[g_i, k])` with a table `A` of free numbers and the group `g_i` of sample i: its source, annotator,
     domain, or whatever the column says. A group's weight is learned from all its samples, so a table of few groups has
     a strong signal. `ClassTable` and `SampleTable` are the same table, read by label and by position.
 
-    Optimizers with momentum or weight decay also move rows without a sample in the batch; decay pulls a weight towards
-    that of a free number of 0 (0.5 for a sigmoid, 0.69 for a softplus).
+    The balancer's default optimizer for it is Adam at 0.1 without weight decay: a free number has to move by about 2
+    to bring a weight near an end of its range. Optimizers with momentum or weight decay also move rows without a sample
+    in the batch.
 
     Shapes: features `(B, F)` (only B is used), the column `(B,)` integers, result `(B, M)`.
 
@@ -35,7 +36,7 @@ class GroupTable(nn.Module):
         groups: the number of groups, the table's rows.
         terms: M, the number of terms.
         init: the initial weight of every group and term; ignored with `"softmax"`, which starts uniform.
-        output: the map to weights, see `LossMLP`.
+        output: the map to weights: `"bounded"` (each in (0, 2 init)) or one of those of `LossMLP`.
 
     Raises:
         MetaKDError: a size is not a positive integer, the output map is unknown or cannot give `init`; in a call, the
@@ -56,29 +57,27 @@ class GroupTable(nn.Module):
     _groups, _group = "groups", "group"  # the argument's name, and what a row is
 
     def __init__(
-        self, column: str, groups: int, terms: int, *, init: float | None = 1.0, output: str = "softplus"
+        self, column: str, groups: int, terms: int, *, init: float | None = 1.0, output: str = "bounded"
     ) -> None:
-        super().__init__()
         if not isinstance(column, str) or column in _NO_COLUMNS:
             raise MetaKDError(
                 f'column is {column!r}, but must name a column of the batch, such as "source" of '
                 'Batch(columns={"source": ids}), or be "targets" or "index"'
             )
-        self.column, self.output = column, output
-        self.groups, self.terms = positive_int(groups, self._groups), positive_int(terms, "terms")
-        self.free = nn.Parameter(torch.full((self.groups, self.terms), starting_point(init, output)))
+        super().__init__((positive_int(groups, self._groups), positive_int(terms, "terms")), init, output)
+        self.column, self.groups, self.terms = column, groups, terms
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
         """Return the weights, shape `(B, M)`."""
         rows, name = self._rows(batch, features.shape[0]), self._where()
         advice = f"the table has {self.groups} rows: build it with one for each {self._group}, or correct the values"
-        check_range(rows, self.groups, name, advice)
-        return output_map(self.output).apply(F.embedding(rows.to(self.free.device).long(), self.free))
+        rows = check_range(rows, self.groups, name, advice)
+        return self.output_map.apply(F.embedding(rows.to(self.free.device).long(), self.free))
 
     @torch.no_grad()
     def all_weights(self) -> Tensor:
         """The weights of all groups, shape `(groups, M)`, detached."""
-        return output_map(self.output).apply(self.free)
+        return self.output_map.apply(self.free)
 
     def _where(self) -> str:
         return f"batch.{self.column}" if self.column in _FIELDS else f"batch.columns[{self.column!r}]"
@@ -124,7 +123,7 @@ class ClassTable(GroupTable):
         classes: the number of classes, the table's rows.
         terms: M, the number of terms.
         init: the initial weight of every class and term; ignored with `"softmax"`, which starts uniform.
-        output: the map to weights, see `LossMLP`.
+        output: the map to weights: `"bounded"` (each in (0, 2 init)) or one of those of `LossMLP`.
 
     Raises:
         MetaKDError: a size is not a positive integer, the output map is unknown or cannot give `init`; in a call,
@@ -142,7 +141,7 @@ class ClassTable(GroupTable):
 
     _groups, _group = "classes", "class"
 
-    def __init__(self, classes: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
+    def __init__(self, classes: int, terms: int, *, init: float | None = 1.0, output: str = "bounded") -> None:
         super().__init__("targets", classes, terms, init=init, output=output)
 
 
@@ -163,7 +162,7 @@ class SampleTable(GroupTable):
         samples: the number of training samples, the table's rows.
         terms: M, the number of terms.
         init: the initial weight of every sample and term; ignored with `"softmax"`, which starts uniform.
-        output: the map to weights, see `LossMLP`.
+        output: the map to weights: `"bounded"` (each in (0, 2 init)) or one of those of `LossMLP`.
 
     Raises:
         MetaKDError: a size is not a positive integer, the output map is unknown or cannot give `init`; in a call, the
@@ -181,5 +180,5 @@ class SampleTable(GroupTable):
 
     _groups, _group = "samples", "training sample"
 
-    def __init__(self, samples: int, terms: int, *, init: float | None = 1.0, output: str = "softplus") -> None:
+    def __init__(self, samples: int, terms: int, *, init: float | None = 1.0, output: str = "bounded") -> None:
         super().__init__("index", samples, terms, init=init, output=output)

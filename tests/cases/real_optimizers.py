@@ -39,7 +39,7 @@ def sgd(student: nn.Module, **options: Any) -> Case:
 
 def balanced(case: Case, **options: Any) -> BilevelLossBalancer:
     """A balancer whose weight model stands still; its gradient is the hypergradient."""
-    weighting = TermScalars(len(case.terms)).double()
+    weighting = TermScalars(len(case.terms), output="softplus").double()
     return BilevelLossBalancer(
         case.student,
         case.terms,

@@ -37,7 +37,7 @@ def data(size: int = 5, features: int = 4, seed: int = 0) -> tuple[Batch, Batch]
 
 def balanced(setup: Setup, **options: Any) -> BilevelLossBalancer:
     """A balancer whose weight model stands still, so that its weights are those of the lookahead."""
-    weighting = TermScalars(len(setup.terms)).double()
+    weighting = TermScalars(len(setup.terms), output="softplus").double()
     optimizer = torch.optim.SGD(setup.student.parameters(), lr=LR)
     return BilevelLossBalancer(
         setup.student,

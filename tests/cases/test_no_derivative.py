@@ -11,6 +11,7 @@ from metakd import MetaKDError, check_hypergradient, estimators
 from tests.cases.real_optimizers import Case, assert_right, balanced, seeded, sgd
 from tests.cases.real_steps import data
 from tests.cases.test_batch_sizes import reader, symbols
+from tests.zoo import cdist_is_once_differentiable
 
 
 class Distances(nn.Module):
@@ -38,7 +39,7 @@ ALL = [
 
 
 @pytest.mark.parametrize("estimator", ALL)
-@pytest.mark.parametrize("what", ["cdist", "ctc"])
+@pytest.mark.parametrize("what", [*["cdist"] * cdist_is_once_differentiable(), "ctc"])
 def test_where_no_derivative_is_left_the_advice_is_finite_differences(what, estimator):
     build, given = (distances(FUSED), data()) if what == "cdist" else (reader, (symbols(5, 0, joined=False),) * 2)
     balancer = balanced(build(), estimator=estimator)

@@ -1,14 +1,16 @@
 """Teachers: a list, a function, an exported or a frozen scripted module."""
 
+import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakd import Batch, MetaKDError, check_hypergradient
-from metakd.terms import CrossEntropy, SoftTarget
+from metakd import Batch, MetaKDError, check_hypergradient, learned_weights
+from metakd.terms import CrossEntropy, FromTeacher, ReverseSoftTarget, SoftTarget
 from tests.cases.real_optimizers import Case, assert_right, balanced, mlp, plain, seeded, sgd
 from tests.cases.real_steps import data
 
@@ -99,6 +101,53 @@ def test_an_exported_program_is_told_to_give_its_module():
 
 
 def test_an_ensemble_where_one_teacher_is_expected():
-    balancer, (batch, meta_batch) = plain(seeded(mlp), ONE, teacher=[network(), bent]), data()
-    with pytest.raises(MetaKDError, match=r"list of 2 outputs \(an ensemble .*(batch\.teacher|features=)"):
+    pair = {"soft": SoftTarget(), "hard": CrossEntropy()}
+    balancer, (batch, meta_batch) = plain(seeded(mlp), pair, teacher=[network(), bent]), data()
+    with pytest.raises(MetaKDError, match=r"'soft': .*list of 2 outputs \(an ensemble .*terms\.FromTeacher\(term, 0\)"):
         balancer(batch, meta_batch)
+
+
+def test_a_term_for_each_teacher_of_an_ensemble():
+    teachers = [network().eval(), bent]
+    terms = {name: FromTeacher(SoftTarget(2.0), k) for k, name in enumerate(("network", "bent"))}
+    balancer, (batch, meta_batch) = plain(seeded(mlp), terms, teacher=teachers), data()
+    student = copy.deepcopy(balancer.student)
+    balancer(batch, meta_batch)
+    alone = Batch(batch.inputs, teacher=None)
+    outputs = student(batch.inputs)
+    for k, teacher in enumerate(teachers):
+        wanted = SoftTarget(2.0)(outputs, alone._replace(teacher=teacher(batch.inputs)))
+        torch.testing.assert_close(balancer.report.losses[:, k], wanted.detach())
+    known = [
+        F.cross_entropy(z, batch.targets, reduction="none") for z in (outputs, *(t(batch.inputs) for t in teachers))
+    ]
+    learned = learned_weights(balancer, [batch]).features
+    torch.testing.assert_close(learned, torch.stack(known, 1).detach().to(learned))
+    assert check_hypergradient(balancer, [batch], meta_batch).verdict.startswith("exact")
+
+
+def test_batches_that_bring_the_teachers_outputs_have_the_same_features_as_a_teacher():
+    teacher, (batch, meta_batch) = network().eval(), data()
+    three = {"soft": SoftTarget(), "hard": CrossEntropy(), "smooth": CrossEntropy(label_smoothing=0.2)}
+    found = []
+    for given in (None, teacher):
+        balancer = plain(seeded(mlp), three, teacher=given)
+        brought = batch if given else batch._replace(teacher=teacher(batch.inputs))
+        balancer(brought, meta_batch)
+        found.append(learned_weights(balancer, [brought]).features)
+    assert found[0].shape[1] == 2
+    torch.testing.assert_close(*found)
+    ensemble = plain(seeded(mlp), {"first": FromTeacher(SoftTarget(), 0), "hard": CrossEntropy()})
+    ensemble(batch._replace(teacher=[teacher(batch.inputs)] * 3), meta_batch)
+    assert ensemble.weighting.layers[0].weight.shape[1] == 4
+    assert plain(seeded(mlp), {"hard": CrossEntropy()}).weighting.layers[0].weight.shape[1] == 1
+
+
+def test_without_labels_the_default_features_are_entropies():
+    teacher, (batch, meta_batch) = network().eval(), data()
+    balancer = plain(seeded(mlp), {"soft": SoftTarget(), "reverse": ReverseSoftTarget()}, teacher=teacher)
+    student, seen = copy.deepcopy(balancer.student), []
+    balancer.weighting.register_forward_pre_hook(lambda model, args: seen.append(args[0]))
+    balancer(batch.inputs, meta_batch)
+    wanted = [torch.distributions.Categorical(logits=z(batch.inputs)).entropy() for z in (student, teacher)]
+    torch.testing.assert_close(seen[0], torch.stack(wanted, 1).detach().to(seen[0]))

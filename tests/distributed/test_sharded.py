@@ -83,7 +83,7 @@ def untouched(rank):
         read, weights = as_batch(batch(1, rank)), balancer.report.weights
         outputs = student(read.inputs)
         losses = torch.stack([term(outputs, read) for term in balancer.terms.values()], 1)
-        ((weights * losses).sum() / PART).backward()
+        (weights / PART * losses).sum().backward()
         assert_same(mine, [p.grad.to_local() for p in student.parameters()])
 
 

@@ -50,7 +50,7 @@ def page(setting):
 
 def test_every_part_learns(page):
     scope, balancers, _ = page
-    assert len(balancers) == 11
+    assert len(balancers) == 12
     for balancer in balancers:
         before = balancer.weights(scope["train"][0])
         for _ in range(3):

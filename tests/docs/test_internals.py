@@ -84,8 +84,9 @@ def test_the_balancer_knows_no_calculus():
     assert not [name for name in used if re.match(r"torch\.(func|autograd)\b|.*\.backward$", name)]
 
 
-def test_the_package_needs_torch_and_torchopt_alone():
-    core = [name for name in IMPORTS if not name.startswith("longtail/")]  # which `import metakd` does not reach
+def test_the_package_needs_torch_alone():
+    later = ("longtail/", "inner/mended.py")  # which `import metakd` does not reach
+    core = [name for name in IMPORTS if not name.startswith(later)]
     assert not any(other.startswith("longtail/") for name in core for other in IMPORTS[name])
     needed = {library.split(".")[0] for name in core for library in libraries(name, at_the_top=True)}
-    assert needed - set(sys.stdlib_module_names) == {"torch", "torchopt", "metakd"}
+    assert needed - set(sys.stdlib_module_names) == {"torch", "metakd"}

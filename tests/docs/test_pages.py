@@ -11,7 +11,7 @@ import pytest
 from tests.docs.pages import HOME, PAGES, ROOT, blocks, execute, is_excerpt, prose, run_page, text_of
 from tests.zoo import QUIET
 
-HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org"}
+HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org", "zensical.org"}
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 BESIDE = {page for page in PAGES if not page.startswith(("docs/", "benchmarks/"))}
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py")))
@@ -139,6 +139,14 @@ def test_the_home_pages_example_runs(capsys):
     report = scope["balancer"].report
     assert report.weights.shape == report.influence.shape == (16, 2)
     assert capsys.readouterr().out.count("tensor(") == 2
+
+
+def test_the_readmes_example_runs_alone(capsys):
+    execute("README.md", scope := {})
+    assert scope["balancer"].report.weights.shape == (16, 2)
+    assert capsys.readouterr().out.startswith("tensor(")
+    (block,) = blocks("README.md")
+    assert len(block.code.splitlines()) < 18
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])

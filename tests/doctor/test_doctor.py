@@ -202,6 +202,18 @@ def one_weight():
     return build(Wrapped(lambda x, s: torch.sigmoid(s * x[:, :1]).expand(-1, 2)))
 
 
+def moved(model, to):
+    """A table or scalars whose free numbers are all at one place."""
+    nn.init.constant_(model.free, to)
+    return model
+
+
+def shrunk_network():
+    mlp = weighting.LossMLP(2, 2)
+    nn.init.constant_(mlp.layers[-1].bias, -3.0)
+    return build(mlp)
+
+
 CASES = {
     "no hypergradient": (lambda: build(lr=0.0), {}, "error", "the hypergradient: it cannot be taken. .*learning rate"),
     "constant": (constant, {}, "warning", "the weights: they are the same for all samples"),
@@ -209,6 +221,14 @@ CASES = {
     "frozen": (lambda: build(weighting.LossMLP(2, 2), step=adam(1e-9)), {}, "warning", r"0.01 takes [\d,]{7,} steps"),
     "not moving": (lambda: build(weighting.LossMLP(2, 2), step=adam(0.0)), {}, "warning", "does not change the w"),
     "jumps": (lambda: build(weighting.LossMLP(2, 2), step=adam(3.0)), {}, "warning", "they jump rather than learn"),
+    "slow": (lambda: build(moved(weighting.TermScalars(2), 0.0), step=adam(1e-4)), {}, "warning",
+             r"hardly moves: a step changes a weight by 5e-05, so 0.1 takes [12],\d\d\d steps.*Raise its "
+             r"learning rate, now 0.0001, to about 0.02"),
+    "shrunk": (lambda: build(moved(weighting.TermScalars(2), -3.0)), {}, "warning",
+               r"to 0.095 times their start.*step shorter.*two controls.*from 0.095 times"),
+    "a shrunk network": (shrunk_network, {}, "warning", "times their start.*step shorter"),
+    "run away": (lambda: build(moved(weighting.TermScalars(2, output="softplus"), 18.0)), {}, "warning",
+                 r"to 18 times their start.*step longer.*Nothing bounds them: output='bounded'"),
     "tiny step ahead": (lambda: build(lr=1e-8), {}, "warning", "next to nothing to learn from"),
     "long step ahead": (lambda: build(lr=100.0), {}, "warning", "raises the meta loss.* it is too long"),
     "against": (unbiased, {"flipped": True}, "warning", "points away from the meta gradient"),
@@ -243,6 +263,28 @@ def test_a_negative_result_is_plain():
     rows = [(x, y, torch.arange(16 * i, 16 * i + 16)) for i, (x, y) in enumerate(batches())]
     assert diagnose(table, rows, batches()).learning.startswith("Perhaps: ")
     assert diagnose(one_weight(), batches(), batches()).learned.startswith("How much a sample counts")
+
+
+def test_weights_that_sort_samples_have_not_only_changed_the_step():
+    table = weighting.ClassTable(3, 2)
+    for third in (-9.0, 9.0):  # the mean may fall to a third; the samples differ by as much
+        with torch.no_grad():
+            table.free.copy_(torch.tensor([[-9.0], [-9.0], [third]]).expand(3, 2))
+        numbers = diagnose(build(table), batches(), batches()).numbers
+        assert numbers.scale == pytest.approx(sum(numbers.mean) / 2) and numbers.scaled == (third < 0)
+    bounded = diagnose(build(weighting.TermScalars(2)), batches(), batches()).numbers
+    assert bounded.scale == pytest.approx(1) and bounded.scale_spread < 1e-6 and bounded.rate == 1e-3
+    assert diagnose(build(weighting.TermScalars(2, output="softmax")), batches(), batches()).numbers.scale is None
+    assert diagnose(one_weight(), batches(), batches()).numbers.scale is None
+
+
+def test_the_ends_of_a_bounded_table_are_nought_and_twice_its_start():
+    table = weighting.ClassTable(3, 2, init=4.0)
+    with torch.no_grad():
+        table.free.copy_(torch.tensor([[-9.0, 0.0], [9.0, 0.0], [9.0, 0.0]]))
+    numbers = diagnose(build(table), batches(), batches()).numbers
+    assert numbers.at_low[0] + numbers.at_high[0] == pytest.approx(1) and 0 < numbers.at_low[0] < numbers.at_high[0]
+    assert numbers.at_low[1] == numbers.at_high[1] == 0
 
 
 def test_one_weight_a_term_is_no_failure_of_a_model_that_has_no_more():

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, linalg, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.zoo import cdist_is_once_differentiable, differentiable
+
 DOUBLE = torch.float64
 Function = Callable[[Tensor], Tensor]
 
@@ -290,6 +292,12 @@ OPERATIONS: dict[str, Function] = {
 ONCE = {"attention", "segment_reduce", "cdist_1.0", "cdist_2.0", "cdist_3.0", "pdist", "gamma", "dirichlet"}
 ONCE |= {"hardsigmoid", "embedding_bag_sum", "embedding_bag_mean", "embedding_bag_max"}
 ONCE |= {"multi_margin", "multilabel_margin", "ctc"}
+if not differentiable(OPERATIONS["grid_sample"], times=2):
+    ONCE |= {"grid_sample"}
+if not cdist_is_once_differentiable():
+    ONCE -= {"cdist_1.0", "cdist_2.0", "cdist_3.0", "pdist"}
+if not differentiable(OPERATIONS["aminmax"]):
+    del OPERATIONS["aminmax"]
 
 LOSSES: dict[str, Function] = {
     "mse": lambda z: F.mse_loss(z, Y),

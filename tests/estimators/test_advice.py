@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from metakd import MetaKDError, check_hypergradient, hypergradient
 from metakd._autodiff import NoSecondDerivative
 from metakd.estimators import Adjoint, FiniteDifference, OneStep
+from tests.zoo import cdist_is_once_differentiable
 
 X, Y = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -51,6 +52,8 @@ OPERATIONS = {
     "marked": (Cube.apply, "without the mark", None),
     "margin": (lambda z: F.multi_margin_loss(z, torch.arange(6) % 4, reduction="none"), "write it as other", None),
 }
+if not cdist_is_once_differentiable():
+    del OPERATIONS["cdist"], OPERATIONS["pdist"]
 
 
 def problem(operation):

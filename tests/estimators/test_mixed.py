@@ -15,7 +15,7 @@ from metakd import MetaKDError
 from metakd.estimators import Adjoint, FiniteDifference, IdentityJacobian, Memory, OneStep, Truncated, Unroll
 from tests.estimators.problems import Cube, relative
 from tests.estimators.weighted import data, mlp, weighted_problem
-from tests.zoo import NoForwardMode
+from tests.zoo import NoForwardMode, cdist_is_once_differentiable
 
 
 class Layer(nn.Module):
@@ -115,7 +115,7 @@ def sequences(x):
     return x + F.ctc_loss(steps, targets, lengths + 2, lengths, reduction="none")[:, None]
 
 
-@pytest.mark.parametrize("function", [OnlyFirstOrder.apply, distances, sequences])
+@pytest.mark.parametrize("function", [OnlyFirstOrder.apply, *[distances] * cdist_is_once_differentiable(), sequences])
 @pytest.mark.parametrize("mode", ["auto", "forward"])
 def test_a_model_with_neither_is_told_what_is_left(function, mode):
     problem = problem_with(function)

@@ -25,7 +25,8 @@ def history():
         weights = torch.stack([torch.full((6,), t / 10), targets / 10], dim=1)
         influence = torch.stack([-targets, targets], dim=1).float() if t % 2 == 0 else None
         alone = (None, None) if influence is None else (torch.tensor(1.0 / t), torch.tensor(0.1 * t))
-        found.add(Report(torch.ones(6, 2), weights, influence, *alone), targets)
+        learned = {"terms.hard.offset": torch.tensor([t / 10, -t / 10]), "terms.soft.tau": torch.tensor(t / 5)}
+        found.add(Report(torch.ones(6, 2), weights, influence, *alone, term_parameters=learned), targets)
     return found
 
 
@@ -48,6 +49,7 @@ ALL = {
     "weights_over_time": lambda history, **o: plots.weights_over_time(history, **o),
     "influence_over_time": lambda history, **o: plots.influence_over_time(history, **o),
     "meta_loss_over_time": lambda history, **o: plots.meta_loss_over_time(history, **o),
+    "terms_over_time": lambda history, **o: plots.terms_over_time(history, **o),
     "weights_by_loss": lambda history, **o: plots.weights_by_loss(
         weighting.LossMLP(2, 2), torch.rand(9, 2), terms=TERMS, features=["a", "b"], **o
     ),
@@ -68,13 +70,24 @@ def test_a_figure_is_written_labelled_and_titled(name, history, tmp_path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_draws_into_axes_of_ones_own(name, history):
-    count = 2 if name in ("meta_loss_over_time", "weights_by_loss") else 1
+    count = 2 if name in ("meta_loss_over_time", "weights_by_loss", "terms_over_time") else 1
     mine = Figure()
     axes = mine.subplots(1, count, squeeze=False)[0]
     assert ALL[name](history, axes=axes if count > 1 else axes[0]) is mine
     assert all(panel.has_data() for panel in axes)
     with pytest.raises(MetaKDError, match=rf"has {count} panel.s., but got 3 axes"):
         ALL[name](history, axes=list(mine.subplots(1, 3)))
+
+
+def test_the_parameters_of_terms(history):
+    figure = plots.terms_over_time(history)
+    assert [panel.get_ylabel() for panel in figure.axes] == ["hard.offset", "soft.tau"]
+    first, second = (lines(panel) for panel in figure.axes)
+    ramp = [t / 10 for t in range(1, 11)]
+    assert first == {"0": pytest.approx(ramp), "1": pytest.approx([-t for t in ramp])}
+    assert list(second.values()) == [pytest.approx([2 * t for t in ramp])]
+    with pytest.raises(MetaKDError, match="no term with parameters of its own"):
+        plots.terms_over_time(History(TERMS))
 
 
 def test_numbers_by_class(history):

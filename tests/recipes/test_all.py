@@ -16,14 +16,21 @@ from metakd.terms import CrossEntropy
 from tests.recipes.by_hand import SAMPLES, meta_batch, student, teacher, train_batch
 
 TERMS = {"hard": CrossEntropy(), "size": lambda outputs, batch: outputs.square().mean(1)}
+
+
+def classes_of(model):
+    return [p.shape[0] for p in model.parameters()][-1] if isinstance(model, nn.Module) else 3
+
+
 RECIPES = {
     "amal": lambda s, t, o, **k: recipes.amal(s, t, optimizer=o, samples=SAMPLES, **k),
+    "auto_balance": lambda s, t, o, **k: recipes.auto_balance(s, optimizer=o, classes=classes_of(s), **k),
     "auto_lambda": lambda s, t, o, **k: recipes.auto_lambda(s, TERMS, optimizer=o, primary="hard", **k),
     "bikd": lambda s, t, o, **k: recipes.bikd(s, t, optimizer=o, **k),
     "learning_to_reweight": lambda s, t, o, **k: recipes.learning_to_reweight(s, optimizer=o, **k),
     "meta_weight_net": lambda s, t, o, **k: recipes.meta_weight_net(s, optimizer=o, **k),
 }
-LEARNING = sorted({"amal", "auto_lambda", "bikd", "meta_weight_net"})
+LEARNING = sorted({"amal", "auto_balance", "auto_lambda", "bikd", "meta_weight_net"})
 
 
 def sgd(model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metakd import MetaKDError, recipes
+from metakd.terms import CrossEntropy
 from metakd.weighting import entropies
 from tests.recipes.by_hand import close, hard, meta_batch, mlp, soft, step_ahead, student, teacher, train_batch
 
@@ -74,6 +75,26 @@ def test_the_hidden_layers_are_those_the_authors_recommend(options, layers):
         "lr": 1e-3,
         "weight_decay": 1e-4,
     }
+
+
+def test_the_published_command_for_cifar10():
+    model, guide = student(), teacher()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+    balancer = recipes.bikd(model, guide, optimizer=sgd, setting="cifar10", classes=100, temperature=3.0)
+    shapes = [tuple(p.shape) for p in balancer.weighting.parameters() if p.ndim == 2]
+    assert balancer.accumulate == 1 and shapes == [(64, 2), (2, 64)]
+    (x, y, _), (meta_x, meta_y) = train_batch(0), meta_batch(0)
+    z = model(x)
+    seen = torch.stack([hard(z, y), hard(guide(x), y)], dim=1).detach()
+    losses = torch.stack([hard(z, y), soft(z, guide(x), 3.0)], dim=1)
+    inner = (mlp(list(balancer.weighting.parameters()), seen, torch.tanh) * losses).sum() / len(y)
+    ahead = step_ahead(model, inner, 0.3)(meta_x)
+    balancer(train_batch(0), meta_batch(0))
+    close(balancer.report.meta_loss, (hard(ahead, meta_y) + soft(ahead, guide(meta_x), 3.0)).mean().detach())
+    own = recipes.bikd(model, guide, optimizer=sgd, setting="cifar10", accumulate=3, meta_loss=CrossEntropy())
+    assert own.accumulate == 3 and own.meta_loss == CrossEntropy()
+    with pytest.raises(MetaKDError, match="no setting 'mnist'; it follows None, 'cifar10'"):
+        recipes.bikd(model, guide, optimizer=sgd, setting="mnist")
 
 
 def test_the_teachers_outputs_may_come_with_the_batch():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from metakd import recipes
+from metakd import MetaKDError, recipes
 from tests.recipes.by_hand import close, hard, meta_batch, mlp, step_ahead, student, train_batch
 
 
@@ -13,13 +13,25 @@ def normalised(weights):
     return weights / weights.sum()
 
 
-def test_iterations_are_those_of_the_published_code():
+def by_adam(weights):
+    return torch.optim.Adam(weights, lr=1e-2, weight_decay=1e-4)
+
+
+def by_sgd(weights):
+    return torch.optim.SGD(weights, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+PUBLISHED = [("imbalance", normalised, by_sgd), ("noise", lambda weights: weights / len(weights), by_adam)]
+
+
+@pytest.mark.parametrize(("setting", "scaled", "optimizer"), PUBLISHED, ids=["imbalance", "noise"])
+def test_iterations_are_those_of_the_published_code(setting, scaled, optimizer):
     model = student()
     sgd = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    balancer = recipes.meta_weight_net(model, optimizer=sgd, hidden=8, lr=1e-2)
+    balancer = recipes.meta_weight_net(model, optimizer=sgd, setting=setting, hidden=8, lr=1e-2)
     weights = [p.detach().clone().requires_grad_() for p in balancer.weighting.parameters()]
     assert [tuple(w.shape) for w in weights] == [(8, 1), (8,), (1, 8), (1,)]
-    adam = torch.optim.Adam(weights, lr=1e-2, weight_decay=1e-4)
+    own = optimizer(weights)
     for t in range(4):
         twin = copy.deepcopy(model)
         loss = balancer(train_batch(t), meta_batch(t))
@@ -28,15 +40,15 @@ def test_iterations_are_those_of_the_published_code():
 
         (x, y, _), (meta_x, meta_y) = train_batch(t), meta_batch(t)
         costs = hard(twin(x), y)[:, None]
-        inner = (normalised(mlp(weights, costs.detach(), torch.relu)) * costs).sum()
+        inner = (scaled(mlp(weights, costs.detach(), torch.relu)) * costs).sum()
         outer = hard(step_ahead(twin, inner, 0.3)(meta_x), meta_y).mean()
-        adam.zero_grad()
+        own.zero_grad()
         outer.backward(inputs=weights)
         for found, expected in zip(balancer.weighting.parameters(), weights, strict=True):
             close(found.grad, expected.grad)
-        adam.step()
+        own.step()
         costs = hard(twin(x), y)[:, None]
-        new = normalised(mlp(weights, costs.detach(), torch.relu).detach())
+        new = scaled(mlp(weights, costs.detach(), torch.relu).detach())
         (new * costs).sum().backward()
 
         close(loss, (new * costs).sum())
@@ -46,6 +58,21 @@ def test_iterations_are_those_of_the_published_code():
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             close(p.grad, q.grad)
         sgd.step()
+
+
+def test_the_settings_have_the_published_rates():
+    model = student()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3)
+    rates = {
+        name: recipes.meta_weight_net(model, optimizer=sgd, setting=name).weighting_optimizer
+        for name in ("imbalance", "noise")
+    }
+    assert {name: (type(found).__name__, found.defaults["lr"]) for name, found in rates.items()} == {
+        "imbalance": ("SGD", 1e-5),
+        "noise": ("Adam", 1e-3),
+    }
+    with pytest.raises(MetaKDError, match="no setting 'noisy'; it follows 'imbalance', 'noise'"):
+        recipes.meta_weight_net(model, optimizer=sgd, setting="noisy")
 
 
 def test_a_teacher_given_for_another_purpose_changes_nothing_but_what_terms_see():

@@ -5,9 +5,12 @@ import torch
 from metakd.batch import Batch
 from metakd.terms import (
     BalancedSoftmax,
+    Bootstrapped,
     CrossEntropy,
     DebiasedSoftTarget,
+    ForwardCorrected,
     GatedSoftTarget,
+    GeneralisedCrossEntropy,
     GroupTarget,
     LogitAdjusted,
     NonTargetClass,
@@ -28,6 +31,12 @@ def problem(rows, classes, seed, dtype=torch.float64, scale=3.0):
     return student, Batch(None, targets, teacher), counts
 
 
+def transition(classes):
+    """Label noise with a zero in every row."""
+    noise = torch.eye(classes, dtype=torch.float64)
+    return 0.7 * noise + 0.3 * noise.roll(1, 0)
+
+
 def every_term(counts):
     return [
         CrossEntropy(),
@@ -36,6 +45,10 @@ def every_term(counts):
         ReverseSoftTarget(3.0),
         BalancedSoftmax(counts),
         LogitAdjusted(counts, tau=0.5),
+        GeneralisedCrossEntropy(),
+        Bootstrapped(),
+        Bootstrapped(hard=True),
+        ForwardCorrected(transition(len(counts))),
         SoftTarget(3.0, power=0.5),
         RebalancedSoftTarget(counts),
         DebiasedSoftTarget(counts, 3.0),

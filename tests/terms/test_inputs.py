@@ -10,8 +10,11 @@ from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms import (
     BalancedSoftmax,
+    Bootstrapped,
     CrossEntropy,
+    ForwardCorrected,
     GatedSoftTarget,
+    GeneralisedCrossEntropy,
     GroupTarget,
     LogitAdjusted,
     NonTargetClass,
@@ -27,7 +30,8 @@ Z, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 COUNTED = [BalancedSoftmax, LogitAdjusted, RebalancedSoftTarget, GroupTarget, WithinGroupTarget]
 SOFTENED = [SoftTarget, ReverseSoftTarget, GatedSoftTarget, TargetClass, NonTargetClass]
 BOTH = [GatedSoftTarget(), TargetClass(), NonTargetClass()]
-LABELED = [CrossEntropy(), *(family([1, 2, 3, 4]) for family in COUNTED[:2]), *BOTH]
+ROBUST = [GeneralisedCrossEntropy(), Bootstrapped(), Bootstrapped(hard=True), ForwardCorrected(torch.eye(4))]
+LABELED = [CrossEntropy(), *(family([1, 2, 3, 4]) for family in COUNTED[:2]), *BOTH, *ROBUST]
 TAUGHT = [SoftTarget(), ReverseSoftTarget(), *(family([1, 2, 3, 4]) for family in COUNTED[2:]), *BOTH]
 
 
@@ -207,7 +211,7 @@ ENSEMBLE = [torch.randn(3, 4), torch.randn(3, 4)]
 @pytest.mark.parametrize("outputs", [ENSEMBLE, tuple(ENSEMBLE)])
 def test_the_outputs_of_several_teachers(term, outputs):
     found = message(term, Z, Batch(None, Y, outputs))
-    assert f"a {type(outputs).__name__} of 2 outputs" in found and "pick or average" in found
+    assert f"a {type(outputs).__name__} of 2 outputs" in found and "pick one by" in found
     assert "torch.stack(batch.teacher).mean(dim=0)" in found
 
 

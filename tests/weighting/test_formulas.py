@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from metakd import recipes
+from metakd import BilevelLossBalancer, recipes
 from metakd.batch import Batch
 from metakd.weighting import (
     ClassAware,
@@ -27,6 +27,7 @@ from metakd.weighting import (
     TermScalars,
     entropies,
 )
+from metakd.weighting.base import default_optimizer
 
 MAPS = {
     "sigmoid": lambda a: 1 / (1 + (-a).exp()),
@@ -105,6 +106,16 @@ def test_a_softplus_starts_where_it_is_told(init):
 @given(st.floats(1e-6, 1 - 1e-6))
 def test_a_sigmoid_starts_where_it_is_told(init):
     starts_at(init, "sigmoid")
+
+
+@given(st.floats(1e-6, 1e4))
+def test_bounded_weights_start_where_they_are_told_and_end_at_twice_that(init):
+    starts_at(init, "bounded")
+    for model in (f(init=init) for f in (scalars, classes, samples, sources)):
+        for free, end in ((-200.0, 0.0), (200.0, 2 * init)):
+            nn.init.constant_(model.free, free)
+            weights = model(torch.zeros(2, 1), batch_of(2, 4))
+            torch.testing.assert_close(weights, torch.full((2, 3), end))
 
 
 @given(st.floats(-1e4, 1e4))
@@ -199,6 +210,28 @@ def test_indices_of_any_integer_dtype():
     torch.nn.init.normal_(table.free)
     found = table(torch.zeros(3, 1), batch._replace(index=batch.index.to(torch.int32)))
     torch.testing.assert_close(found, table(torch.zeros(3, 1), batch), rtol=0, atol=0)
+
+
+def test_weight_models_say_which_optimizer_they_want():
+    for model in (scalars(), classes(), samples(), sources(), Normalised(sources())):
+        adam = default_optimizer(model)
+        assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.1 and adam.defaults["weight_decay"] == 0
+        assert [p for group in adam.param_groups for p in group["params"]] == list(model.parameters())
+    for model in (LossMLP(2, 2), nn.Linear(2, 2), Normalised(LossMLP(2, 2))):
+        adam = default_optimizer(model)  # BiKD's
+        assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 1e-3 and adam.defaults["weight_decay"] == 1e-4
+
+
+def test_the_balancer_asks_for_it():
+    student, table = nn.Linear(4, 3), samples()
+    options = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "weighting": table}
+    assert (
+        BilevelLossBalancer(student, [lambda z, batch: z[:, 0]] * 3, **options).weighting_optimizer.defaults["lr"]
+        == 0.1
+    )
+    own = torch.optim.SGD(table.parameters(), lr=1.0)
+    balancer = BilevelLossBalancer(student, [lambda z, batch: z[:, 0]] * 3, **options, weighting_optimizer=own)
+    assert balancer.weighting_optimizer is own
 
 
 def test_only_the_rows_of_the_batch_have_a_gradient():

@@ -83,6 +83,8 @@ def test_hidden_layers_that_are_no_sequence(hidden):
         ("softplus", 0.0, "(0, inf)"),
         ("softplus", -1.0, "(0, inf)"),
         ("softplus", None, "(0, inf)"),
+        ("bounded", 0.0, "(0, inf)"),
+        ("bounded", float("inf"), "(0, inf)"),
         ("identity", float("nan"), "(-inf, inf)"),
         ("identity", float("inf"), "(-inf, inf)"),
     ],
@@ -235,7 +237,7 @@ def test_default_features_where_they_cannot_be_computed():
             Batch(None, labels, torch.zeros(3, 1)),
             "cross-entropy and divergences need logits of at least two",
         ),
-        (torch.zeros(3, 2), Batch(None, labels, [torch.zeros(3, 2)] * 2), "a list of 2 outputs"),
+        (torch.zeros(3, 2), Batch(None, labels, torch.zeros(3, 4, 2)), "list(stacked.unbind(1))) for the shape (B, te"),
         (torch.zeros(3, 2), Batch(None, labels), "batch.teacher is None"),
     ):
         found = message(student_and_teacher, torch.zeros(3, 2), outputs, batch)

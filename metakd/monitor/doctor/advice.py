@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 
 from metakd.balancer import BilevelLossBalancer
 from metakd.monitor.doctor.diagnosis import CLEAR
-from metakd.monitor.doctor.numbers import EDGE, Numbers
+from metakd.monitor.doctor.numbers import Numbers
+from metakd.monitor.doctor.ranges import EDGE, unpinned
 from metakd.validation.finding import HANDLED, Finding, by_severity
 from metakd.weighting import TermScalars
+
+SLOW, PACE = 1e-3, 0.01  # steps of the weights: below the first they hardly move; the second is a good one
 
 
 def advice(balancer: BilevelLossBalancer, numbers: Numbers) -> list[Finding]:
@@ -22,7 +25,7 @@ def no_hypergradient(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Find
 
 def constant(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
     """All samples have the same weights."""
-    if n.constant and not isinstance(balancer.weighting, TermScalars):
+    if n.constant and not isinstance(unpinned(balancer.weighting), TermScalars):
         yield Finding(
             "warning",
             "the weights",
@@ -61,15 +64,29 @@ def saturated(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
 
 def pace(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
     """The weights move too slowly or too fast."""
+    now = "" if n.rate is None else f", now {n.rate:.3g},"
     if n.frozen:
         problem = "a step does not change the weights at all"
         if n.weights_step > 0:
             problem = f"a step changes a weight by {n.weights_step:.1g}: 0.01 takes {0.01 / n.weights_step:,.0f} steps"
-        cure = f"Raise its learning rate; with hypergradients of {n.hypergradient_norm:.1g}, check Adam's eps as well"
-        yield Finding("warning", "the weight model's optimizer", problem, cure)
+        cure = (
+            f"Raise its learning rate{now}; with hypergradients of {n.hypergradient_norm:.1g}, check Adam's eps as well"
+        )
+        yield Finding("warning", "the weight model's optimizer", problem, cure.replace(",;", ";"))
     elif n.weights_step > 0.1:
         problem = f"a single step changes a weight by {n.weights_step:.2g}: they jump rather than learn"
         yield Finding("warning", "the weight model's optimizer", problem, "Lower its learning rate")
+    elif n.failure is None and n.weights_step < SLOW and not n.at_an_end and (n.signal is None or n.signal >= CLEAR):
+        times = PACE / n.weights_step
+        to = f"to about {times * n.rate:.1g}" if n.rate else f"about {times:.0f}-fold"
+        yield Finding(
+            "warning",
+            "the weight model",
+            f"it hardly moves: a step changes a weight by {n.weights_step:.1g}, so 0.1 takes "
+            f"{0.1 / n.weights_step:,.0f} steps in one direction",
+            f"Raise its learning rate{now} {to}, where a step changes a weight by {PACE:g}; or start the weights near "
+            "their goal",
+        )
 
 
 def noise(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
@@ -123,9 +140,24 @@ def step_ahead(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
         )
 
 
+def only_scale(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
+    """The weights have only changed the length of the student's step."""
+    if n.scaled and n.scale is not None and n.scale_spread is not None:
+        shorter = "shorter" if n.scale < 1 else "longer"
+        bound = "" if n.scale < 1 or n.at_high else ". Nothing bounds them: output='bounded' or 'sigmoid' does"
+        yield Finding(
+            "warning",
+            "the weights",
+            f"together they have gone to {n.scale:.2g} times their start, and differ by {n.scale_spread:.2g} of it: "
+            f"mostly they have made the student's step {shorter}, which the learning rate does as well",
+            "Before you credit them with a gain, train two controls: their mean as fixed weights, and equal weights "
+            f"with a tuned step (from {n.scale:.2g} times the learning rate){bound}",
+        )
+
+
 def scale(balancer: BilevelLossBalancer, n: Numbers) -> Iterator[Finding]:
     """The weights change the effective learning rate."""
-    if not 0.1 <= sum(n.mean) <= 10:
+    if not 0.1 <= sum(n.mean) <= 10 and not n.scaled:
         yield Finding(
             "warning",
             "the weights",
@@ -142,6 +174,7 @@ _CHECKS: tuple[Callable[[BilevelLossBalancer, Numbers], Iterator[Finding]], ...]
     pace,
     step_ahead,
     against,
+    only_scale,
     scale,
     noise,
     together,

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakd._autodiff import norm
 from metakd._virtual.swapping import with_parameters
 from metakd.balancer import BilevelLossBalancer
 from metakd.inner import Params
 from metakd.monitor.doctor.examine import Visit
-from metakd.weighting.base import output_map
+from metakd.monitor.doctor.ranges import at_the_ends, over_start
 
 Twin = tuple[nn.Module, torch.optim.Optimizer | None]
-
-EDGE = 0.02  # a weight closer than this to an end of its range is saturated
 
 
 class Mean(NamedTuple):
@@ -52,11 +50,14 @@ class Numbers(NamedTuple):
         length: of the step ahead, relative to the student's parameters.
         mean: (M,) mean weight of each term.
         spread: (M,) standard deviation of each term's weight between samples.
+        scale: mean of all weights over what they started at; 1 if they are still there. None if the start is unknown.
+        scale_spread: standard deviation, between samples and terms, of a weight over what it started at; None as above.
         share_spread: the largest standard deviation, between samples, of a term's share of the sample's weight.
         at_low: (M,) fraction of each term's weights at the lower end of their range; None without a range.
         at_high: (M,) the same at the upper end.
         step: size of one step of the weight model, relative to its parameters.
         weights_step: how much that step changes a weight, on average.
+        rate: the learning rate of the weight model's optimizer; None if its groups differ.
         moved: how much a sample's weight changed since the previous diagnosis, on average; None without one.
     """
 
@@ -72,11 +73,14 @@ class Numbers(NamedTuple):
     length: float
     mean: list[float]
     spread: list[float]
+    scale: float | None
+    scale_spread: float | None
     share_spread: float
     at_low: list[float] | None
     at_high: list[float] | None
     step: float
     weights_step: float
+    rate: float | None
     moved: float | None
 
     @property
@@ -91,8 +95,20 @@ class Numbers(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """Whether a step of the weight model hardly changes the weights."""
+        """Whether a step of the weight model does not change the weights."""
         return self.failure is None and self.weights_step < 1e-6
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether most weights of a term are at an end of their range."""
+        return any(fraction > 0.5 for fraction in [*(self.at_low or ()), *(self.at_high or ())])
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the weights have mostly become smaller, or larger, all together."""
+        if self.scale is None or self.scale_spread is None or 0.5 <= self.scale <= 2:
+            return False
+        return abs(self.scale - 1) > 2 * self.scale_spread
 
 
 def summarised(
@@ -104,9 +120,10 @@ def summarised(
     """Combine all visits; the twin of weight model and optimizer steps along their mean hypergradient."""
     weights = torch.cat([visit.weights for visit in visits]).double().cpu()
     found = [visit.hypergradient for visit in visits if not isinstance(visit.hypergradient, str)]
-    low, high = _at_the_ends(balancer.weighting, weights)
+    low, high = at_the_ends(balancer.weighting, weights)
     signal, needed = _signal(found) if len(found) > 1 else (None, None)
     step, weights_step = _step(twin, found, visits) if found else (0.0, 0.0)
+    scale, scale_spread = over_start(balancer.weighting, weights)
     shares = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
     return Numbers(
         terms=list(balancer.terms),
@@ -121,11 +138,14 @@ def summarised(
         length=Mean.of([visit.length for visit in visits]).value,
         mean=weights.mean(0).tolist(),
         spread=weights.std(0).tolist(),
+        scale=scale,
+        scale_spread=scale_spread,
         share_spread=float(shares.std(0).max()),
         at_low=low,
         at_high=high,
         step=step,
         weights_step=weights_step,
+        rate=_rate(twin[1]),
         moved=None if previous is None else _changed(balancer.weighting, previous, visits),
     )
 
@@ -167,11 +187,6 @@ def _changed(model: nn.Module, before: Params, visits: Sequence[Visit]) -> float
     return float(torch.cat(changes).mean())
 
 
-def _at_the_ends(model: nn.Module, weights: Tensor) -> tuple[list[float] | None, list[float] | None]:
-    """The fraction of each term's weights at the ends of their range, if the model states its output map."""
-    output = getattr(model, "output", None)
-    if output not in ("sigmoid", "softplus", "softmax"):
-        return None, None
-    ends = output_map("sigmoid" if output == "softmax" else output)
-    low = (weights < ends.lower + EDGE).double().mean(0).tolist()
-    return low, (weights > ends.upper - EDGE).double().mean(0).tolist() if math.isfinite(ends.upper) else None
+def _rate(optimizer: torch.optim.Optimizer | None) -> float | None:
+    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group} if optimizer else set()
+    return rates.pop() if len(rates) == 1 else None

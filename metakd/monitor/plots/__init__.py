@@ -9,12 +9,13 @@ the figure to, in the format of its suffix; `title` stands above the figure.
 
 from metakd.monitor.plots.by_class import influence_by_class, weights_by_class
 from metakd.monitor.plots.by_loss import weights_by_loss
-from metakd.monitor.plots.over_time import influence_over_time, meta_loss_over_time, weights_over_time
+from metakd.monitor.plots.over_time import influence_over_time, meta_loss_over_time, terms_over_time, weights_over_time
 
 __all__ = [
     "influence_by_class",
     "influence_over_time",
     "meta_loss_over_time",
+    "terms_over_time",
     "weights_by_class",
     "weights_by_loss",
     "weights_over_time",

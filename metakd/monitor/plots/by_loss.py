@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from metakd._virtual.teacher import in_eval_mode
+from metakd._virtual.teacher import in_eval_mode, members
 from metakd.balancer import BilevelLossBalancer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -102,7 +102,7 @@ def weights_by_loss(
 
 def _names(balancer: BilevelLossBalancer) -> list[str] | None:
     """Names of the default features."""
-    if balancer.features is student_and_teacher:
+    if balancer.features is student_and_teacher and members(balancer.teacher) is None:
         return ["student's cross-entropy (nats)", "teacher's cross-entropy (nats)"]
     return [f"loss of the {term} term" for term in balancer.terms] if balancer.features is own_losses else None
 

@@ -128,6 +128,51 @@ def meta_loss_over_time(
     return finish(figure, grid[0], path)
 
 
+def terms_over_time(
+    history: History,
+    *,
+    title: str | None = "Learned terms over time",
+    axes: Sequence[Axes] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the terms' own parameters over the steps: one panel for each, with one line per entry.
+
+    Args:
+        history: of the training.
+        title: above the figure.
+        axes: to draw in, one for each parameter.
+        path: the file to write.
+
+    Returns:
+        The figure.
+
+    Raises:
+        MetaKDError: no report of the history had a term with parameters of its own, or matplotlib is missing.
+
+    Examples:
+        >>> import torch
+        >>> from metakd import Report
+        >>> history, one = History(["hard"]), torch.ones(4, 1)
+        >>> history.add(Report(one, one, term_parameters={"terms.hard.offset": torch.tensor([0.5, -0.5])}))
+        >>> [line.get_ydata().tolist() for line in terms_over_time(history).axes[0].get_lines()]
+        [[0.5], [-0.5]]
+    """
+    if not history.learned:
+        raise MetaKDError(
+            "the history has no term with parameters of its own to draw; add reports of a balancer that learns terms"
+        )
+    figure, grid = panels(axes, len(history.learned), (1.5 + 4.0 * len(history.learned), 4.0), title)
+    for panel, name in zip(grid, history.learned, strict=True):
+        entries = history.over_time(name).reshape(len(history.at), -1).unbind(1)
+        for i, values in enumerate(entries):
+            style: dict[str, Any] = {"label": str(i)} if len(entries) <= _LISTED else {}
+            style |= {"color": GROUPS[i % len(GROUPS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.2}
+            _line(panel, history, name, values, **style)
+        panel.set(xlabel="step", ylabel=name.removeprefix("terms."), xlim=(0, history.steps + 1))
+    return finish(figure, grid[0], path, own=axes is not None)
+
+
+_LISTED = 12  # a legend of more entries would hide the figure
 _CALL_LABELS = ("meta loss", "norm of the hypergradient")
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.proof.registry import grid, operations, shaped, spread
+from tests.zoo import differentiable
 
 special = torch.special
 
@@ -126,7 +127,6 @@ operations(
     gradient=at(lambda z: torch.cat(torch.gradient(spread(z, 4), dim=1), 1)),
     amax=at(lambda z: z.amax(1)),
     max_of_row=at(lambda z: z.max(1).values),
-    aminmax=at(lambda z: torch.stack(torch.aminmax(z, dim=1), 1)),
     sort=at(lambda z: z.sort(1).values),
     msort=at(torch.msort),
     topk=at(lambda z: z.topk(2, 1).values),
@@ -147,3 +147,7 @@ operations(
     polynomial=lambda x, a: sum((shaped(a, 4)[i] * x**i for i in range(4)), torch.zeros_like(x)),
     bucket=lambda x, a: (x @ a) * grid(4)[torch.bucketize(x.detach(), torch.tensor([-1.0, 0.0, 1.0]).double())],
 )
+
+extremes = at(lambda z: torch.stack(torch.aminmax(z, dim=1), 1))
+if differentiable(lambda z: extremes(z, torch.eye(4, dtype=z.dtype))):
+    operations(aminmax=extremes)

@@ -1,0 +1,48 @@
+"""Calls as CUDA graphs: launched once, and then replayed as a whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from metakd import MetaKDError
+
+WARM_UP = 3
+"""Calls before the capture, on a stream of their own, as torch asks for."""
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that replays the call as a CUDA graph, and returns what the captured one returned.
+
+    The call must do the same to the same tensors each time. It runs `WARM_UP` times; the capture itself runs nothing.
+
+    Raises:
+        MetaKDError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise MetaKDError("CUDA graphs need a GPU")
+    warm_up(call)
+    return capture(call)
+
+
+def warm_up(call: Callable[[], Any]) -> None:
+    """Run the call on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a call that has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay

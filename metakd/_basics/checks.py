@@ -1,0 +1,130 @@
+"""Checks of numbers on the device. Those of one call are read together, by a single host sync."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from metakd._basics.rng import capturing
+from metakd.errors import MetaKDError
+
+Judge = Callable[..., None]
+"""Takes a check's numbers, and raises or warns if they are bad."""
+
+
+class Waiting:
+    """Checks whose numbers are not read yet.
+
+    Attributes:
+        captured: whether the numbers belong to a CUDA graph, whose replays renew them.
+    """
+
+    def __init__(self) -> None:
+        self._checks: list[tuple[list[Tensor], Judge]] = []
+        self._seen: dict[Hashable, object] = {}
+        self.captured = capturing()
+
+    def add(self, numbers: tuple[Tensor, ...], judge: Judge) -> None:
+        """Keep a check for later."""
+        self._checks.append(([value.detach().reshape(1) for value in numbers], judge))
+
+    def sees_again(self, tensor: Tensor, key: Hashable) -> bool:
+        """Whether these values of the tensor came before with the same key."""
+        full = id(tensor), tensor._version, key
+        again = full in self._seen
+        self._seen[full] = tensor  # keeps it alive, as a new tensor could reuse the id
+        return again
+
+    def judge(self) -> None:
+        """Read all numbers of a device at once, and judge them in order."""
+        checks, self._seen = self._checks, {}
+        if not self.captured:
+            self._checks = []
+        every = [value for values, _ in checks for value in values]
+        read: dict[int, float] = {}
+        for device in {value.device for value in every}:
+            here = [value for value in every if value.device == device]
+            read.update(zip(map(id, here), _numbers(torch.cat(here)), strict=True))
+        for values, judge in checks:
+            judge(*(read[id(value)] for value in values))
+
+    def failure(self) -> MetaKDError | None:
+        """The first failed check's error; None if none fails, or if the device is lost."""
+        try:
+            self.judge()
+        except MetaKDError as error:
+            return error
+        except RuntimeError:
+            return None
+        return None
+
+
+def _numbers(values: Tensor) -> list[float]:
+    """The entries, by one sync."""
+    try:
+        found: list[float] = values.tolist()
+    except RuntimeError:  # torch.func has no tolist in torch 2.6
+        return list(map(float, values.cpu()))
+    return found
+
+
+_open: ContextVar[Waiting | None] = ContextVar("_open", default=None)
+
+
+@contextmanager
+def read_at_end(later: Callable[[Waiting], None] | None = None) -> Iterator[Waiting]:
+    """A block whose checks are read at its end, or before an exception leaves it: a failed check may be the cause.
+
+    `later` takes checks that shall not be read at the block's end.
+
+    Examples:
+        >>> with read_at_end():
+        ...     check(print, torch.tensor(1.0), torch.tensor(2.0))
+        ...     print("end")
+        end
+        1.0 2.0
+    """
+    waiting = Waiting()
+    token = _open.set(waiting)
+    try:
+        yield waiting
+    except Exception as error:
+        _open.reset(token)
+        cause = waiting.failure()
+        if cause is None:
+            raise
+        raise cause from error
+    except BaseException:
+        _open.reset(token)
+        raise
+    _open.reset(token)
+    waiting.judge() if later is None else later(waiting)
+
+
+def check(judge: Judge, *numbers: Tensor) -> None:
+    """Let `judge` see numbers, tensors of one entry: at the end of an open block, else now."""
+    waiting = _open.get() or Waiting()
+    waiting.add(numbers, judge)
+    if _open.get() is None:
+        waiting.judge()
+
+
+def check_finite(values: Tensor, say: Callable[[], None]) -> None:
+    """Call `say` if an entry is NaN or infinite, or if the entries are so large that their sum is."""
+
+    def judge(total: float) -> None:
+        if not math.isfinite(total):
+            say()
+
+    check(judge, values.detach().sum())
+
+
+def checked_before(tensor: Tensor, key: Hashable) -> bool:
+    """Whether the open block has seen the tensor with this key already; notes that it has."""
+    waiting = _open.get()
+    return waiting is not None and waiting.sees_again(tensor, key)
