@@ -163,7 +163,7 @@ def train(kind, sequences, ids, meta, args, seed, steps, mixture=None):
             {"next byte": term},
             optimizer=optimizer,
             weighting=weighting,
-            weighting_optimizer=torch.optim.Adam(weighting.parameters(), lr=0.1 if kind == "by source" else 0.05),
+            weighting_optimizer=torch.optim.Adam(weighting.parameters(), lr=0.1 if kind == "by source" else 0.01),
             meta_loss=term,
             inner="mirror",
             every=EVERY,
