@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,6 @@ from benchmarks.common.methods import Call
 
 ROOT = Path(__file__).parents[2]
 Prepare = Callable[[Task], Call]
-
 
 
 def in_process(kind: str, **cell: Any) -> dict[str, Any]:
