@@ -107,7 +107,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--work", type=Path, help="checkpoints; default: runs/longtail-<preset>")
     add("--output", type=Path, help="default: benchmarks/results/longtail-<preset>")
-    add("--fast", action="store_true", help="CUDA graphs where the weights are fixed, TF32, the teacher in bfloat16")
+    add(
+        "--fast",
+        action="store_true",
+        help="CUDA graphs where the weights are fixed, TF32, the teacher's passes in bfloat16",
+    )
     add("--teachers", type=Path, help="keep trained teachers there, in eight bits, and no checkpoint of what is done")
     add("--until", type=float, metavar="SECONDS", help=f"stop in time, with exit status {UNFINISHED}, and go on later")
     add("--no-report", action="store_true", help="write cells only, no table")

@@ -40,7 +40,7 @@ class Where(NamedTuple):
         image_folder: whether `data_root` holds trees of pictures, `<dataset>/{train,test}/<class>/*`.
         work: checkpoints.
         device: to train on.
-        fast: iterations with fixed weights as CUDA graphs, the teacher's training in bfloat16.
+        fast: iterations with fixed weights as CUDA graphs, the teacher's passes in bfloat16.
         teachers: where trained teachers are kept, rounded to eight bits; None keeps their checkpoints instead.
         until: of `time.monotonic`; no epoch starts that would not end before it.
     """

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.common import graphs
 from benchmarks.longtail.fixed import FixedObjective
@@ -21,6 +21,20 @@ def as_written(objective: Objective, optimizer: torch.optim.Optimizer, epoch: in
         loss.backward()
         optimizer.step()
         yield batch, loss
+
+
+class InHalf(nn.Module):
+    """A network whose forward pass runs in bfloat16, by autocast; what it returns is float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As the network's."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False):
+            outputs: Tensor = self.network(inputs)
+        return outputs.float()
 
 
 class Replayed:

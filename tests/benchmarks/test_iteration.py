@@ -105,6 +105,7 @@ def test_a_call_is_one_iteration_or_as_many_as_there_are_batches(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("name", ["plain", "accumulate=1"])
 def test_a_compiled_student_learns_the_same(name):
     start = task("convnet4", 1)
