@@ -41,6 +41,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         tests=["tests/estimators/test_softmax.py"],
         gpu_tests=["tests/test_history.py"],
         cases=["convnet4"],
+        overhead=["convnet4"],
+        loops=["accumulate=1"],
+        graphs=["plain, CUDA graph"],
+        compiled=["plain, compiled"],
         batches=[4],
         adjoint="convnet4",
         steps=[1, 2],
@@ -48,6 +52,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         preset="smoke",
         methods=["kd", "bikd-mix"],
         seconds=1.0,
+        scale=5.0,  # a slow machine that does other things as well
     )
 
 
@@ -60,7 +65,7 @@ def main() -> None:
         if unknown := sorted({*args.jobs} - {job.name for job in jobs}):
             raise MetaKDError(f"there are no jobs {', '.join(unknown)}; there are {', '.join(j.name for j in jobs)}")
         jobs = [job for job in jobs if job.name in args.jobs]
-    log = Log(args.output / "jobs.json", minutes=args.minutes, device=args.device)
+    log = Log(ROOT / args.output / "jobs.json", minutes=args.minutes, device=args.device)
     if args.list:
         for job in jobs:
             entry = log.of(job.name)
@@ -74,7 +79,7 @@ def main() -> None:
     log.save()
     seconds = 60 * args.minutes - (time.time() - start)
     work = Work(
-        jobs, log, seconds, together=args.together, scratch=args.work / "output", travels=args.travels, say=say
+        jobs, log, seconds, together=args.together, scratch=ROOT / args.work / "output", travels=args.travels, say=say
     )  # fmt: skip
     try:
         work.all()
@@ -110,8 +115,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs") / "gpu", help="checkpoints and the jobs' output")
     args = parser.parse_args()
     for key in ("data", "output", "work"):
-        if getattr(args, key) is not None:
-            setattr(args, key, Path(getattr(args, key)).resolve())
+        if getattr(args, key) is not None:  # the jobs run in the repository, and records hold their commands
+            setattr(args, key, Path(os.path.relpath(getattr(args, key), ROOT)))
     return args
 
 

@@ -10,8 +10,9 @@ from benchmarks.gpu.jobs import Job
 
 RUNS = ("numpy", "torchmetrics", "safetensors")
 METHODS = ("kd", "mixture", "bikd-mix", "best")
-GRAPHS = [name for name in MODES if "graph" in name]
-COMPILED = [name for name in MODES if "compiled" in name]
+GRAPHS = tuple(name for name in MODES if "graph" in name)
+COMPILED = tuple(name for name in MODES if "compiled" in name)
+LOOPS = ("accumulate=1", "accumulate=5", "every=5", "published way")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Plan:
         tests: run with tensors on the device by default.
         gpu_tests: the files from which those that skip without a GPU are run.
         cases: of the measurements.
+        overhead: likewise, of `overhead.py`.
+        loops: measured as written.
+        graphs: measured as CUDA graphs.
+        compiled: measured with a compiled student.
         batches: their batch sizes.
         steps: numbers of inner steps of `Adjoint`.
         tables: data set, imbalance and seeds of the table's parts, in order.
@@ -42,6 +47,10 @@ class Plan:
     tests: Sequence[str] = ("tests/estimators", "tests/test_no_trace.py")
     gpu_tests: Sequence[str] = ()
     cases: Sequence[str] = ("resnet8x4", "resnet20", "transformer")
+    overhead: Sequence[str] = ("resnet8x4", "resnet20", "mlp32", "transformer")
+    loops: Sequence[str] = LOOPS
+    graphs: Sequence[str] = GRAPHS
+    compiled: Sequence[str] = COMPILED
     batches: Sequence[int] = (100, 1024)
     adjoint: str = "resnet20"
     steps: Sequence[int] = (2, 20)
@@ -71,14 +80,11 @@ class Plan:
         yield Job("tests-device", (*command, *self.tests), 60 * self.scale, packages=needs, stops=True)
 
     def _cost(self) -> Iterator[Job]:
-        file = "benchmarks/overhead.py"
-        command = (file, "--device", self.device, "--output", str(self.output / "overhead"))
-        yield Job("overhead", command, 75 * self.scale, file=file)
-        metakd = ["accumulate=1", "accumulate=5", "every=5"]
+        yield self._measured("overhead", "benchmarks/overhead.py", 75, "--cases", *self.overhead)
         for size in self.batches:
-            yield self._iteration(f"iteration-{size}", size, [*metakd, "published way"], 45)
+            yield self._iteration(f"iteration-{size}", size, self.loops, 45)
         for size in self.batches:
-            yield self._iteration(f"graphs-{size}", size, GRAPHS, 40)
+            yield self._iteration(f"graphs-{size}", size, self.graphs, 40)
         yield self._measured(
             "adjoint", "benchmarks/hypergradient.py", 45, "--cases", self.adjoint, "--methods", "Adjoint", "Unroll",
             "--steps", *map(str, self.steps),
@@ -86,7 +92,7 @@ class Plan:
 
     def _compiled(self) -> Iterator[Job]:
         for size in self.batches:
-            yield self._iteration(f"compiled-{size}", size, COMPILED, 120)
+            yield self._iteration(f"compiled-{size}", size, self.compiled, 120)
 
     def _iteration(self, name: str, size: int, methods: Sequence[str], limit: float) -> Job:
         cases = ("--cases", *self.cases, "--batch-size", str(size), "--methods", *methods)
@@ -96,7 +102,7 @@ class Plan:
         clock = ("--clock", "device") if self.device == "cuda" else ()
         command = (file, "--device", self.device, *clock, "--seconds", f"{self.seconds:g}", "--repeats", "10")
         command = (*command, "--threads", "1", *options, "--output", str(self.output / name))
-        return Job(name, command, limit * self.scale, packages=("tqdm", "matplotlib"))
+        return Job(name, command, limit * self.scale, packages=("tqdm", "matplotlib"), file=file)
 
     def _table(self, dataset: str, imbalance: float, seeds: Sequence[int]) -> Iterator[Job]:
         for seed in seeds:

@@ -96,8 +96,10 @@ def use(device: str) -> None:
 def _drawn_on_its_device(draw: Callable[..., Any], device: str) -> Callable[..., Any]:
     @wraps(draw)
     def drawn(*args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-        if generator is None or "device" in kwargs or generator.device.type == device:
-            return draw(*args, **kwargs, **({} if generator is None else {"generator": generator}))
+        if generator is None:
+            return draw(*args, **{"device": device, **kwargs})
+        if "device" in kwargs or generator.device.type == device:
+            return draw(*args, generator=generator, **{"device": device, **kwargs})
         wanted = bool(kwargs.pop("requires_grad", False))
         return draw(*args, **kwargs, generator=generator, device=generator.device).to(device).requires_grad_(wanted)
 

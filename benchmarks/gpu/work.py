@@ -139,8 +139,8 @@ class Work:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
-        self.say(f"start   {job.name}: {limit:.0f} s at most, {self.left:.0f} s left")
         self.running.append(Running(job, process, output, time.monotonic(), limit))
+        self.say(f"start   {job.name}: {limit:.0f} s at most, {self.left:.0f} s left")
 
     def _look_after(self, one: Running) -> None:
         status = one.process.poll()
