@@ -125,5 +125,5 @@ class Plan:
         packages = (*RUNS, "sklearn" if dataset == "digits" else "PIL")
         return Job(
             name, tuple(command), 3600.0, 30 * self.scale, packages, None, after, stops=True, beside=after is not None,
-            need=need, kept=0.0 if after else 59.0,
+            need=need, kept=9.8 if after else 59.4,
         )  # fmt: skip

@@ -31,6 +31,11 @@ class Running:
     start: float
     limit: float
 
+    @property
+    def seconds(self) -> float:
+        """Since it started."""
+        return time.monotonic() - self.start
+
     def kill(self) -> None:
         """End it, and the processes that it started."""
         with contextlib.suppress(ProcessLookupError):
@@ -116,9 +121,11 @@ class Work:
             return "waiting", f"needs {job.after}, which is {self.log.status(job.after) or 'not done'}"
         if self.left < job.least:
             return "waiting", f"{max(self.left, 0):.0f} s were left, {job.least:.0f} are the least"
-        rest = self._rest(job)
-        if job.kept > self.travels and rest > self.left:
-            return "waiting", f"about {rest:.0f} s are needed at once, {self.left:.0f} s were left"
+        if job.kept > self.travels:
+            rest, others = self._rest(job), sum(self._rest(one.job) - one.seconds for one in self.running)
+            if rest + others > self.left:  # they share the GPU
+                beside = f", and {others:.0f} s by what runs beside it" * bool(self.running)
+                return "waiting", f"about {rest:.0f} s are needed at once{beside}; {self.left:.0f} s were left"
         return None
 
     def _rest(self, job: Job) -> float:
@@ -144,7 +151,7 @@ class Work:
 
     def _look_after(self, one: Running) -> None:
         status = one.process.poll()
-        if status is None and time.monotonic() - one.start < one.limit:
+        if status is None and one.seconds < one.limit:
             return
         self.running.remove(one)
         if status is None:
@@ -158,7 +165,7 @@ class Work:
             self._put(one, "failed", f"exit status {status}")
 
     def _put(self, one: Running, status: str, reason: str = "") -> None:
-        seconds = time.monotonic() - one.start
+        seconds = one.seconds
         more: dict[str, object] = {}
         if found := re.search(r"(\d+) of (\d+) epochs", reason):
             more["share"] = int(found[1]) / int(found[2])

@@ -20,6 +20,8 @@ from metakd import MetaKDError
 from metakd.longtail import Images, largest_n_max, load_images, long_tail_counts
 
 COLUMNS = 64
+VALIDATION = 1000
+"""Images of the paper's validation set."""
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
@@ -60,7 +62,7 @@ def _tiles(path: Path, index: dict[str, Any], key: str) -> Tensor:
 def kept(images: Images, imbalance: float | None) -> Tensor:
     """The first images of each class: as many as a long tail and 1000 / C validation images a class need."""
     sizes = torch.bincount(images.train_targets).tolist()
-    validation = 1000 // len(sizes)
+    validation = VALIDATION // len(sizes)
     wanted = sizes
     if imbalance is not None:
         available = [size - validation for size in sizes]

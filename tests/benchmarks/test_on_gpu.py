@@ -105,6 +105,14 @@ def test_a_checkpoint_that_does_not_travel_is_not_begun_without_the_time(tmp_pat
     assert found["teacher"]["status"] == status
 
 
+def test_the_estimates_of_what_runs_side_by_side_add_up(tmp_path):
+    code = "import time; time.sleep(2)"
+    jobs = [job(name, code, need=20.0, kept=59.0, beside=True) for name in "abc"]
+    found, _ = worked(tmp_path, *jobs, seconds=50.0, together=3, travels=10.0)
+    assert [found[name]["status"] for name in "abc"] == ["done", "done", "waiting"]
+    assert "about 20 s are needed at once, and 40 s by what runs beside it" in found["c"]["reason"]
+
+
 def test_a_run_that_ends_kills_what_runs(tmp_path):
     def say(text):
         if text.startswith("start"):
