@@ -14,6 +14,7 @@ their mean over the last epoch.
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,19 +22,28 @@ import torch
 from benchmarks.common.command import run
 from benchmarks.common.measure import ROOT
 from benchmarks.longtail import cost, methods, report
+from benchmarks.longtail.fit import Unfinished
 from benchmarks.longtail.presets import PRESETS
-from benchmarks.longtail.train import Cell, Where, settings_of, student_of
+from benchmarks.longtail.train import Cell, Where, settings_of, student_of, teacher_of
 from metakd.longtail import provenance
 from metakd.longtail.checkpoint import write_atomically
+
+UNFINISHED = 75
+"""The exit status of a command that goes on later; EX_TEMPFAIL of sysexits.h."""
 
 
 def main() -> None:
     """Train the cells that are not there yet, then write the table."""
     args = parse_arguments()
+    start = time.monotonic()
     torch.set_num_threads(args.threads)
     preset = PRESETS[args.preset]
     chosen = {name: methods.find(name) for name in args.methods}
-    where = Where(args.data_root, args.image_folder, args.work, args.device)
+    until = None if args.until is None else start + args.until
+    where = Where(args.data_root, args.image_folder, args.work, args.device, args.fast, args.teachers, until)
+    if args.fast:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
     cells = [
         Cell(dataset, imbalance, method, seed)
         for seed in args.seeds
@@ -41,6 +51,11 @@ def main() -> None:
         for imbalance in args.imbalances
         for method in chosen
     ]
+    if not cells and args.teachers:
+        for seed in args.seeds:
+            for dataset in args.datasets:
+                for imbalance in args.imbalances:
+                    teacher_of(Cell(dataset, imbalance, "teacher", seed), preset, where)
     for number, cell in enumerate(() if args.cost else cells, 1):
         path = args.output / "cells" / f"{cell.name}.json"
         if path.exists():
@@ -48,16 +63,24 @@ def main() -> None:
         print(f"{number}/{len(cells)} {cell.name}", file=sys.stderr, flush=True)
         method = chosen[cell.method]
         result = student_of(cell, preset, where, method)
-        found = {"settings": settings_of(cell, preset, method), **provenance(), "device": args.device, **result}
+        found = {
+            "settings": settings_of(cell, preset, method),
+            **provenance(),
+            "device": args.device,
+            "fast": args.fast,
+            **result,
+        }
         text = json.dumps(found) + "\n"
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        if args.teachers:
+            where.checkpoint_of(cell.name).unlink(missing_ok=True)
         scores = result["test"]
         print(f"  {scores['overall']:.2f} ({scores['few']:.2f} few), {result['seconds']:.0f} s", file=sys.stderr)
     if args.cost:
         cell = Cell(args.datasets[0], args.imbalances[0], "kd", args.seeds[0])
         found = {**provenance(), "device": args.device, **cost.measure(cell, list(chosen), preset, where)}
         write_atomically(args.output / "cost.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    for path in report.write(args.output, preset):
+    for path in () if args.no_report else report.write(args.output, preset):
         print(path)
 
 
@@ -67,7 +90,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="small")
-    add("--methods", nargs="+", default=list(methods.TABLE), metavar="METHOD", help=", ".join(methods.METHODS))
+    add(
+        "--methods",
+        nargs="*",
+        default=list(methods.TABLE),
+        metavar="METHOD",
+        help=", ".join(methods.METHODS) + "; none: only the teachers in --teachers, and the table",
+    )
     add("--datasets", nargs="+", choices=["digits", "cifar10", "cifar100"])
     add("--imbalances", nargs="+", type=float)
     add("--seeds", nargs="+", type=int)
@@ -78,6 +107,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--work", type=Path, help="checkpoints; default: runs/longtail-<preset>")
     add("--output", type=Path, help="default: benchmarks/results/longtail-<preset>")
+    add(
+        "--fast",
+        action="store_true",
+        help="CUDA graphs where the weights are fixed, TF32, the teacher's passes in bfloat16",
+    )
+    add("--teachers", type=Path, help="keep trained teachers there, in eight bits, and no checkpoint of what is done")
+    add("--until", type=float, metavar="SECONDS", help=f"stop in time, with exit status {UNFINISHED}, and go on later")
+    add("--no-report", action="store_true", help="write cells only, no table")
     args = parser.parse_args()
     for key in ("datasets", "imbalances", "seeds"):
         if getattr(args, key) is None:
@@ -88,4 +125,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except Unfinished as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(UNFINISHED)

@@ -381,7 +381,7 @@ def test_gated_cells_have_no_forward_mode_on_cuda(monkeypatch):
         assert finding.level == level and not finding.forward_mode
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 def test_gated_cells_on_a_cuda_device(cell):
     def on_device(size):

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.common.cases import CASES
 from benchmarks.common.measure import in_process
@@ -63,6 +62,8 @@ def parse(parser: argparse.ArgumentParser, presets: Presets) -> argparse.Namespa
 
 def measure(args: argparse.Namespace, methods: ModuleType, jobs: Iterable[Job]) -> Record:
     """Measure the cells that the record in --output lacks; a time cell that lacks a method is measured again."""
+    from tqdm import tqdm  # what else is here does without
+
     settings = {"threads": args.threads, "batch_size": args.batch_size}
     if args.clock != "wall":
         settings["clock"] = args.clock

@@ -8,7 +8,7 @@ import torch
 from metakd import MetaKDError
 
 WARM_UP = 3
-"""Calls before the capture, on a stream of their own, as torch asks for."""
+"""Calls before a capture."""
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -21,18 +21,19 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """
     if not torch.cuda.is_available():
         raise MetaKDError("CUDA graphs need a GPU")
-    warm_up(call)
+    for _ in range(WARM_UP):
+        aside(call)
     return capture(call)
 
 
-def warm_up(call: Callable[[], Any]) -> None:
-    """Run the call on a stream of its own."""
+def aside(call: Callable[[], Any]) -> Any:
+    """The call on a stream of its own, as torch asks for before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            call()
+        result = call()
     torch.cuda.current_stream().wait_stream(stream)
+    return result
 
 
 def capture(call: Callable[[], Any]) -> Callable[[], Any]:

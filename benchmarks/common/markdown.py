@@ -28,8 +28,9 @@ def provenance(content: Content) -> str:
     machine = f"{about['processor']}, {about['cores']} cores, {about['memory_gb']:.0f} GB of memory"
     gpu = f"; {about['gpu']}" if about["gpu"] else ""
     threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)}"
-    clocks = {"cpu": "; all times are CPU time", "device": "; all times by the GPU's events"}
-    clock = clocks.get(settings.get("clock"), "")
+    clock = {"cpu": "; all times are CPU time", "device": "; all times by the GPU's events"}.get(
+        settings.get("clock"), ""
+    )
     return f"```bash\n{content['command']}\n```\n\n{machine}{gpu}; {threads}{clock}; float32; {versions}."
 
 

@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[2]
 Prepare = Callable[[Task], Call]
 
 
-
 def in_process(kind: str, **cell: Any) -> dict[str, Any]:
     """Measure a cell, on the CPU in a fresh process; where that dies, the cell says so.
 

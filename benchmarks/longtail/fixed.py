@@ -75,14 +75,26 @@ class FixedObjective:
 
     def epoch(self, epoch: int, batches: Iterable[Any], meta_batches: Iterator[Any]) -> Iterator[tuple[Batch, Tensor]]:
         """See `setting.Objective`; the meta batches are not looked at."""
-        student, teacher = self.setting.student, self.setting.teacher
+        for item in batches:
+            yield self.loss(epoch, item)
+
+    def weighted(self, epoch: int) -> Mixture:
+        """The terms of an epoch, with their weights then."""
         mixture = self.mixture if epoch < round(DECAYS[0] * self.setting.preset.epochs) else self.late
-        uses = {name: getattr(term, "uses_teacher", True) for name, (_, term) in mixture.items()}
         rise = min((epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0
-        for inputs, targets, index in batches:
-            with torch.no_grad():
-                batch = Batch(inputs, targets, teacher(inputs) if any(uses.values()) else None, index)
-            outputs = student(inputs)
-            losses = {name: term(outputs, batch).mean() for name, (_, term) in mixture.items()}
-            weights = {name: weight * (rise if uses[name] else 1.0) for name, (weight, _) in mixture.items()}
-            yield batch, sum((weights[name] * loss for name, loss in losses.items()), outputs.new_zeros(()))
+        return {name: (weight * (rise if _uses_teacher(t) else 1.0), t) for name, (weight, t) in mixture.items()}
+
+    def loss(self, epoch: int, item: Sequence[Tensor]) -> tuple[Batch, Tensor]:
+        """A batch, with its loss, from (inputs, targets, index)."""
+        inputs, targets, index = item
+        mixture = self.weighted(epoch)
+        taught = any(_uses_teacher(term) for _, term in mixture.values())
+        with torch.no_grad():
+            batch = Batch(inputs, targets, self.setting.teacher(inputs) if taught else None, index)
+        outputs = self.setting.student(inputs)
+        losses = (weight * term(outputs, batch).mean() for weight, term in mixture.values())
+        return batch, sum(losses, outputs.new_zeros(()))
+
+
+def _uses_teacher(term: terms.Term) -> bool:
+    return bool(getattr(term, "uses_teacher", True))

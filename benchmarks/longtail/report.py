@@ -14,8 +14,10 @@ from benchmarks.longtail.presets import Preset
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """method -> its cells, in the order of their seeds."""
 
-CHOICE = re.compile(r" --(?:datasets|imbalances|seeds|methods)(?: (?!--)\S+)+")
+CHOICE = re.compile(r" --(?:datasets|imbalances|seeds|methods|until)(?: (?!--)\S+)+")
 """The part of a command that says which cells."""
+
+HURRIED = " With `--fast` the teachers' passes are in bfloat16 and their weights in eight bits, all else in TF32."
 
 SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE", "loss": "loss"}
 
@@ -60,7 +62,8 @@ def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
     """What was run, with what, on what."""
     seeds = sorted({seed_of(cell) for cell in cells})
     versions = sorted({", ".join(f"{name} {v}" for name, v in cell["versions"].items()) for cell in cells})
-    hardware = sorted({f"{cell['hardware']['processor']}, {cell['hardware']['cores']} cores, on {cell['device']}, "
+    hardware = sorted({f"{cell['hardware']['processor']}, {cell['hardware']['cores']} cores, on "
+                       f"{cell['hardware']['gpu'] if cell['device'] == 'cuda' else cell['device']}, "
                        f"{cell['threads']} thread(s)" for cell in cells})  # fmt: skip
     return (
         f"# The long-tailed table, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}\n\n"
@@ -70,7 +73,8 @@ def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
         f"{preset.batch_size}; weight models by Adam {preset.weighting_lr:g}. Test accuracy in percent after the last "
         "epoch, mean ± standard deviation over the seeds; loss is the cross-entropy on the test images, validation the "
         "accuracy on the validation images, which are the learned methods' meta set; no test image selected anything. "
-        "Every seed has a split, a teacher and a start of its own, the same for all methods.\n\n"
+        "Every seed has a split, a teacher and a start of its own, the same for all methods."
+        f"{HURRIED * any(cell.get('fast') for cell in cells)}\n\n"
         "```bash\n" + "\n".join(commands(cells)) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
     )
 

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("higher")  # of the extra "benchmarks"
 
-from benchmarks import iteration_report
-from benchmarks.common import markdown, methods
+from benchmarks import iteration, iteration_report
+from benchmarks.common import graphs, markdown, methods
+from benchmarks.common.cases import CASES, Task
 from benchmarks.common.loops import METHODS, MODES, PERIOD, WINDOWS, by_peer
 from benchmarks.common.measure import ROOT
+from metakd import MetaKDError
 from tests.benchmarks.problems import task
 from tests.slow import slow_but
 
@@ -100,6 +102,43 @@ def test_a_call_is_one_iteration_or_as_many_as_there_are_batches(name):
     start = task("convnet4", 3)
     steps = trained(start, METHODS[name], 1).student.get_submodule("1").num_batches_tracked
     assert steps == (3 if name in WINDOWS else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("name", ["plain", "accumulate=1"])
+def test_a_compiled_student_learns_the_same(name):
+    start = task("convnet4", 1)
+    ours, compiled = (trained(start, METHODS[way], 2) for way in (name, f"{name}, compiled"))
+    assert max(differences(ours, compiled).values()) < 1e-8
+    assert max(differences(ours, start).values()) > 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["plain", "accumulate=1"])
+def test_a_replayed_iteration_learns_the_same(name):
+    def on_gpu():
+        return Task.build(CASES["convnet4"], 1, batch_size=4, device="cuda")
+
+    ours, replayed = on_gpu(), on_gpu()
+    known = METHODS[name](ours)
+    again = METHODS[f"{name}, CUDA graph"](replayed)  # WARM_UP iterations; the capture itself runs none
+    for _ in range(2):
+        again()
+    for _ in range(graphs.WARM_UP + 2):
+        known()
+    assert max(differences(ours, replayed).values()) < 1e-4
+
+
+def test_a_cuda_graph_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MetaKDError, match="CUDA graphs need a GPU"):
+        METHODS["plain, CUDA graph"](task("convnet4", 1))
+
+
+def test_the_modes_are_measured_when_asked_for():
+    assert MODES.keys() <= METHODS.keys() and not MODES.keys() & set(iteration.ALWAYS)
+    assert [*iteration.ALWAYS, *MODES] == iteration.NAMES
 
 
 def record(seconds, windows):

@@ -1,0 +1,129 @@
+"""The jobs in order of worth: tests, cost, then the table of the paper, seed by seed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common.loops import MODES
+from benchmarks.gpu.estimate import known
+from benchmarks.gpu.jobs import Job
+
+RUNS = ("numpy", "torchmetrics", "safetensors")
+METHODS = ("kd", "mixture", "bikd-mix", "best")
+GRAPHS = tuple(name for name in MODES if "graph" in name)
+COMPILED = tuple(name for name in MODES if "compiled" in name)
+LOOPS = ("accumulate=1", "accumulate=5", "every=5", "published way")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run, and how much of it.
+
+    Attributes:
+        device: cuda, or the cpu for a rehearsal.
+        output: records and teachers.
+        work: checkpoints and the jobs' output, not kept.
+        data: the images, as mosaics in `<data set>`, or where torchvision has them.
+        tests: run with tensors on the device by default.
+        gpu_tests: the files from which those that skip without a GPU are run.
+        cases: of the measurements.
+        overhead: likewise, of `overhead.py`.
+        loops: measured as written.
+        graphs: measured as CUDA graphs.
+        compiled: measured with a compiled student.
+        batches: their batch sizes.
+        steps: numbers of inner steps of `Adjoint`.
+        tables: data set, imbalance and seeds of the table's parts, in order.
+        preset: of the table.
+        methods: likewise.
+        seconds: of a measured cell.
+        scale: of the limits.
+    """
+
+    device: str
+    output: Path
+    work: Path
+    data: Path | None
+    tests: Sequence[str] = ("tests/estimators", "tests/test_no_trace.py")
+    gpu_tests: Sequence[str] = ()
+    cases: Sequence[str] = ("resnet8x4", "resnet20", "transformer")
+    overhead: Sequence[str] = ("resnet8x4", "resnet20", "mlp32", "transformer")
+    loops: Sequence[str] = LOOPS
+    graphs: Sequence[str] = GRAPHS
+    compiled: Sequence[str] = COMPILED
+    batches: Sequence[int] = (100, 1024)
+    adjoint: str = "resnet20"
+    steps: Sequence[int] = (2, 20)
+    tables: Sequence[tuple[str, float, Sequence[int]]] = (
+        ("cifar10", 50.0, (0,)),
+        ("cifar10", 50.0, (1, 2)),
+        ("cifar100", 100.0, (0, 1, 2)),
+    )
+    preset: str = "paper"
+    methods: Sequence[str] = METHODS
+    seconds: float = 4.0
+    scale: float = 1.0
+
+    def jobs(self) -> list[Job]:
+        """All of them, in order."""
+        first, *more = self.tables
+        found = [*self._tests(), *self._cost(), *self._table(*first), *self._compiled()]
+        for table in more:
+            found += self._table(*table)
+        return found
+
+    def _tests(self) -> Iterator[Job]:
+        needs = ("pytest", "hypothesis")
+        command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / "tests-gpu"), "--only-gpu")
+        yield Job("tests-gpu", (*command, *self.gpu_tests), 60 * self.scale, packages=needs, stops=True)
+        command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / "tests-device"), "--device", self.device)
+        yield Job("tests-device", (*command, *self.tests), 60 * self.scale, packages=needs, stops=True)
+
+    def _cost(self) -> Iterator[Job]:
+        yield self._measured("overhead", "benchmarks/overhead.py", 75, "--cases", *self.overhead)
+        for size in self.batches:
+            yield self._iteration(f"iteration-{size}", size, self.loops, 45)
+        for size in self.batches:
+            yield self._iteration(f"graphs-{size}", size, self.graphs, 40)
+        yield self._measured(
+            "adjoint", "benchmarks/hypergradient.py", 45, "--cases", self.adjoint, "--methods", "Adjoint", "Unroll",
+            "--steps", *map(str, self.steps),
+        )  # fmt: skip
+
+    def _compiled(self) -> Iterator[Job]:
+        for size in self.batches:
+            yield self._iteration(f"compiled-{size}", size, self.compiled, 120)
+
+    def _iteration(self, name: str, size: int, methods: Sequence[str], limit: float) -> Job:
+        cases = ("--cases", *self.cases, "--batch-size", str(size), "--methods", *methods)
+        return self._measured(name, "benchmarks/iteration.py", limit, *cases)
+
+    def _measured(self, name: str, file: str, limit: float, *options: str) -> Job:
+        clock = ("--clock", "device") if self.device == "cuda" else ()
+        command = (file, "--device", self.device, *clock, "--seconds", f"{self.seconds:g}", "--repeats", "10")
+        command = (*command, "--threads", "1", *options, "--output", str(self.output / name))
+        return Job(name, command, limit * self.scale, packages=("tqdm", "matplotlib"), file=file)
+
+    def _table(self, dataset: str, imbalance: float, seeds: Sequence[int]) -> Iterator[Job]:
+        for seed in seeds:
+            name = f"{dataset}-{imbalance:g}-{seed}"
+            yield self._cells(f"teacher-{name}", dataset, imbalance, seed, [])
+            for method in self.methods:
+                yield self._cells(f"{method}-{name}", dataset, imbalance, seed, [method], after=f"teacher-{name}")
+
+    def _cells(
+        self, name: str, dataset: str, imbalance: float, seed: int, methods: Sequence[str], after: str | None = None
+    ) -> Job:
+        command = [
+            "benchmarks/longtail_table.py", "--preset", self.preset, "--fast", "--no-report", "--device", self.device,
+            "--threads", "1", "--datasets", dataset, "--imbalances", f"{imbalance:g}", "--seeds", str(seed),
+            "--teachers", str(self.output / "teachers"), "--work", str(self.work / "table"),
+            "--output", str(self.output / "table"), *(("--data-root", str(self.data)) if self.data else ()),
+            "--methods", *methods,
+        ]  # fmt: skip
+        need = known().get((dataset, imbalance, methods[0] if methods else "teacher"), 0.0)
+        packages = (*RUNS, "sklearn" if dataset == "digits" else "PIL")
+        return Job(
+            name, tuple(command), 3600.0, 30 * self.scale, packages, None, after, stops=True, beside=after is not None,
+            need=need, kept=9.8 if after else 59.4,
+        )  # fmt: skip
