@@ -18,7 +18,8 @@ class Task(NamedTuple):
     """Training samples of doubtful use; clean meta, validation and test samples.
 
     Attributes:
-        train: all training samples; columns `group` (source or annotator) and `cell` (group and label), where there are.
+        train: all training samples; where there are groups, with columns `group` (source or annotator) and `cell`
+            (group and label).
         meta: clean samples to judge by.
         validation: clean samples to choose by.
         test: clean samples to report.

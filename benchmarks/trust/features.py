@@ -25,7 +25,7 @@ def features_of(images: Images, *, filters: int, stride: int, components: int) -
     """
     generator = torch.Generator().manual_seed(0)
     if filters:
-        whiten = _whitening(images.train, generator)
+        whiten = _Whitening(images.train, generator)
         centres = _k_means(whiten(_random_patches(images.train, 60 * filters, generator)), filters, generator)
         train, test = (
             torch.cat([_activations(part, whiten, centres, stride) for part in whole.split(200)])
@@ -59,7 +59,7 @@ def _random_patches(images: Tensor, count: int, generator: torch.Generator) -> T
     return _normalised(found.permute(0, 3, 1, 2).reshape(count, channels * PATCH**2).float())
 
 
-class _whitening:  # noqa: N801 (a function with two numbers)
+class _Whitening:
     def __init__(self, images: Tensor, generator: torch.Generator) -> None:
         patches = _random_patches(images, 20_000, generator)
         self.mean = patches.mean(0)
@@ -81,7 +81,7 @@ def _k_means(patches: Tensor, filters: int, generator: torch.Generator, rounds: 
     return centres
 
 
-def _activations(images: Tensor, whiten: _whitening, centres: Tensor, stride: int) -> Tensor:
+def _activations(images: Tensor, whiten: _Whitening, centres: Tensor, stride: int) -> Tensor:
     patches = F.unfold(images.float(), PATCH, stride=stride)
     across = round(patches.shape[2] ** 0.5)
     x = whiten(_normalised(patches.transpose(1, 2)))

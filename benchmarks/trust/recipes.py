@@ -118,12 +118,12 @@ def of_teachers() -> Rows:
         "KD": [replace(plus, meta=None)],
         "meta images alone": [Recipe(weights="none", meta=1.0, faster=f) for f in (1.0, 0.3)],
         "KD + meta": [plus],
-        "grid of fixed weights + meta": [
-            replace(plus, scale=s, faster=f) for s in (1.0, 0.3, 0.1) for f in (1.0, 0.3)
-        ],
+        "grid of fixed weights + meta": [replace(plus, scale=s, faster=f) for s in (1.0, 0.3, 0.1) for f in (1.0, 0.3)],
         "random search + meta": [replace(plus, weights="random", draw=k) for k in range(8)],
         "surest teacher + meta": [replace(plus, weights="confident", scale=s) for s in (1.0, 0.3)],
-        "agreement + meta": [replace(plus, weights="agreement", scale=s, keep=k) for s in (1.0, 0.3) for k in (1.0, 0.5)],
+        "agreement + meta": [
+            replace(plus, weights="agreement", scale=s, keep=k) for s in (1.0, 0.3) for k in (1.0, 0.5)
+        ],
         "stacking + meta": [replace(plus, term="stacked", scale=s) for s in (1.0, 0.3)],
         "oracle + meta": [replace(plus, weights="oracle", scale=s) for s in (1.0, 0.3)],
         "learned table": [replace(plus, weights="teachers", meta=None)],

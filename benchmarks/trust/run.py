@@ -118,9 +118,7 @@ def trained(
     """
     task, preset = cell.task, cell.preset
     student = network(task, preset, cell.seed)
-    optimizer = torch.optim.SGD(
-        student.parameters(), lr=recipe.faster * preset.lr, momentum=0.9, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=recipe.faster * preset.lr, momentum=0.9, weight_decay=5e-4)
     schedule = CosineAnnealingLR(optimizer, preset.steps)
     terms = terms_for(cell, recipe)
     balancer = balancer_of(cell, recipe, student, optimizer, terms) if given is None else None
@@ -200,7 +198,9 @@ def balancer_of(
         return recipes.learning_to_reweight(student, optimizer=optimizer)
     table = weights.model_of(recipe, cell.task, cell.judge)
     weighting = Pinned(table, 1.0 if recipe.meta is None else recipe.meta)
-    learned = [p for term in terms.values() if isinstance(term, nn.Module) for p in term.parameters() if p.requires_grad]
+    learned = [
+        p for term in terms.values() if isinstance(term, nn.Module) for p in term.parameters() if p.requires_grad
+    ]
     groups = [{"params": table.parameters()}, *([{"params": learned, "lr": recipe.rate / 10}] if learned else [])]
     return BilevelLossBalancer(
         student,
