@@ -16,19 +16,19 @@ TEXT = """\
 
 {provenance}
 
-{data} {steps} steps of SGD {lr:g} (momentum 0.9, weight decay 5e-4, cosine), batches of {batch_size}; meta batches and the
-meta samples among the training samples likewise. {validation} clean samples of each class, neither meta nor test, choose
-the variant of each row, by the mean over the seeds; test samples choose nothing. Accuracy in percent after the last step,
-mean ± standard deviation over the seeds {seeds}. Every seed has a split, a start and unreliable labels of its own, the
-same for all rows. "+ meta" rows have the meta samples among their training samples; "oracle" has the right labels alone
+{data} {steps} steps of SGD {lr:g} (momentum 0.9, weight decay 5e-4, cosine), batches of {batch_size}; meta batches and
+the meta samples among the training samples likewise. {validation} clean samples of each class, neither meta nor test,
+choose the variant of each row, by the mean over the seeds; test samples choose nothing. Accuracy in percent after the
+last step, mean ± standard deviation over the seeds {seeds}. Every seed has a split, a start and unreliable labels of
+its own, the same for all rows. "+ meta" rows have the meta samples among their training samples; "oracle" has the right labels alone
 (the right teachers alone). The seconds are CPU time of all variants of a row.
 
 {settings}
 
 ## What wins
 
-Test accuracy. The best rival is the row without an oracle that has the highest *test* accuracy, which favours the rivals;
-metakd's is the learned row with the highest *validation* accuracy. The gains are seed by seed.
+Test accuracy. The best rival is the row without an oracle that has the highest *test* accuracy, which favours the
+rivals; metakd's is the learned row with the highest *validation* accuracy. The gains are seed by seed.
 
 {summary}
 
@@ -45,8 +45,8 @@ with another one's), and with their mean; meta samples among the training sample
 
 ## What the influences say
 
-How often the influence (of the second half of training) and the final weight are on the right side for a right label and
-a wrong one: the area under the curve, 50 means that they know nothing.
+How often the influence (of the second half of training) and the final weight rank a right label before a wrong one: the
+area under the curve, in percent; 50 means that they know nothing.
 
 {influences}
 """
@@ -85,8 +85,8 @@ def _data(preset: Preset) -> str:
     if not preset.filters:
         return f"Pixels of scikit-learn's digits, {preset.per_class} training images of each class; {student}"
     return (
-        f"Real CIFAR-10 images, {preset.per_class} training images of each class, as fixed convolutional features that no "
-        f"label went into (k-means of whitened patches, Coates et al. 2011: {preset.filters} filters, stride "
+        f"Real CIFAR-10 images, {preset.per_class} training images of each class, as fixed convolutional features that "
+        f"no label went into (k-means of whitened patches, Coates et al. 2011: {preset.filters} filters, stride "
         f"{preset.stride}, the four quarters of the image, {preset.components} principal components, fitted to the "
         f"training images); {student} All rows see the same features."
     )

@@ -160,7 +160,7 @@ def network(task: Task, preset: Preset, seed: int) -> nn.Module:
 
 
 def batches(cell: Cell, recipe: Recipe) -> Iterator[tuple[Batch, Batch]]:
-    """As many training batches as there are steps, with meta samples among them if asked for, each with a meta batch."""
+    """A training batch for each step, with meta samples in it if the recipe says so, and a meta batch."""
     size, seed, meta = cell.preset.batch_size, cell.seed, cell.task.meta
     train = (batch for _, batch in zip(range(cell.preset.steps), endless(cell.task.train, size, seed), strict=False))
     folds = []
