@@ -12,7 +12,7 @@ class Recipe:
         weights: how training samples are weighted: "equal", "none" (meta samples alone), "random" (groups, or classes),
             "agreement" (samples, or groups, with whose labels a network trained on the meta samples agrees most),
             "trimmed" (the smaller losses of a batch), "oracle" (right labels alone), "confident" (the surest teacher),
-            "table", "samples", "classes" (learned tables), "mwn", "l2rw".
+            "table", "samples", "classes" (learned tables), "gates" (by group and loss), "mwn", "l2rw".
         by: the column of groups, "group" or "cell"; "" for single samples.
         term: "ce", "gce", "forward" (GLC), "forward learned", "teachers", "stacked", "stacked learned".
         q: of generalised cross-entropy.
@@ -22,7 +22,8 @@ class Recipe:
         faster: factor of the student's learning rate.
         draw: number of a random mixture.
         rate: of the table's Adam.
-        start: of a table, "equal" or "agreement".
+        start: of a table, "equal" or "agreement"; of agreement, "agreement" for a second round, judged by the first
+            round's student; of gates, "table" for the losses of a student of a learned table.
         folds: of the meta set; with 2, a half is trained on and the other judges, in turns.
         every: n-th call takes a hypergradient.
         controls: whether students are trained with the final weights fixed, permuted and as their mean, too.
@@ -48,7 +49,7 @@ class Recipe:
         return asdict(self)
 
 
-LEARNED = {"table", "samples", "classes", "teachers", "mwn", "l2rw"}
+LEARNED = {"gates", "table", "samples", "classes", "teachers", "mwn", "l2rw"}
 Rows = dict[str, list[Recipe]]
 
 
@@ -90,6 +91,10 @@ def of_labels(setting: str) -> Rows:
             *(r for t in trusted for r in scaled(t)),
             *(replace(plus, weights="agreement", by=b, keep=k) for b in by[1:] for k in (0.3, 0.6)),
         ],
+        "agreement twice + meta": [
+            replace(plus, weights="agreement", by=by[0], start="agreement", keep=k, scale=2.0, meta=0.3)
+            for k in (0.3, 0.4, 0.5, 0.6)
+        ],
         "Meta-Weight-Net": [Recipe(weights="mwn")],
         "Meta-Weight-Net + meta": [replace(plus, weights="mwn")],
         "Learning to Reweight": [Recipe(weights="l2rw")],
@@ -103,9 +108,8 @@ def of_labels(setting: str) -> Rows:
     if by[0]:
         rows["learned table from agreement + meta"] = [replace(table, meta=0.3, start="agreement")]
     else:
-        rows["learned table + meta"].append(replace(table, meta=0.3, rate=0.5))
         rows["learned table of GCE + meta"] = [replace(table, meta=0.3, term="gce", faster=3.0)]
-        rows["learned table of GLC's loss + meta"] = [replace(table, meta=0.3, term="forward")]
+    rows["learned, second look + meta"] = [Recipe(weights="gates", by=by[-1], meta=0.3, start="table")]
     classes = Recipe(weights="classes", term="forward learned", meta=0.3)
     rows["learned transition + meta"] = [classes] if by[0] else [classes, replace(classes, meta=1.0)]
     return rows

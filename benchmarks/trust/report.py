@@ -20,8 +20,8 @@ TEXT = """\
 the meta samples among the training samples likewise. {validation} clean samples of each class, neither meta nor test,
 choose the variant of each row, by the mean over the seeds; test samples choose nothing. Accuracy in percent after the
 last step, mean ± standard deviation over the seeds {seeds}. Every seed has a split, a start and unreliable labels of
-its own, the same for all rows. "+ meta" rows have the meta samples among their training samples; "oracle" has the right labels alone
-(the right teachers alone). The seconds are CPU time of all variants of a row.
+its own, the same for all rows. "+ meta" rows have the meta samples among their training samples; "oracle" has the right
+labels alone (the right teachers alone). The seconds are CPU time of all variants of a row.
 
 {settings}
 

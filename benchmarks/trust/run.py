@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from metakd.terms import (
     evaluate,
 )
 from metakd.weighting import Pinned
+from metakd.weighting.features import Features
 
 
 class Cell:
@@ -51,7 +52,19 @@ class Cell:
 
     def student(self, recipe: Recipe) -> nn.Module:
         """A student that was trained by a recipe with fixed weights."""
-        return trained(self, recipe, weights.fixed(recipe, self.task, self.judge, self.seed))[0]
+        return trained(self, recipe, weights.fixed(recipe, self.task, self.judge_for(recipe), self.seed))[0]
+
+    def judge_for(self, recipe: Recipe) -> Callable[[], weights.Judge]:
+        """Who judges the labels: where agreement starts from agreement, the student that it gave the first time."""
+        if recipe.weights == recipe.start == "agreement":
+            first = Recipe(weights="agreement", by=recipe.by, keep=0.5, scale=2.0, meta=0.3)
+            return partial(self.kept_student, first)
+        return self.judge
+
+    @cache  # noqa: B019
+    def kept_student(self, recipe: Recipe) -> nn.Module:
+        """A student, trained once; with learned weights, too."""
+        return trained(self, recipe, None)[0] if is_learned(recipe) else self.student(recipe)
 
 
 def found_by(cell: Cell, recipe: Recipe) -> dict[str, Any]:
@@ -65,8 +78,8 @@ def found_by(cell: Cell, recipe: Recipe) -> dict[str, Any]:
     """
     start = time.process_time()
     given = None
-    if recipe.weights not in LEARNED and recipe.term != "stacked learned":
-        given = weights.fixed(recipe, cell.task, cell.judge, cell.seed)
+    if not is_learned(recipe):
+        given = weights.fixed(recipe, cell.task, cell.judge_for(recipe), cell.seed)
     student, balancer, seen = trained(cell, recipe, given)
     found: dict[str, Any] = {**scores(cell.task, student), "seconds": round(time.process_time() - start, 2)}
     if balancer is None:
@@ -83,6 +96,11 @@ def found_by(cell: Cell, recipe: Recipe) -> dict[str, Any]:
         for name, values in again.items():
             found[name] = scores(cell.task, trained(cell, recipe, values)[0])
     return found
+
+
+def is_learned(recipe: Recipe) -> bool:
+    """Whether there is anything to learn beside the student."""
+    return recipe.weights in LEARNED or recipe.term == "stacked learned"
 
 
 def permuted(final: Tensor, recipe: Recipe, task: Task, generator: torch.Generator) -> Tensor:
@@ -208,8 +226,22 @@ def balancer_of(
         optimizer=optimizer,
         weighting=weighting,
         weighting_optimizer=torch.optim.Adam(groups, lr=recipe.rate),
-        features=lambda losses, outputs, batch: losses,
+        features=_features(cell, recipe),
     )
+
+
+def _features(cell: Cell, recipe: Recipe) -> Features:
+    """The losses; on the second look those of the student of the first one, which learned a table."""
+    if recipe.start != "table":
+        return lambda losses, outputs, batch: losses
+    first = cell.kept_student(Recipe(weights="table" if recipe.by else "samples", by=recipe.by, meta=recipe.meta))
+    with torch.no_grad():
+        known = CrossEntropy()(first(cell.task.train.inputs), cell.task.train)
+
+    def looked_up(losses: Tensor, outputs: Any, batch: Batch) -> Tensor:
+        return known[losses.new_zeros(len(losses)).long() if batch.index is None else batch.index.clamp_min(0)][:, None]
+
+    return looked_up
 
 
 def _about(

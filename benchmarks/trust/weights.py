@@ -38,7 +38,8 @@ def fixed(recipe: Recipe, task: Task, judge: Callable[[], Judge], seed: int) -> 
     elif recipe.weights == "agreement":
         trust = precision(task) if train.teacher is not None else agreement(recipe, task, judge())
         if train.teacher is None:
-            found = kept(trust, groups_of(recipe, train) if recipe.by else None, recipe.keep).unsqueeze(1)
+            by_group = recipe.by and recipe.start != "agreement"
+            found = kept(trust, groups_of(recipe, train) if by_group else None, recipe.keep).unsqueeze(1)
         else:
             found = _surest(trust) if recipe.keep < 1 else trust / trust.sum(1, keepdim=True).clamp_min(1e-6)
     else:
@@ -56,7 +57,7 @@ def agreement(recipe: Recipe, task: Task, judge: Judge) -> Tensor:
     train = task.train
     with torch.no_grad():
         own = judge(train.inputs).softmax(1).gather(1, train.targets.unsqueeze(1)).squeeze(1)
-    if not recipe.by:
+    if not recipe.by or recipe.weights == recipe.start:  # the second time it is asked of each sample
         return own
     rows = groups_of(recipe, train)
     size = int(rows.max()) + 1
@@ -104,6 +105,29 @@ class ByAnswer(nn.Module):
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
 
+class ByGroupAndLoss(nn.Module):
+    """A weight that falls with the sample's loss, by group: `2 sigmoid(a_g - b_g (loss - 2))`, both numbers learned.
+
+    It reads the first feature, which must be a loss; `b` starts at 1. A group whose labels are right as often as not can
+    be trusted where the loss is small.
+    """
+
+    def __init__(self, column: str, groups: int) -> None:
+        super().__init__()
+        self.numbers = GroupTable(column, groups, 2, init=0.0, output="identity")
+        with torch.no_grad():
+            self.numbers.free[:, 1] = 1.0
+
+    def forward(self, features: Tensor, batch: Batch) -> Tensor:
+        """Return the weights, shape `(B, 1)`."""
+        trust, fall = self.numbers(features, batch).unbind(1)
+        return 2 * torch.sigmoid(trust - fall * (features[:, 0] - 2)).unsqueeze(1)
+
+    def default_optimizer(self) -> torch.optim.Optimizer:
+        """That of a table."""
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
 def model_of(recipe: Recipe, task: Task, judge: Callable[[], Judge]) -> nn.Module:
     """An untrained table for the recipe."""
     count = len(task.train.targets)
@@ -113,6 +137,9 @@ def model_of(recipe: Recipe, task: Task, judge: Callable[[], Judge]) -> nn.Modul
         return ByAnswer(terms_of(task), task.classes)
     if recipe.weights == "samples":
         return SampleTable(count, 1)
+    if recipe.weights == "gates":
+        by = recipe.by or "targets"
+        return ByGroupAndLoss(by, task.classes if not recipe.by else int(groups_of(recipe, task.train).max()) + 1)
     if recipe.weights == "classes":
         return ClassTable(task.classes, 1)
     rows = groups_of(recipe, task.train)
