@@ -151,6 +151,18 @@ def test_the_estimate_is_that_of_the_operations():
     assert row["ms"] == pytest.approx(ms, rel=0.05) and row["seconds"] == pytest.approx(16.44 * row["ms"], rel=0.01)
 
 
+def test_the_page_has_the_estimate_and_the_limits():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    content = json.loads(estimate.PATH.read_text())
+    assert estimate.text_of(content["rows"]) in page
+    assert content["rates"] == {"tf32": 60e12, "bf16": 100e12, "launch": 12e-6, "replay": 2.5e-6}
+    limits = {job.name: job.limit for job in full()}
+    rows = {names: seconds for names, seconds in re.findall(r"\| `([^|]*)` \| (?:2 . )?(\d+) s \|", page)}
+    assert len(rows) == 6
+    for names, seconds in rows.items():
+        assert limits[names.split("`")[0]] == float(seconds)
+
+
 def test_tests_for_a_gpu_say_so_in_the_same_words():
     skips = re.compile(r"skipif\(\s*not torch\.cuda\.is_available\(\)[^\n]*")
     found = {str(path.relative_to(ROOT)): skips.findall(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
