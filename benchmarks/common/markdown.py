@@ -46,7 +46,8 @@ def memory_is(content: Content) -> str:
     return {
         "cpu": "the peak of the process's resident memory less the resident memory before the call. Each "
         "number comes from a process of\n  its own.",
-        "cuda": "the peak of the GPU allocator less what was allocated before the call, which includes\n  its preparation.",
+        "cuda": "the peak of the GPU allocator less what was allocated before the call, which "
+        "includes\n  its preparation.",
     }[content["settings"]["device"]]
 
 
