@@ -79,7 +79,7 @@ def train(name, method, model, teacher, data, args, epochs):
     history = checkpoint.load() if args.resume else []  # one entry for each epoch that is behind us
     groups = group_classes(data.counts)
     steps = len(data.train)
-    bar = tqdm(desc=name, total=epochs * steps, initial=len(history) * steps, mininterval=args.refresh)
+    bar = tqdm(desc=title(name, args), total=epochs * steps, initial=len(history) * steps, mininterval=args.refresh)
     for epoch in range(len(history), epochs):
         started, total = time.perf_counter(), 0.0
         model.train()
@@ -119,6 +119,12 @@ def train(name, method, model, teacher, data, args, epochs):
         checkpoint.save(history)
     bar.close()
     return Run(history, evaluate(model, data.test.plain(), groups)), balancer
+
+
+def title(name, args):
+    """The network's name and number; behind it the bar shows how long the network still takes."""
+    networks = ["teacher", *args.methods][bool(args.teacher_checkpoint) :]
+    return f"{name}, network {networks.index(name) + 1} of {len(networks)}"
 
 
 def settings(name, method, data, args, epochs):

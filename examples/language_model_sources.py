@@ -163,7 +163,7 @@ def train(kind, sequences, ids, meta, args, seed, steps, mixture=None):
             {"next byte": term},
             optimizer=optimizer,
             weighting=weighting,
-            weighting_optimizer=torch.optim.Adam(weighting.parameters(), lr=0.1 if kind == "by source" else 0.05),
+            weighting_optimizer=torch.optim.Adam(weighting.parameters(), lr=0.1 if kind == "by source" else 0.01),
             meta_loss=term,
             inner="mirror",
             every=EVERY,
@@ -230,10 +230,11 @@ def draw(found, learned, path):
         scores.plot(values, [place] * len(values), "o", alpha=0.4, color="#0072B2")
         scores.plot(sum(values) / len(values), place, "|", color="#0072B2", markersize=22, markeredgewidth=3)
     scores.set_yticks(range(len(found)), list(found))
-    scores.set(xlabel="bits per byte of held-out docstrings: seeds, and their mean", ylim=(len(found) - 0.4, -0.6))
+    scores.set(xlabel="bits per byte: seeds, and their mean", ylim=(len(found) - 0.4, -0.6))
     for panel, (method, history) in zip(panels, learned.items(), strict=True):
         groups = {name: [number] for number, name in enumerate(SOURCES)}
-        plots.weights_over_time(history, groups=groups, title=f"{method}: weights of a source", axes=panel)
+        plots.weights_over_time(history, groups=groups, axes=panel)
+        panel.set_title(f"weights {method}")
     figure.savefig(path, dpi=120)
 
 

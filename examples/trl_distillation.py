@@ -74,15 +74,17 @@ def tokenizer():
 
 
 def model_of(width):
+    """A small causal transformer, built from a config."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS + 2, pad_token_id=WORDS, **sizes))
 
 
 def settings(output, epochs, **more):
+    """TRL's settings for a CPU, without checkpoints and loggers."""
     return SFTConfig(
         output, num_train_epochs=epochs, learning_rate=1e-2, per_device_train_batch_size=32, save_strategy="no",
         report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, bf16=False, logging_steps=20,
-        gradient_checkpointing=False, eos_token="<eos>", **more,
+        eos_token="<eos>", **more,
     )  # fmt: skip
 
 
@@ -98,6 +100,7 @@ def distil(output, teacher, epochs=4, number=640, width=32):
 
 
 def main():
+    """Train a teacher on clean text, distil, and print what was learned."""
     parser = argparse.ArgumentParser(description="Distil a causal language model with TRL, LoRA and learned weights.")
     parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from threading import RLock
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakd._basics.checks import check, read_at_end
+from metakd._basics.checks import Waiting, check, read_at_end
 from metakd._basics.positive_int import positive_int
+from metakd._basics.rng import capturing
 from metakd._basics.together import clones
 from metakd._call.arguments import (
     check_parts,
@@ -27,6 +28,7 @@ from metakd._call.arguments import (
     trained_elsewhere,
     validated,
 )
+from metakd._call.capture import check_capture
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.objective import Objective, weighted_mean
@@ -42,7 +44,7 @@ from metakd._virtual.precision import as_written
 from metakd._virtual.sharded import as_function
 from metakd._virtual.teacher import Teacher
 from metakd.batch import Batch, as_batch, detached_copy, endless
-from metakd.errors import MetaKDError, explained
+from metakd.errors import MetaKDError, blamed, explained
 from metakd.estimators import Estimator, Hypergradient, OneStep, Problem
 from metakd.estimators.estimate import estimate
 from metakd.estimators.problem import Step, WeightedLosses, unchanged
@@ -50,6 +52,7 @@ from metakd.inner import GradientTransformation, Params, inner_optimizer, learni
 from metakd.inner.groups import Optimizers
 from metakd.report import Report
 from metakd.terms import CrossEntropy, Term, named
+from metakd.terms.base import nested
 from metakd.weighting.features import Features, default_features, evaluate_features
 
 
@@ -87,8 +90,8 @@ class BilevelLossBalancer:
             step reads their learning rates, groups and state.
         weighting: the weight model, an `nn.Module` (features (B, F), batch) -> (B, M); default `weighting.LossMLP`.
         weighting_optimizer: the weight model's optimizer; default what its `default_optimizer()` returns (for tables
-            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters, too;
-            the default has them at lr=1e-2 without decay.
+            Adam at 0.1), or else `torch.optim.Adam(lr=1e-3, weight_decay=1e-4)`. It must hold the terms' parameters,
+            too; the default has them at lr=1e-2 without decay.
         teacher: a module, any other callable, or a list of them (an ensemble, whose outputs are a list); or None. It
             runs once per batch, in eval mode, without gradients.
         features: (losses (B, M), outputs, batch) -> (B, F), the weight model's inputs, always detached. Default: the
@@ -106,6 +109,12 @@ class BilevelLossBalancer:
             real ones, and forward mode or the double backward with first-order gradients. With `OneStep` that costs 6
             forward passes, a forward-mode pass and M + 5 backward passes, once. A number n repeats it at every n-th
             hypergradient; False omits it.
+        order: `"sequential"`: the weight model steps first, and the returned loss has its new weights, as in the
+            published codes. `"simultaneous"`: the loss has the weights that the lookahead has judged, and the step
+            counts from the next call on. The real gradient then is the lookahead's, which saves a backward pass.
+        defer_checks: whether the checks of a call on numbers (finite losses and weights, labels in range, a
+            hypergradient that is not zero) wait for the next call or for `read_checks`. A call then never waits for the
+            device; but what fails is reported one step later, and that step stays.
 
     Raises:
         MetaKDError: an argument or a batch does not fit; the message has cause and cure. After any error student,
@@ -141,6 +150,8 @@ class BilevelLossBalancer:
         every: int = 1,
         batch_fn: Callable[[Any], Batch] | None = None,
         verify: bool | int = True,
+        order: str = "sequential",
+        defer_checks: bool = False,
     ) -> None:
         self.student, self.optimizer, self.teacher = student, optimizer, teacher
         self.terms, self.inner, self.estimator = named(terms), inner, estimator
@@ -152,14 +163,15 @@ class BilevelLossBalancer:
         check_parts(student, optimizer, estimator)
         check_sharded(student, optimizer, inner)
         check_teacher(teacher)
-        self._proofs = Proofs(verify)
+        self._proofs, self.order = Proofs(verify), order
+        self.defer_checks, self._late = defer_checks, list[Waiting]()
         self._ranks, plain = Ranks(student), as_function(student)
         inner_optimizer(inner, optimizer, plain.trainable())
         if weighting is None:
             if weighting_optimizer is not None:
                 raise MetaKDError("weighting_optimizer was given without weighting; pass its weight model as well")
             weighting = default_weighting(plain, width if features is None else None, len(self.terms))
-        check_weighting(weighting)
+        check_weighting(weighting, order)
         self.weighting: nn.Module = weighting
         self._functional = self._as_function()
         learned = LearnedTerms(self.terms, student, trained_elsewhere(optimizer, teacher), weighting)
@@ -195,6 +207,10 @@ class BilevelLossBalancer:
         Raises:
             MetaKDError: see the class.
         """
+        if capturing():
+            check_capture(self)
+        else:
+            self.read_checks()
         with self._all_or_nothing() as snapshot, self._ranks.together():
             self._calls += 1
             meta_batch, skipped = self._turn(meta_batch)
@@ -206,6 +222,19 @@ class BilevelLossBalancer:
             loss = self._trained(snapshot, read, meta_batch, skipped)
             self._ranks.agree("the end of the call")
             return loss
+
+    def read_checks(self) -> None:
+        """Read the checks of the last call that `defer_checks` has left waiting; the next call does so, too.
+
+        After a replay of a CUDA graph that captured a call, it reads those of the replay.
+
+        Raises:
+            MetaKDError: one failed. The last call is not undone.
+        """
+        late, self._late = self._late, [waiting for waiting in self._late if waiting.captured]
+        with blamed("a check of the last call"):
+            for waiting in late:
+                waiting.judge()
 
     def loss(self, batch: Any) -> Tensor:
         """The weighted loss under the present weights; nothing is learned."""
@@ -320,8 +349,8 @@ class BilevelLossBalancer:
         The optimizer's state follows. The user moves student and teacher; a default weight model is built on the
         student's device.
         """
-        for module in (self.weighting, *self._step.learned.modules):
-            module.to(*args, **kwargs)
+        self.weighting.to(*args, **kwargs)
+        self._step.learned.to(*args, **kwargs)
         self._step.load_state_dict(self._step.state_dict())  # states follow the parameters
         return self
 
@@ -349,9 +378,11 @@ class BilevelLossBalancer:
 
     def _as_function(self, dtype: torch.dtype | None = None) -> FunctionalStudent:
         """The student as a function; its passes also call the terms, the meta loss and the features."""
-        return as_function(
-            self.student, dtype, lambda: [*self.terms.values(), self.meta_loss, self.features], excluded=self.weighting
-        )
+        return as_function(self.student, dtype, self._called, excluded=self.weighting)
+
+    def _called(self) -> list[Any]:
+        """What a pass calls beside the student."""
+        return [*chain.from_iterable(map(nested, (*self.terms.values(), self.meta_loss))), self.features]
 
     def _turn(self, meta_batch: Any) -> tuple[Any, str | None]:
         """The meta batch if this call takes a hypergradient, else None; and why a due one is skipped."""
@@ -365,12 +396,13 @@ class BilevelLossBalancer:
 
     def _trained(self, snapshot: Snapshot, batch: Batch, meta_batch: Batch | None, skipped: str | None) -> Tensor:
         """The training pass, the hypergradient of a given meta batch, and the weighted loss; sets the report."""
-        with read_at_end():
+        with read_at_end(self._late.append if self.defer_checks else None):
             lending = self._proofs.lending
             before = batch if lending.only_read else snapshot.keep_batch(batch)
             with lending.lend(batch, itself=True):
                 parts = self.student, self._functional, batch, self.terms, snapshot.start, self._step.learned
-                train = TrainPass(*parts, hooked=self._proofs.hooked)
+                proven = self._proofs
+                train = TrainPass(*parts, hooked=proven.hooked, may_be_float16=proven.may_be_float16)
             if overflow := self._overflow(train):
                 return self._unweighted(train, overflow)
             with self._functional.untouched() as end:
@@ -409,7 +441,7 @@ class BilevelLossBalancer:
         """Take the hypergradient, step the weight model, and return the loss under the new weights with its report."""
         batch, losses = objective.steps[0].batch, train.losses
         from_influence = getattr(self.weighting, "from_influence", None)
-        moves = from_influence is not None or self._step.moves_next
+        moves = self.order == "sequential" and (from_influence is not None or self._step.moves_next)
         weights, loss, result = self._look_ahead(objective, train, features, moves=moves)
         influence = result.gradient["weights"] * losses.shape[0]
         if from_influence is not None:

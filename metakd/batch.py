@@ -162,7 +162,11 @@ def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int
     """The number of samples in a batch, and the part of the batch that shows it."""
     if batch.size is not None:
         return positive_int(batch.size, f"the size of {what}"), "the batch, by its size"
-    args, kwargs = arguments(batch.inputs)
+    inputs, targets = batch.inputs, batch.targets
+    plain = isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs.ndim and targets.ndim
+    if plain and len(inputs) == len(targets) > 0:  # what `decided` would find, in the commonest case
+        return len(targets), "batch.targets"
+    args, kwargs = arguments(inputs)
     several = len(args) != 1 or args[0] is not batch.inputs
     return decided(what, batch.targets, outputs, [*args, *kwargs.values()], several=several)
 

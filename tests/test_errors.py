@@ -231,12 +231,13 @@ def test_a_balancer_that_cannot_be_built_says_why(case):
         BilevelLossBalancer(student, **options)
 
 
-def test_default_features_say_how_to_do_without_labels():
-    student, optimizer, (x, _), meta_batch = parts()
+def test_default_features_say_how_to_do_without_class_labels():
+    student, optimizer, (x, y), meta_batch = parts()
     teacher = copy.deepcopy(student)
     balancer = BilevelLossBalancer(student, [terms.SoftTarget()], optimizer=optimizer, teacher=teacher)
     with pytest.raises(MetaKDError, match=r"default features.*features=lambda"):
-        balancer(Batch(x), meta_batch)
+        balancer(Batch(x, y.double()), meta_batch)
+    balancer(Batch(x), meta_batch)  # without labels these features are entropies
 
 
 def test_one_step_does_not_pretend_to_take_more():

@@ -119,3 +119,15 @@ def test_a_wrong_place_is_refused_before_any_weight_is_computed(tmp_path, monkey
 def test_weights_of_one_step_alone_are_refused(tmp_path):
     with pytest.raises(MetaKDError, match="Rectified computes weights from the influence"):
         export_weights(built(weighting.Rectified(2)), shuffled(), tmp_path / "weights.csv")
+
+
+def test_a_data_set_of_hugging_face_gives_its_rows_in_order(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    balancer, inputs = built(weighting.SampleTable(100, 2)), torch.randn(100, 4)
+    with torch.no_grad():
+        balancer.weighting.free.normal_()
+    dataset = datasets.Dataset.from_dict({"input": inputs.tolist(), "labels": (torch.arange(100) % 3).tolist()})
+    dataset = dataset.add_column("index", list(range(100)))
+    table = export_weights(balancer, dataset, tmp_path / "weights.csv")
+    assert table["index"] == [i for i in range(100) for _ in "ab"]
+    torch.testing.assert_close(torch.tensor(table["weight"]).view(100, 2), balancer.weighting.all_weights())

@@ -31,6 +31,12 @@ MODES = {
 FAULTS = ("term", "meta loss", "features", "weighting", "teacher", "student", "weight model's optimizer")
 
 
+@pytest.fixture(autouse=True)
+def _no_search_for_drivers(monkeypatch):
+    """Lightning sets this, and each `torch.cuda.is_available` of a CUDA build without a GPU then leaves cycles."""
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+
+
 @contextmanager
 def no_collector():
     gc.collect()

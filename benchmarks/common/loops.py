@@ -18,6 +18,7 @@ from benchmarks.common.graphs import captured
 from benchmarks.common.methods import Call
 from metakd import Batch, BilevelLossBalancer
 from metakd.estimators import Estimator, OneStep
+from metakd.weighting.base import default_optimizer
 
 PERIOD = 5
 
@@ -41,6 +42,7 @@ def by_metakd(
     window: str | None = None,
     estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
     verify: bool = True,
+    order: str = "sequential",
     capturable: bool = False,
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
@@ -55,6 +57,8 @@ def by_metakd(
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
         verify=verify,
+        order=order,
+        defer_checks=capturable,
         **({window: count} if window else {}),
     )
 
@@ -122,11 +126,15 @@ def graphed(loop: Callable[[Task], Call], task: Task) -> Call:
 
 
 def _optimizer(task: Task) -> torch.optim.Optimizer:
-    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4)
+    # One kernel for all parameters, as is torch's default on a GPU.
+    return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
 
 
 def _weighting_optimizer(task: Task, capturable: bool = False) -> torch.optim.Optimizer:
-    return torch.optim.Adam(task.weighting.parameters(), lr=1e-3, weight_decay=1e-4, capturable=capturable)
+    optimizer = default_optimizer(task.weighting)
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+    return optimizer
 
 
 def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
@@ -146,6 +154,7 @@ METHODS: dict[str, Callable[[Task], Call]] = {
     "accumulate=1": by_metakd,
     f"accumulate={PERIOD}": partial(by_metakd, window="accumulate"),
     f"every={PERIOD}": partial(by_metakd, window="every"),
+    "simultaneous": partial(by_metakd, order="simultaneous"),
     "published way": partial(by_peer, published),
     "by hand": partial(by_peer, methods.by_hand),
     "TorchOpt MetaSGD": partial(by_peer, metasgd_on_a_copy),

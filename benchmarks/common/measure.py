@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -154,6 +153,8 @@ def _resident() -> tuple[int, int]:
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         now, peak = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         return now, peak
+    import resource  # Unix alone has it
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
 
@@ -188,6 +189,8 @@ def _limit_memory() -> None:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
+        import resource
+
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
 
 

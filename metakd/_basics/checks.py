@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from metakd._basics.rng import capturing
 from metakd.errors import MetaKDError
 
 Judge = Callable[..., None]
@@ -17,11 +18,16 @@ Judge = Callable[..., None]
 
 
 class Waiting:
-    """Checks whose numbers are not read yet."""
+    """Checks whose numbers are not read yet.
+
+    Attributes:
+        captured: whether the numbers belong to a CUDA graph, whose replays renew them.
+    """
 
     def __init__(self) -> None:
         self._checks: list[tuple[list[Tensor], Judge]] = []
         self._seen: dict[Hashable, object] = {}
+        self.captured = capturing()
 
     def add(self, numbers: tuple[Tensor, ...], judge: Judge) -> None:
         """Keep a check for later."""
@@ -36,7 +42,9 @@ class Waiting:
 
     def judge(self) -> None:
         """Read all numbers of a device at once, and judge them in order."""
-        checks, self._checks = self._checks, []
+        checks, self._seen = self._checks, {}
+        if not self.captured:
+            self._checks = []
         every = [value for values, _ in checks for value in values]
         read: dict[int, float] = {}
         for device in {value.device for value in every}:
@@ -69,8 +77,10 @@ _open: ContextVar[Waiting | None] = ContextVar("_open", default=None)
 
 
 @contextmanager
-def read_at_end() -> Iterator[Waiting]:
+def read_at_end(later: Callable[[Waiting], None] | None = None) -> Iterator[Waiting]:
     """A block whose checks are read at its end, or before an exception leaves it: a failed check may be the cause.
+
+    `later` takes checks that shall not be read at the block's end.
 
     Examples:
         >>> with read_at_end():
@@ -93,7 +103,7 @@ def read_at_end() -> Iterator[Waiting]:
         _open.reset(token)
         raise
     _open.reset(token)
-    waiting.judge()
+    waiting.judge() if later is None else later(waiting)
 
 
 def check(judge: Judge, *numbers: Tensor) -> None:

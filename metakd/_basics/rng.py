@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be read from the device, and generators cannot be set."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class RngState(NamedTuple):
     """The state of every generator that a forward pass may draw from.
 
@@ -39,7 +44,7 @@ class RngState(NamedTuple):
         numpy = sys.modules.get("numpy")
         return cls(
             torch.get_rng_state(),
-            {d.index or 0: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
+            {} if capturing() else {d.index or 0: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
             random.getstate(),
             numpy.random.get_state() if numpy is not None else None,
         )
@@ -53,6 +58,12 @@ class RngState(NamedTuple):
             random.setstate(self.python)
         if self.numpy is not None:
             import_module("numpy").random.set_state(self.numpy)
+
+    def same(self, other: "RngState") -> bool:
+        """Whether nothing was drawn from a generator between the two."""
+        pairs = [(self.cpu, other.cpu), *((state, other.cuda.get(index, state)) for index, state in self.cuda.items())]
+        numpy = [None if state is None else [str(part) for part in state] for state in (self.numpy, other.numpy)]
+        return all(torch.equal(a, b) for a, b in pairs) and self.python == other.python and numpy[0] == numpy[1]
 
     def plain(self) -> dict[str, Any]:
         """The state as tensors, numbers and containers, which `torch.load(weights_only=True)` can read."""

@@ -56,8 +56,8 @@ def check_whole(student: nn.Module) -> None:
     """Check that one process can run the student on its own, or raise a `MetaKDError`."""
     if is_sharded(student):
         raise MetaKDError(
-            "balancer.problem and check_hypergradient run the student in one process, but a sharded one (fully_shard) "
-            "needs all of them; check the student before it is sharded"
+            "balancer.problem, check_hypergradient and diagnose run the student in one process, but a sharded one "
+            "(fully_shard) needs all of them; check the student before it is sharded"
         )
 
 
@@ -75,10 +75,17 @@ def validated(student: nn.Module, optimizer: Optimizers, estimator: Estimator) -
     return Memory(forward_mode=None if all(finding.forward_mode for finding in findings) else False)
 
 
-def check_weighting(weighting: Any) -> None:
-    """Check that the weight model is a module, or raise a `MetaKDError`."""
+def check_weighting(weighting: Any, order: str) -> None:
+    """Check that the weight model is a module that fits the order of the two steps, or raise a `MetaKDError`."""
     if not isinstance(weighting, nn.Module):
         raise MetaKDError(f"weighting must be an nn.Module (features, batch) -> (B, M), got {type(weighting).__name__}")
+    if order not in ("sequential", "simultaneous"):
+        raise MetaKDError(f"order must be 'sequential' or 'simultaneous', got {order!r}")
+    if order == "simultaneous" and hasattr(weighting, "from_influence"):
+        raise MetaKDError(
+            f"{type(weighting).__name__} looks ahead with weights of zero, so order='simultaneous' would never move "
+            "the student; use order='sequential'"
+        )
 
 
 def trained_elsewhere(optimizer: Optimizers, teacher: Any) -> Iterator[torch.Tensor]:

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
 from metakd.errors import MetaKDError
+from metakd.terms.base import nested
 
 
 class LearnedTerms:
@@ -35,7 +36,8 @@ class LearnedTerms:
     ) -> None:
         known = {id(p) for p in (*student.parameters(), *others)}
         of_weighting = {id(p) for p in weighting.parameters()}
-        self.modules = [term for term in terms.values() if isinstance(term, nn.Module)]
+        terms = {name: nested(term)[-1] for name, term in terms.items()}
+        self._terms = [term for term in terms.values() if isinstance(term, nn.Module)]
         self.named: dict[str, nn.Parameter] = {}
         for term, module in terms.items():
             for own, p in module.named_parameters() if isinstance(module, nn.Module) else ():
@@ -53,6 +55,15 @@ class LearnedTerms:
     def params(self) -> dict[str, Tensor]:
         """Those that require gradients, by name."""
         return {name: p for name, p in self.named.items() if p.requires_grad}
+
+    def to(self, *args: Any, **kwargs: Any) -> None:
+        """Move or cast terms as `nn.Module.to` does; of a term that holds others' parameters, its own ones alone."""
+        own = {id(p) for p in self.named.values()}
+        for term in self._terms:
+            if all(id(p) in own for p in term.parameters()):
+                term.to(*args, **kwargs)
+        for p in self.named.values():
+            p.data = p.data.to(*args, **kwargs)
 
     def values(self) -> dict[str, Tensor]:
         """Copies of all, by name."""

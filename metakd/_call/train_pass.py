@@ -1,6 +1,7 @@
 """The real training forward pass, and the gradient that the lookahead takes from its graph."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -36,6 +37,7 @@ class TrainPass:
         start: where the pass starts.
         learned: the terms' own meta-parameters, constants in this pass; None if they should get gradients from it.
         hooked: whether the pass is known to register hooks on activations.
+        may_be_float16: whether the pass may run in float16 without an autocast block around it.
         what: the batch's name in errors.
 
     Attributes:
@@ -64,6 +66,7 @@ class TrainPass:
         learned: LearnedTerms | None = None,
         *,
         hooked: bool = False,
+        may_be_float16: bool = True,
         what: str = "the batch",
     ) -> None:
         self.compiled = bool(compiled_parts(student))
@@ -86,18 +89,22 @@ class TrainPass:
             student = data_parallel(student) or functional.module
         self.float16 = autocasts_to_float16(functional.device_type)
         versions = {name: p._version for name, p in self._variables.items()}
+        kind = functional.device_type
+        self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._parts = terms, batch, what, start, views, learned
         with swap_in(start.state.tensors, views):
             self.outputs = call(student, batch.inputs)
             # Gradients underflow in float16 unless a scaler scales the loss, which only the user's backward pass does.
-            self.float16 = self.float16 or ran_in_float16(tensors(self.outputs))
+            self.float16 = self.float16 or (may_be_float16 and ran_in_float16(tensors(self.outputs)))
         self._evaluate()
         self.written = [name for name, p in self._variables.items() if p._version != versions[name]]
         start.state.check_written()
 
     def evaluate_again(self) -> Tensor:
         """Evaluate the terms again on the same outputs, after their own parameters have moved."""
-        self._evaluate()
+        kind, enabled, dtype = self._autocast
+        with torch.autocast(kind, dtype) if enabled else nullcontext():  # as the user has it
+            self._evaluate()
         return self.losses
 
     def _evaluate(self) -> None:

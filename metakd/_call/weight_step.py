@@ -13,6 +13,7 @@ from metakd._autodiff import with_zeros
 from metakd._basics.together import clones, norm_of, scaled, summed
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.optimizer_state import load_optimizer_state
+from metakd._virtual.reach import Walk
 from metakd.errors import MetaKDError
 from metakd.estimators.problem import Mean, unchanged
 from metakd.weighting.base import default_optimizer
@@ -77,6 +78,7 @@ class WeightingStep:
             _check_optimizer(optimizer, params, of_terms)
         self.weighting, self.learned, self.optimizer = weighting, learned, optimizer
         self.accumulate, self._mean = accumulate, mean
+        self.walk = Walk(lambda: [weighting])
         self.pending = Pending({}, 0)
         self._checked = False
 
@@ -157,7 +159,7 @@ class WeightingStep:
         """Warn once if the first hypergradient does not feel parameters of terms, such as those of a frozen network."""
         checked, self._checked = self._checked, True
         idle = [] if checked else [name for name in self.learned.params() if not bool(gradient[name].any())]
-        if idle:
+        if idle and len(idle) < len(gradient):  # with nothing learned, an error follows
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             warnings.warn(
                 f"the hypergradient in {', '.join(idle[:3])}{more} is exactly zero, so these parameters of terms are "

@@ -37,6 +37,8 @@ class Proofs:
     Attributes:
         repeats: False if compiled code draws its own random numbers; the lookahead's gradient is then a virtual pass's.
         hooked: whether a forward pass registers hooks on activations, which must see the user's backward pass.
+        may_be_float16: whether a forward pass may run in float16 on its own; False once a proof has seen otherwise.
+        draws: whether passes draw random numbers; None until a proof has seen it.
         lending: gives passes copies of their batches, until a proof has seen that they only read.
 
     Raises:
@@ -44,7 +46,8 @@ class Proofs:
     """
 
     def __init__(self, verify: bool | int) -> None:
-        self.repeats, self.hooked, self.lending = True, False, Lending()
+        self.repeats, self.hooked, self.may_be_float16, self.lending = True, False, True, Lending()
+        self.draws: bool | None = None
         self._wanted = verify is not False
         self._period = None if isinstance(verify, bool) else positive_int(verify, "verify")
         self._proven: frozenset[tuple[Hashable, Hashable]] = frozenset()
@@ -74,12 +77,13 @@ class Proofs:
             compare_shards(objective, ranks, forward_mode=needs_second_derivatives(estimator))
             return
         self.lending.only_read = False
-        found = compare_passes(objective)
+        found, self.may_be_float16 = compare_passes(objective), True
         if found is None:
             return
-        self.lending.only_read = not self.lending.written
+        self.lending.only_read, self.may_be_float16 = not self.lending.written, False
         memory.compare = memory.compare_products = True
         self._losses, self.hooked = found.losses, self.hooked or found.hooked
+        self.draws = self.draws or found.draws
 
     def check_train_pass(self, train: TrainPass) -> None:
         """Check a call's training pass: it must not write to parameters.

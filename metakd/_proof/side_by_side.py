@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metakd._autodiff import Params, gradients, leaves
+from metakd._basics.rng import RngState
 from metakd._call.objective import Objective
 from metakd._proof.differences import check_gradients, check_losses
 from metakd._proof.real_passes import Hooks, Pass, RealResult, real_passes, uncancelled_mean
@@ -20,10 +21,17 @@ _AT_MOVED = 5e-3  # tolerance on gradients at moved parameters: recomputing impu
 
 
 class Compared(NamedTuple):
-    """What a comparison without a difference gives: the first virtual losses (B, M), and whether hooks were seen."""
+    """What a comparison without a difference gives.
+
+    Attributes:
+        losses: (B, M) of the first virtual pass.
+        hooked: whether a pass registered hooks on activations.
+        draws: whether a pass drew random numbers.
+    """
 
     losses: Tensor
     hooked: bool
+    draws: bool
 
 
 def compare_passes(objective: Objective) -> Compared | None:
@@ -50,11 +58,12 @@ def compare_passes(objective: Objective) -> Compared | None:
         reals = real_passes(objective.student, passes, start, hooks, objective.lending, learned)
         if reals is None:
             return None
+        draws = not start.rng.same(RngState.capture(objective.student.devices))
         with as_written(objective.student.device_type):
             losses = [
                 _compared(one, real, moved=t > 0) for t, (one, real) in enumerate(zip(passes, reals, strict=True))
             ]
-    return Compared(losses[0], hooks.found)
+    return Compared(losses[0], hooks.found, draws)
 
 
 def _both(losses: Callable[..., Tensor], params: Params) -> Tensor:

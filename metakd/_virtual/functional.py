@@ -16,7 +16,7 @@ from metakd._basics.together import clones
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache, recomputed_by
 from metakd._virtual.precision import HALF
 from metakd._virtual.python_state import PythonState
-from metakd._virtual.reach import reach
+from metakd._virtual.reach import Walk
 from metakd.inner import as_real
 
 
@@ -86,14 +86,20 @@ class FunctionalStudent:
         others: Callable[[], Sequence[Any]] = tuple,
         excluded: nn.Module | None = None,
     ) -> None:
-        self.module, self._others, self._excluded = unwrap(module), others, excluded
+        self.module = unwrap(module)
+        self._walk = Walk(lambda: [self.module, *others()], lambda: [] if excluded is None else excluded.modules())
+        self._named: dict[str, nn.Parameter] | None = None
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
         self._real_state: PythonState | None = None
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """The module's own parameters by name; listed once in an `untouched` block, in which they stay the same."""
+        return dict(self.module.named_parameters()) if self._named is None else self._named
+
     def trainable(self) -> Params:
         """The module's own parameters that require gradients, by name; tied ones once."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.named().items() if p.requires_grad}
 
     def detached(self) -> Params:
         """`trainable()` without autograd history, in the dtype of the runs; complex ones as real views."""
@@ -110,18 +116,16 @@ class FunctionalStudent:
     @property
     def device_type(self) -> str:
         """The type of the student's device."""
-        return next(self.module.parameters()).device.type
+        return next(iter(self.named().values())).device.type
 
     @property
     def devices(self) -> set[torch.device]:
         """The student's devices."""
-        return {p.device for p in self.module.parameters()}
+        return {p.device for p in self.named().values()}
 
     def start(self) -> Start:
         """Capture the state that a pass from here starts with."""
-        excluded = [] if self._excluded is None else list(self._excluded.modules())
-        state = PythonState(reach([self.module, *self._others()], excluded))
-        return Start(state, RngState.capture(self.devices))
+        return Start(PythonState(self._walk.places()), RngState.capture(self.devices))
 
     def run(
         self,
@@ -154,8 +158,8 @@ class FunctionalStudent:
         """Call a function from `start` on with `params` swapped in; return its value, and the end state if asked."""
         if self._real_state is None:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
-        named, state = dict(self.module.named_parameters()), start.state
-        swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in named.items()}
+        state = start.state
+        swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in self.named().items()}
         swaps |= {id(p): self._swapped_in(p, new) for p, new in others}
         values = clones([self.cast(value) for value in state.values.values()])
         swaps |= dict(zip(state.values, values, strict=True))
@@ -189,12 +193,12 @@ class FunctionalStudent:
         Virtual passes change buffers, attributes, objects of hooks and terms, and generators. A backward pass through
         the real forward pass does so, too, if it recomputes a checkpointed BatchNorm.
         """
-        start, home = self.start(), self._real_state
-        self._real_state = start.state
+        start, home = self.start(), (self._real_state, self._named)
+        self._real_state, self._named = start.state, dict(self.module.named_parameters())
         try:
             yield start
         finally:
-            self._real_state = home
+            self._real_state, self._named = home
             put_back(start)
 
 

@@ -8,7 +8,8 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Places:
         generators: random generators other than the global ones.
         arrays: NumPy arrays.
         modules: all modules, including those that terms and hooks hold.
+        walked: all objects that the walk has entered.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,55 @@ class Places:
         self.generators: list[Any] = []
         self.arrays: list[Any] = []
         self.modules: list[nn.Module] = []
+        self.walked: list[Any] = []
+
+    def signature(self) -> tuple[Any, ...]:
+        """What decides where a walk goes: the objects, other than leaves, that every place holds.
+
+        All of them stay alive with the places, so that no other object takes over an id.
+        """
+        held = [[id(v) for v in m.values() if type(v) not in _LEAVES] for m in self.mappings]
+        held += [[id(v) for v in values if type(v) not in _LEAVES] for values in (*self.lists, *self.sets)]
+        marked = [len(vars(p)) for m in self.modules for p in m._parameters.values() if p is not None]
+        hooked = [[id(hook) for hook in hooks.values()] for hooks in self.hooks]
+        lengths = [len(found) > _LONGEST for found in (*self.lists, *self.sets, *self.mappings)]
+        longer = [len(found) > _KEPT for found in self.long], [len(found) <= _LONGEST for found in self.long]
+        return held, marked, hooked, lengths, longer, [len(found) <= _KEPT for found in self.endless]
+
+
+class Walk:
+    """A walk that is taken again only if it would lead elsewhere than the last time.
+
+    Args:
+        roots: returns where it begins.
+        excluded: returns what it skips.
+
+    Examples:
+        >>> log = {"calls": 0}
+        >>> walk = Walk(lambda: [log], lambda: [])
+        >>> first, log["calls"] = walk.places(), 1
+        >>> walk.places() is first
+        True
+        >>> log["losses"] = []
+        >>> walk.places() is first
+        False
+    """
+
+    def __init__(self, roots: Callable[[], Iterable[Any]], excluded: Callable[[], Iterable[Any]] = list) -> None:
+        self._roots, self._excluded = roots, excluded
+        self._last: tuple[list[Any], tuple[Any, ...], Places] | None = None
+
+    def places(self) -> Places:
+        """Where code can store state now."""
+        roots, excluded = list(self._roots()), list(self._excluded())
+        ends = [*roots, *excluded, *_global_hooks()]
+        if self._last is not None:
+            known, signature, places = self._last
+            if len(ends) == len(known) and all(map(is_, ends, known)) and places.signature() == signature:
+                return places
+        places = reach(roots, excluded)
+        self._last = ends, places.signature(), places
+        return places
 
 
 def reach(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
@@ -67,7 +118,7 @@ def reach(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
     Global and class variables count only in the user's own code. Objects in `excluded` are skipped.
     """
     roots = list(roots)
-    places, known, kept = Places(), {id(value) for value in excluded}, []
+    places, known = Places(), {id(value) for value in excluded}
     packages = {_package(of) for root in roots for of in _owners(root)} - _NOT_THE_USERS
     # Containers inside containers come last, in case the walk reaches its limit: data lies there, and seldom modules.
     waiting, data = deque([*roots, *_global_hooks()]), deque[Any]()
@@ -75,7 +126,7 @@ def reach(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
         value = (waiting or data).popleft()
         if id(value) not in known:
             known.add(id(value))
-            kept.append(value)  # keeps it alive, as a new object could reuse the id
+            places.walked.append(value)  # keeps it alive, as a new object could reuse the id
             parts = [v for v in _parts(value, places, packages) if type(v) not in _LEAVES]
             (data if type(value) in _CONTAINERS else waiting).extend(parts)
     return places
@@ -168,7 +219,7 @@ def _parts(value: Any, places: Places, packages: set[str]) -> Iterable[Any]:
 
 def _of_object(value: Any, places: Places) -> Iterable[Any]:
     held: list[Any] = []
-    if attributes := _vars(value):
+    if isinstance(attributes := getattr(value, "__dict__", None), dict):
         places.mappings.append(attributes)
         held += attributes.values()
     if slots_of(value):
@@ -219,9 +270,8 @@ def _of_function(function: types.FunctionType, places: Places) -> Iterable[Any]:
     held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     places.mappings += [Cell(cell) for cell in function.__closure__ or ()]
     held += [value for cell in function.__closure__ or () for value in Cell(cell).values()]
-    if function.__dict__:
-        places.mappings.append(function.__dict__)
-        held += function.__dict__.values()
+    places.mappings.append(function.__dict__)
+    held += function.__dict__.values()
     if _local(function.__module__):
         variables = Variables(function.__globals__, _names(function.__code__))
         places.mappings.append(variables)

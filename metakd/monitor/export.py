@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from metakd.balancer import BilevelLossBalancer
 
 
+_ROWS = 64  # of a data set, in one batch
+
+
 class _Read(NamedTuple):
     """One batch: its weights (B, M), its `index` (B,) or None, and its named columns, each (B,)."""
 
@@ -41,7 +44,8 @@ def export_weights(balancer: BilevelLossBalancer, loader: Iterable[Any], path: s
 
     Args:
         balancer: with a weight model that has learned.
-        loader: the training batches; best without augmentation. Without an index it must not shuffle.
+        loader: the training batches, best without augmentation; or a `datasets.Dataset` with the columns that
+            `batch_fn` takes. Without an index it must not shuffle.
         path: ends with `.csv`, or with `.parquet` for Parquet, which needs pyarrow (the extra `export`). A file that
             is there is replaced.
 
@@ -71,6 +75,7 @@ def export_weights(balancer: BilevelLossBalancer, loader: Iterable[Any], path: s
     """
     path = Path(path)
     write = _writer(path)
+    loader = _batches(loader)
     if hasattr(balancer.weighting, "from_influence"):
         raise MetaKDError(
             f"{type(balancer.weighting).__name__} computes weights from the influence of one step, so there are none "
@@ -80,6 +85,15 @@ def export_weights(balancer: BilevelLossBalancer, loader: Iterable[Any], path: s
     table = _table(read, _positions(read, loader), list(balancer.terms))
     write(table, path)
     return table
+
+
+def _batches(data: Iterable[Any]) -> Iterable[Any]:
+    """A loader; the rows of a `datasets.Dataset`, which is iterated row by row, in batches of tensors."""
+    named = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(data).__mro__]
+    if ("datasets", "Dataset") not in named:
+        return data
+    dataset: Any = data
+    return DataLoader(dataset.with_format("torch"), batch_size=_ROWS)
 
 
 def _read(features: Tensor, batch: Batch, weights: Tensor) -> _Read:

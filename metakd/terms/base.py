@@ -113,6 +113,20 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+def nested(term: Any) -> list[Any]:
+    """A term, and the terms inside it: some hold another one as `.term`, such as `Tokens`.
+
+    Examples:
+        >>> from metakd.terms import CrossEntropy, Tokens
+        >>> nested(Tokens(CrossEntropy(), shift=True))[1]
+        CrossEntropy(label_smoothing=0.0)
+    """
+    found = [term]
+    while not isinstance(found[-1], nn.Module) and (inner := getattr(found[-1], "term", None)) is not None:
+        found.append(inner)
+    return found
+
+
 def _callable(term: Any, where: str) -> Term:
     if isinstance(term, type):
         raise MetaKDError(f"term {where} is the class {term.__name__}, not an object of it; write {term.__name__}()")

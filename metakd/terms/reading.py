@@ -76,14 +76,13 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
             "lambda outputs, batch: F.mse_loss(outputs, batch.targets, reduction='none').mean(dim=1)"
         )
     _check_device(targets, student, "batch.targets is")
-    check_range(
+    return check_range(
         targets,
         classes,
         "label",
         f"the student has {classes} outputs: give it one per class, or correct the labels (no label means "
         "'ignore': drop such samples)",
-    )
-    return targets.long()
+    ).long()
 
 
 def teacher_logits(student: Tensor, batch: Batch) -> Tensor:
@@ -138,15 +137,14 @@ def check_not_stacked(outputs: Any) -> None:
         )
 
 
-def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
-    """Raise if an index is outside `[0, size)`.
+def check_range(indices: Tensor, size: int, what: str, cure: str) -> Tensor:
+    """Raise if an index is outside `[0, size)`, now or when the call's checks are read; return the indices.
 
-    The check reads the values. It is skipped where that is impossible: during CUDA graph capture, under `torch.compile`
-    and on the meta device.
+    Off the CPU, where an index out of range would end the process before that, they are clamped. The check reads the
+    values. It is skipped where that is impossible: under `torch.compile` and on the meta device.
     """
-    capturing = indices.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
-        return
+    if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
+        return indices
 
     def judge(low: float, high: float) -> None:
         if low < 0 or high >= size:
@@ -154,6 +152,7 @@ def check_range(indices: Tensor, size: int, what: str, cure: str) -> None:
 
     if not checked_before(indices, size):
         check(judge, *torch.aminmax(indices))
+    return indices if indices.device.type == "cpu" else indices.clamp(0, size - 1)
 
 
 def tensor_in(value: Any) -> Tensor | None:

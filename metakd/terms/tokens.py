@@ -95,7 +95,7 @@ class Tokens:
                 raise MetaKDError(
                     f'reduction="token" makes each of the {len(losses)} tokens that count a sample, but the batch has '
                     f"size={batch.size}; give the balancer batch_fn=lambda item: tokens_as_samples(item, "
-                    f"shift={self.shift})"
+                    f"shift={self.shift}), or call it on each Batch of the loader"
                 )
             return losses
         sums = losses.new_zeros(len(z)).index_add(0, counts.nonzero()[:, 0], losses)

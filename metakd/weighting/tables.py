@@ -71,7 +71,7 @@ class GroupTable(FreeNumbers):
         """Return the weights, shape `(B, M)`."""
         rows, name = self._rows(batch, features.shape[0]), self._where()
         advice = f"the table has {self.groups} rows: build it with one for each {self._group}, or correct the values"
-        check_range(rows, self.groups, name, advice)
+        rows = check_range(rows, self.groups, name, advice)
         return self.output_map.apply(F.embedding(rows.to(self.free.device).long(), self.free))
 
     @torch.no_grad()

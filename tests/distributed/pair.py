@@ -2,6 +2,7 @@
 
 import traceback
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ class Pair:
         self._pipes, self._workers = [], []
         for rank in range(SIZE):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, f"file://{folder}/store", theirs), daemon=True)
+            worker = context.Process(target=_work, args=(rank, (Path(folder) / "store").as_uri(), theirs), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(mine)

@@ -141,6 +141,14 @@ def test_the_home_pages_example_runs(capsys):
     assert capsys.readouterr().out.count("tensor(") == 2
 
 
+def test_the_readmes_example_runs_alone(capsys):
+    execute("README.md", scope := {})
+    assert scope["balancer"].report.weights.shape == (16, 2)
+    assert capsys.readouterr().out.startswith("tensor(")
+    (block,) = blocks("README.md")
+    assert len(block.code.splitlines()) < 18
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
 def test_commands_are_there(page):
     lines = [line for block in blocks(page, "bash") for line in block.code.replace("\\\n", " ").splitlines()]

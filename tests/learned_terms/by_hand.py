@@ -44,7 +44,7 @@ def data(t, size=6):
 
 
 def table():
-    found = weighting.ClassTable(CLASSES, 2, init=0.7).double()
+    found = weighting.ClassTable(CLASSES, 2, init=0.7, output="softplus").double()
     found.free.data += torch.arange(6).view(3, 2) / 10
     return found
 

@@ -10,7 +10,7 @@ from torch import nn
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, weighting
 from metakd._call import train_pass
 from metakd._virtual import functional
-from metakd.terms import CrossEntropy, ForwardCorrected, VectorScaled
+from metakd.terms import CrossEntropy, ForwardCorrected, FromTeacher, VectorScaled
 from tests.learned_terms.by_hand import LR, Shifted, balancer_of, by_hand, data, grads, student
 
 EXACT = [
@@ -190,26 +190,43 @@ def test_a_term_that_reads_its_parameter_where_it_cannot_be_swapped():
         balancer(data(0), data(9))
 
 
+@pytest.mark.parametrize("wrap", [lambda term: term, lambda term: FromTeacher(term, 0)], ids=["alone", "inside"])
 @pytest.mark.parametrize(
     "term",
     [ForwardCorrected(0.8 * torch.eye(3) + 0.2 / 3, learned=True), VectorScaled(3)],
     ids=["ForwardCorrected", "VectorScaled"],
 )
-def test_the_librarys_own_terms(term):
+def test_the_librarys_own_terms(term, wrap):
     model = student()
     fixed = weighting.TermScalars(1, init=1.0).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    balancer = BilevelLossBalancer(model, {"learned": term.double()}, optimizer=optimizer, weighting=fixed)
+    teachers = [nn.Linear(4, 3).double(), nn.Linear(4, 3).double()]
+    balancer = BilevelLossBalancer(
+        model, {"learned": wrap(term.double())}, optimizer=optimizer, weighting=fixed, teacher=teachers
+    )
     check_hypergradient(balancer, [data(0)], data(9))
 
 
-def test_half_precision_and_float32():
-    model, term = student().float(), Shifted().float()
+class Projected(nn.Module):
+    """Mixes the logits by a matrix product, which autocast runs in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(3) + 0.1)
+
+    def forward(self, outputs, batch):
+        return F.cross_entropy((outputs @ self.mix).float(), batch.targets, reduction="none")
+
+
+@pytest.mark.parametrize("term", [Shifted, Projected])
+def test_mixed_precision(term):
+    model, term = student().float(), term().float()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    balancer = BilevelLossBalancer(model, {"shifted": term}, optimizer=optimizer)
+    balancer = BilevelLossBalancer(model, {"own": term}, optimizer=optimizer)
     x, y = data(0)
     balancer((x.float(), y), (x.float(), y))
-    exact = term.offset.grad.clone()
+    first = next(term.parameters())
+    exact = first.grad.clone()
     with torch.autocast("cpu", torch.bfloat16):
         balancer((x.float(), y), (x.float(), y)).backward()
-    assert (term.offset.grad - exact).norm() < 0.1 * exact.norm()
+    assert (first.grad - exact).norm() < 0.1 * exact.norm()

@@ -1,0 +1,1 @@
+"""The table of unreliable supervision: settings, features, methods, one run, and the report."""

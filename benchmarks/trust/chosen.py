@@ -1,0 +1,93 @@
+"""Which variant of a row validation samples choose, and which row of several."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.trust.recipes import Recipe, rows_of
+
+ORACLE = "oracle + meta"
+SEARCHED = "random search + meta"
+"""Every seed draws other mixtures, so that each chooses for itself."""
+
+CELLS = Sequence[Mapping[str, Any]]
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        name: of the row.
+        recipe: the variant with the best validation accuracy, mean over the seeds.
+        cells: its runs, in the order of their seeds.
+        seconds: CPU time of all variants, mean over the seeds.
+        tried: how many variants there are.
+    """
+
+    name: str
+    recipe: Recipe
+    cells: CELLS
+    seconds: float
+    tried: int
+
+    def of(self, key: str) -> list[float]:
+        """A number of each seed."""
+        return [cell[key] for cell in self.cells if key in cell]
+
+    def mean(self, key: str) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(self.of(key))
+
+
+def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
+    """The rows of a setting and a meta set for which every variant was run with the same seeds."""
+    here = [cell for cell in cells if cell["setting"] == setting and cell["meta"] == meta]
+    seeds = sorted({cell["seed"] for cell in here})
+    found = {(_frozen(cell["recipe"]), cell["seed"]): cell for cell in here}
+    result = {}
+    for name, variants in rows_of(setting).items():
+        runs = [[found.get((_frozen(v.settings()), seed)) for seed in seeds] for v in variants]
+        complete = [k for k in range(len(seeds)) if all(of[k] is not None for of in runs)]
+        if complete:
+            kept = [[cell for k in complete if (cell := of[k]) is not None] for of in runs]
+            result[name] = _row(name, variants, kept)
+    return result
+
+
+def _row(name: str, variants: Sequence[Recipe], runs: Sequence[list[Mapping[str, Any]]]) -> Row:
+    best = max(range(len(runs)), key=lambda k: statistics.mean(cell["validation"] for cell in runs[k]))
+    cells = runs[best]
+    if name == SEARCHED:
+        cells = [max(of_seed, key=lambda cell: cell["validation"]) for of_seed in zip(*runs, strict=True)]
+    seconds = statistics.mean(sum(cell.get("seconds", 0.0) for cell in of_seed) for of_seed in zip(*runs, strict=True))
+    return Row(name, variants[best], cells, seconds, len(variants))
+
+
+def _frozen(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(sorted(recipe.items(), key=lambda item: item[0]))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a row is metakd's own."""
+    return name.startswith("learned ")
+
+
+def best(of: Iterable[Row], key: str) -> Row | None:
+    """The row with the highest mean."""
+    return max(of, key=lambda row: row.mean(key), default=None)
+
+
+def rivals(of: Mapping[str, Row]) -> list[Row]:
+    """All rows but our own and the oracle."""
+    return [row for name, row in of.items() if not is_ours(name) and name != ORACLE]
+
+
+def ours(of: Mapping[str, Row]) -> list[Row]:
+    """Our own rows."""
+    return [row for name, row in of.items() if is_ours(name)]
+
+
+def gains(first: Row, second: Row) -> list[float]:
+    """By how much the first has more test accuracy, seed by seed."""
+    theirs = {cell["seed"]: cell["test"] for cell in second.cells}
+    return [cell["test"] - theirs[cell["seed"]] for cell in first.cells if cell["seed"] in theirs]

@@ -1,0 +1,171 @@
+"""Checks on numbers: one host sync for all of a call, none if they are deferred; errors stay as clear as before."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.common.counts import count
+from metakd import BilevelLossBalancer, MetaKDError
+from metakd._basics.checks import check, check_finite, read_at_end
+from metakd.terms import CrossEntropy, SoftTarget
+
+
+def parts(**options):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    terms = {"hard": CrossEntropy(), "soft": SoftTarget()}
+    return student, optimizer, BilevelLossBalancer(
+        student, terms, optimizer=optimizer, teacher=nn.Linear(4, 3), **options
+    )  # fmt: skip
+
+
+def batch(seed, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 4, generator=generator), torch.randint(classes, (6,), generator=generator)
+
+
+def iteration(balancer, optimizer, train, meta):
+    loss = balancer(train, meta)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("deferred", "waits"), [(False, 1), (True, 0)])
+@pytest.mark.parametrize("options", [{}, {"order": "simultaneous"}, {"accumulate": 2}, {"inner": "mirror"}], ids=str)
+def test_an_iteration_waits_once_or_never(deferred, waits, options):
+    _, optimizer, balancer = parts(defer_checks=deferred, **options)
+    iteration(balancer, optimizer, batch(0), batch(1))  # proves
+    iteration(balancer, optimizer, batch(2), batch(3))
+    balancer.read_checks()
+    assert sum(count(lambda: iteration(balancer, optimizer, batch(4), batch(5))).syncs.values()) == waits
+
+
+def faults():
+    nan = batch(4)
+    nan[0][2, 1] = math.nan
+    wrong = batch(4)
+    wrong[1][3] = 2**20
+    return {"NaN": (nan, batch(5), "the batch's inputs hold such values in samples .2."),
+            "meta NaN": (batch(5), nan, "the batch's inputs hold such values|the outer loss is nan"),
+            "label": (wrong, batch(5), "label 1048576 is out of range .0, 3.")}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["NaN", "meta NaN", "label"])
+def test_a_fault_is_named_and_the_call_undone(fault):
+    train, meta, words = faults()[fault]
+    student, optimizer, balancer = parts()
+    iteration(balancer, optimizer, batch(0), batch(1))
+    before = [t.clone() for t in (*student.state_dict().values(), *balancer.weighting.state_dict().values())]
+    state = {name: value.clone() for name, value in balancer.weighting_optimizer.state_dict()["state"][0].items()}
+    with pytest.raises(MetaKDError, match=words):
+        balancer(train, meta)
+    after = [*student.state_dict().values(), *balancer.weighting.state_dict().values()]
+    assert all(map(torch.equal, after, before))
+    now = balancer.weighting_optimizer.state_dict()["state"][0]
+    assert all(torch.equal(now[name], value) for name, value in state.items())
+
+
+def test_a_deferred_fault_is_reported_by_the_next_call_once():
+    _, optimizer, balancer = parts(defer_checks=True)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    balancer(faults()["NaN"][0], batch(1))
+    with pytest.raises(MetaKDError, match=r"a check of the last call: term 'hard' is nan for sample"):
+        balancer(batch(2), batch(3))
+    balancer.read_checks()
+
+
+def test_a_deferred_zero_is_reported():
+    _, optimizer, balancer = parts(defer_checks=True)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    with torch.no_grad():
+        for p in balancer.weighting.parameters():
+            p.fill_(1e4)  # a saturated output
+    iteration(balancer, optimizer, batch(2), batch(3))
+    with pytest.raises(MetaKDError, match="saturated or constant"):
+        balancer.read_checks()
+
+
+def test_checks_are_read_in_order_and_in_their_own_numbers():
+    seen = []
+    with read_at_end():
+        check(lambda a, b: seen.append((a, b)), torch.tensor(3), torch.tensor(-1))
+        check(seen.append, torch.tensor(0.5))
+        assert not seen
+    assert seen == [(3, -1), 0.5]
+    check(seen.append, torch.tensor(7.0))
+    assert seen[-1] == 7
+
+
+def test_a_failed_check_explains_the_error_that_it_caused():
+    def failing(number):
+        raise MetaKDError(f"{number} was wrong")
+
+    with pytest.raises(MetaKDError, match=r"1\.0 was wrong") as caught, read_at_end():
+        check(failing, torch.tensor(1.0))
+        raise IndexError("out of range")
+    assert isinstance(caught.value.__cause__, IndexError)
+    with pytest.raises(IndexError), read_at_end():
+        check(lambda number: None, torch.tensor(1.0))
+        raise IndexError("out of range")
+
+
+def test_a_sum_that_overflows_is_no_fault_by_itself():
+    values, said = torch.full((4,), torch.finfo(torch.float32).max), []
+    check_finite(values, lambda: said.extend(values[~values.isfinite()].tolist()))
+    assert not said
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """As in the capture of a CUDA graph, where no number can be read."""
+
+    def begin():
+        monkeypatch.setattr("metakd.balancer.capturing", lambda: True)
+        monkeypatch.setattr("metakd._basics.checks.capturing", lambda: True)
+
+    return begin
+
+
+def test_a_captured_call_reads_nothing_and_its_checks_are_read_after_each_replay(capture):
+    _, optimizer, balancer = parts(defer_checks=True)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    train, meta = batch(2), batch(3)
+    capture()
+    found = count(lambda: iteration(balancer, optimizer, train, meta))
+    assert not found.syncs
+    *_, waiting = balancer._late
+    balancer.read_checks()
+    balancer.read_checks()
+    waiting._checks[0][0][1].fill_(7)  # a replay writes to the same memory: the largest label
+    with pytest.raises(MetaKDError, match="label 7 is out of range"):
+        balancer.read_checks()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "build it with defer_checks=True"),
+        ({"defer_checks": True, "accumulate": 2}, "leave both at 1"),
+        ({"defer_checks": True, "every": 2}, "leave both at 1"),
+        ({"defer_checks": True, "verify": False}, "with verify=True"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(capture, options, words):
+    _, optimizer, balancer = parts(**options)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    capture()
+    with pytest.raises(MetaKDError, match=f"cannot be captured in a CUDA graph: .*{words}"):
+        balancer(batch(2), batch(3))
+
+
+def test_a_student_that_draws_cannot_be_captured(capture):
+    student, optimizer, balancer = parts(defer_checks=True)
+    student[2] = nn.Dropout(0.5)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    capture()
+    with pytest.raises(MetaKDError, match="draws random numbers"):
+        balancer(batch(2), batch(3))
