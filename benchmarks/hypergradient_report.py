@@ -32,8 +32,7 @@ fixed weights, forward and backward.
 - **Time per inner step**: a whole call (K steps, the meta batch, and the way back through both) over K times a plain
   step. The methods take turns: each round times every method once, with plain steps between them. A number is the
   median over the rounds of (method / the round's median plain step) / K.
-- **Memory**: what one call takes beyond what was there before it, in MB: {memory}. Each number comes from a process of
-  its own.
+- **Memory**: what one call takes beyond what was there before it, in MB: {memory}
 - **Error**: of the hypergradient, relative to the one by hand (Euclidean norms), the largest over K.
   `IdentityJacobian` and `FiniteDifference` are approximations by design.
 - metakd runs by `BilevelLossBalancer.meta_step`. "by hand" is `torch.func.functional_call` with `create_graph=True`.

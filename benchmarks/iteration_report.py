@@ -33,8 +33,7 @@ Adam on `LossMLP`, and the student's step under the new weights. They all make t
   smallest and the largest behind it.
 - **With a teacher**: the same where all methods, plain as well, also run a teacher on the training batch. Elsewhere
   its outputs are given.
-- **Memory**: what one call takes beyond what was there before it, in MB: {memory}. Each number comes from a process of
-  its own.
+- **Memory**: what one call takes beyond what was there before it, in MB: {memory}
 - `accumulate={period}` and `every={period}` are settings of metakd; their numbers are means over {period} iterations.
   "4 terms" and "8 terms" are `accumulate=1` with more than the two terms, on the same logits.
 - "published way": the student is copied, `meta_loss.backward()` runs through the copy, and a second forward pass of the

@@ -42,10 +42,12 @@ def write_readme(folder: Path, text: str) -> Path:
 
 
 def memory_is(content: Content) -> str:
-    """What a record's numbers of memory are."""
+    """What a record's numbers of memory are, as the end of a paragraph."""
     return {
-        "cpu": "the peak of the process's resident memory less the resident memory before the call",
-        "cuda": "the peak of the GPU allocator less what was allocated before the call",
+        "cpu": "the peak of the process's resident memory less the resident memory before the call. Each "
+        "number comes from a process of\n  its own.",
+        "cuda": "the peak of the GPU allocator less what was allocated before the call, which "
+        "includes\n  its preparation.",
     }[content["settings"]["device"]]
 
 

@@ -114,8 +114,14 @@ def _relative_errors(found: Mapping[str, Tensor], reference: str) -> dict[str, f
 
 
 def memory_cell(case: str, task: Task, prepare: Prepare, device: str) -> dict[str, float]:
-    """Memory of a method's first call after one step on two samples, which loads the libraries; see `peak_memory`."""
+    """Memory of a method's first call after one step on two samples, which loads the libraries; see `peak_memory`.
+
+    On CUDA that of its preparation too, for a CUDA graph takes its memory when it is captured.
+    """
     prepare(Task.build(CASES[case], 1, batch_size=2, device=device))()
+    if device == "cuda":
+        gc.collect()
+        return peak_memory(lambda: prepare(task)(), device)
     call = prepare(task)
     gc.collect()
     return peak_memory(call, device)

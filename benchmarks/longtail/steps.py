@@ -51,6 +51,7 @@ class Replayed:
 
     def __init__(self, objective: FixedObjective, optimizer: torch.optim.Optimizer, *, half: bool) -> None:
         self.objective, self.optimizer, self.half = objective, optimizer, half
+        self.captures = next(objective.setting.student.parameters()).is_cuda
         self._now: Any = None
         self._epoch = 0
         self._item: list[Tensor] = []
@@ -74,7 +75,7 @@ class Replayed:
         return rates, weights, [tensor.shape for tensor in item]
 
     def _step(self) -> tuple[Batch, Tensor]:
-        if not self._item[0].is_cuda:
+        if not self.captures:
             return self._iteration()
         if self._written < graphs.WARM_UP:
             self._written += 1

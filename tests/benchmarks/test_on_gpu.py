@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import clocks, measure
 from benchmarks.common.measure import ROOT
 from benchmarks.gpu import estimate, tests
 from benchmarks.gpu.jobs import UNFINISHED, Job
@@ -149,6 +150,55 @@ def test_the_estimate_is_that_of_the_operations():
     assert row["iterations"] == 120 * 137
     ms = 1e3 * (100 * (found.tf32 / 60e12 + found.bf16 / 100e12) + found.kernels * 2.5e-6)
     assert row["ms"] == pytest.approx(ms, rel=0.05) and row["seconds"] == pytest.approx(16.44 * row["ms"], rel=0.01)
+
+
+def test_the_page_has_the_estimate_and_the_limits():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    content = json.loads(estimate.PATH.read_text())
+    assert estimate.text_of(content["rows"]) in page
+    assert content["rates"] == {"tf32": 60e12, "bf16": 100e12, "launch": 12e-6, "replay": 2.5e-6}
+    limits = {job.name: job.limit for job in full()}
+    rows = {names: seconds for names, seconds in re.findall(r"\| `([^|]*)` \| (?:2 . )?(\d+) s \|", page)}
+    assert len(rows) == 6
+    for names, seconds in rows.items():
+        assert limits[names.split("`")[0]] == float(seconds)
+
+
+def test_a_cell_on_a_gpu_is_measured_in_this_process_and_may_fail_alone(monkeypatch):
+    cell = {"case": "convnet4", "steps": 1, "module": "benchmarks.common.loops", "threads": 1, "batch_size": 2}
+    monkeypatch.setattr(measure.subprocess, "run", None)
+    monkeypatch.setattr(measure, "measured", lambda cell: {"peak": cell["steps"]})
+    assert measure.in_process("memory", device="cuda", **cell) == {"peak": 1}
+
+    def fails(cell):
+        raise RuntimeError("CUDA error: out of luck")
+
+    monkeypatch.setattr(measure, "measured", fails)
+    assert measure.in_process("memory", device="cuda", **cell) == {"died": "RuntimeError: CUDA error: out of luck"}
+
+
+def test_calls_are_timed_together_by_the_gpu_s_own_time(monkeypatch):
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = Event.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def call():
+        Event.now += 2.0  # ms
+        return Event.now
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert clocks.timed(call, clocks.CLOCKS["device"], 10) == (0.002, 20.0)
 
 
 def test_tests_for_a_gpu_say_so_in_the_same_words():
