@@ -22,6 +22,7 @@ class Row(NamedTuple):
         cells: its runs, in the order of their seeds.
         seconds: CPU time of all variants, mean over the seeds.
         tried: how many variants there are.
+        score: the mean validation accuracy by which it was chosen.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     cells: CELLS
     seconds: float
     tried: int
+    score: float
 
     def of(self, key: str) -> list[float]:
         """A number of each seed."""
@@ -39,8 +41,11 @@ class Row(NamedTuple):
         return statistics.mean(self.of(key))
 
 
-def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
-    """The rows of a setting and a meta set for which every variant was run with the same seeds."""
+def rows(cells: CELLS, setting: str, meta: int, choice: CELLS = ()) -> dict[str, Row]:
+    """The rows of a setting and a meta set for which every variant was run with the same seeds.
+
+    Where `choice`, runs on other splits with more validation samples, has a setting's learned rows, they choose there.
+    """
     here = [cell for cell in cells if cell["setting"] == setting and cell["meta"] == meta]
     seeds = sorted({cell["seed"] for cell in here})
     found = {(_frozen(cell["recipe"]), cell["seed"]): cell for cell in here}
@@ -50,17 +55,29 @@ def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
         complete = [k for k in range(len(seeds)) if all(of[k] is not None for of in runs)]
         if complete:
             kept = [[cell for k in complete if (cell := of[k]) is not None] for of in runs]
-            result[name] = _row(name, variants, kept)
+            scores = [statistics.mean(cell["validation"] for cell in of) for of in kept]
+            if is_ours(name) and any(cell["setting"] == setting for cell in choice):
+                scores = [_score_by(choice, setting, v) for v in variants]
+            result[name] = _row(name, variants, kept, scores)
     return result
 
 
-def _row(name: str, variants: Sequence[Recipe], runs: Sequence[list[Mapping[str, Any]]]) -> Row:
-    best = max(range(len(runs)), key=lambda k: statistics.mean(cell["validation"] for cell in runs[k]))
+def _score_by(choice: CELLS, setting: str, recipe: Recipe) -> float:
+    """The mean validation accuracy of a recipe there; 0 where it was not run."""
+    wanted = _frozen(recipe.settings())
+    found = [c["validation"] for c in choice if c["setting"] == setting and _frozen(c["recipe"]) == wanted]
+    return statistics.mean(found) if found else 0.0
+
+
+def _row(
+    name: str, variants: Sequence[Recipe], runs: Sequence[list[Mapping[str, Any]]], scores: Sequence[float]
+) -> Row:
+    best = max(range(len(runs)), key=scores.__getitem__)
     cells = runs[best]
     if name == SEARCHED:
         cells = [max(of_seed, key=lambda cell: cell["validation"]) for of_seed in zip(*runs, strict=True)]
     seconds = statistics.mean(sum(cell.get("seconds", 0.0) for cell in of_seed) for of_seed in zip(*runs, strict=True))
-    return Row(name, variants[best], cells, seconds, len(variants))
+    return Row(name, variants[best], cells, seconds, len(variants), scores[best])
 
 
 def _frozen(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -72,9 +89,9 @@ def is_ours(name: str) -> bool:
     return name.startswith("learned ")
 
 
-def best(of: Iterable[Row], key: str) -> Row | None:
-    """The row with the highest mean."""
-    return max(of, key=lambda row: row.mean(key), default=None)
+def best(of: Iterable[Row], key: str | None = None) -> Row | None:
+    """The row with the highest mean of some number; or by which validation samples choose."""
+    return max(of, key=lambda row: row.mean(key) if key else row.score, default=None)
 
 
 def rivals(of: Mapping[str, Row]) -> list[Row]:

@@ -22,7 +22,7 @@ class Preset:
         lr: of SGD with momentum 0.9 and weight decay 5e-4.
         metas: default of --meta, images of each class; the first one is the main one.
         seeds: default of --seeds.
-        settings: default of --settings.
+        settings: default of --settings; all where there are none.
         version: raised whenever the code changes what a cell's numbers are.
     """
 
@@ -47,19 +47,23 @@ class Preset:
         return {k: v for k, v in asdict(self).items() if k not in {"metas", "seeds", "settings"}}
 
 
-SMALL = Preset()
+SMALL = Preset(settings=("sources", "annotators", "pair 40 %", "symmetric 40 %", "long tail", "teachers"))
 PRESETS = {
     # What one CPU core does in three quarters of an hour.
     "small": SMALL,
+    # Among metakd's candidates, by four times as many validation images of other splits.
+    "choice": replace(
+        SMALL, largest_meta=25, validation=100, seeds=(10, 11, 12), settings=("sources", "annotators"),
+    ),
     # All of CIFAR-10, wider features and student, five seeds and three sizes of the meta set.
     "paper": replace(
         SMALL, filters=1600, stride=1, components=1024, hidden=512, per_class=4800, steps=5000, metas=(25, 10, 100),
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(0, 1, 2, 3, 4), settings=(),
     ),
     # The second data set, scikit-learn's digits: a few minutes.
     "digits": replace(
         SMALL, dataset="digits", filters=0, components=64, hidden=64, per_class=90, largest_meta=10, validation=10,
-        batch_size=64, lr=0.1, metas=(10,),
+        steps=200, batch_size=64, lr=0.1, metas=(10,), settings=("sources", "annotators"),
     ),
     # Seconds: does it run?
     "smoke": replace(

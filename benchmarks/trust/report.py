@@ -1,5 +1,6 @@
 """The record as README.md: what wins where, each setting's rows, the controls and what the weights know."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ labels alone (the right teachers alone). The seconds are CPU time of all variant
 ## What wins
 
 Test accuracy. The best rival is the row without an oracle that has the highest *test* accuracy, which favours the
-rivals; metakd's is the learned row with the highest *validation* accuracy. The gains are seed by seed.
+rivals; metakd's is the learned row with the highest *validation* accuracy{choice}. The gains are seed by seed.
 
 {summary}
 
@@ -52,15 +53,22 @@ area under the curve, in percent; 50 means that they know nothing.
 """
 
 
+CHOICE = """\
+; for sources and annotators that of other splits with four times as many validation samples (`--preset choice`, in
+[{name}](../{name}/README.md)), which choose among its variants, too"""
+
+
 def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path]:
     """Write README.md and the figure; the files written."""
     cells = [cell for cell in content["cells"] if cell["protocol"] == preset.protocol()]
     if not cells:
         return []
+    elsewhere = folder.with_name(f"{folder.name}-choice") / "results.json"
+    choice = json.loads(elsewhere.read_text())["cells"] if elsewhere.exists() else []
     found: dict[tuple[int, str], dict[str, Row]] = {}
     for meta in sorted({cell["meta"] for cell in cells}, key=lambda m: (m != preset.metas[0], m)):
         for setting in SETTINGS:
-            if of := rows(cells, setting, meta):
+            if of := rows(cells, setting, meta, choice):
                 found[meta, setting] = of
     main = {setting: of for (meta, setting), of in found.items() if meta == preset.metas[0]}
     drawn = figure.draw({s: of["learned table + meta"] for s, of in main.items() if "learned table + meta" in of},
@@ -71,6 +79,7 @@ def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path
         **{key: getattr(preset, key) for key in ("steps", "lr", "batch_size", "validation")},
         seeds=", ".join(map(str, sorted({cell["seed"] for cell in cells}))),
         settings="\n".join(f"- **{s}**: {_said(s)}" for s in SETTINGS if any(s == setting for _, setting in found)),
+        choice=CHOICE.format(name=elsewhere.parent.name) if choice else "",
         summary=summary(found),
         drawn=f"![The learned weight of each source and annotator]({drawn.name})" if drawn else "",
         sections="\n\n".join(_section(meta, setting, of) for (meta, setting), of in found.items()),
@@ -108,7 +117,7 @@ def summary(found: Mapping[tuple[int, str], dict[str, Row]]) -> str:
     """One line for each setting: the best rival, ours, the oracle."""
     lines = []
     for (meta, setting), of in found.items():
-        rival, own, oracle = best(rivals(of), "test"), best(ours(of), "validation"), of.get(ORACLE)
+        rival, own, oracle = best(rivals(of), "test"), best(ours(of)), of.get(ORACLE)
         if rival is None or own is None or oracle is None:
             continue
         over = gains(own, rival)

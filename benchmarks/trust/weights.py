@@ -108,8 +108,8 @@ class ByAnswer(nn.Module):
 class ByGroupAndLoss(nn.Module):
     """A weight that falls with the sample's loss, by group: `2 sigmoid(a_g - b_g (loss - 2))`, both numbers learned.
 
-    It reads the first feature, which must be a loss; `b` starts at 1. A group whose labels are right as often as not can
-    be trusted where the loss is small.
+    It reads the first feature, which must be a loss; `b` starts at 1. A group whose labels are right as often as not
+    can be trusted where the loss is small.
     """
 
     def __init__(self, column: str, groups: int) -> None:
