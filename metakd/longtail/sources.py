@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.longtail.batches import Batches, LongTailed
 
@@ -100,3 +102,30 @@ def from_sources(data: LongTailed, sources: int, *, seed: int = 0) -> Sourced:
 def _part(batches: Batches, rows: Tensor) -> Batches:
     rows = rows.to(batches.targets.device)
     return replace(batches, images=batches.images[rows], targets=batches.targets[rows])
+
+
+class Mixture(NamedTuple):
+    """Fixed weights of the terms for each source, and for meta images among the training images.
+
+    Attributes:
+        by_source: (S, M) weights; (1, M) for data without sources.
+        meta: (M,) weights of the images whose column `from_meta` is 1 (`metakd.meta_in_training`); None without them.
+
+    Examples:
+        >>> batch = Batch(None, columns={"source": torch.tensor([1, 0, -1]), "from_meta": torch.tensor([0, 0, 1])})
+        >>> Mixture(torch.tensor([[1.0, 0.0], [0.2, 0.8]]), torch.tensor([1.0, 0.0]))(batch)
+        tensor([[0.2000, 0.8000],
+                [1.0000, 0.0000],
+                [1.0000, 0.0000]])
+    """
+
+    by_source: Tensor
+    meta: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(B, M) the weights of a batch; (1, M) without sources."""
+        columns = batch.columns or {}
+        weights = self.by_source[columns["source"].clamp(min=0)] if "source" in columns else self.by_source
+        if self.meta is None:
+            return weights
+        return torch.where((columns["from_meta"] == 1).unsqueeze(1), self.meta, weights)
