@@ -72,7 +72,7 @@ DIGITS_WITH_SOURCES = {"imbalance": 5.0, "epochs": 40, "validation_per_class": 2
 
 
 def train(name, method, model, teacher, data, args, epochs, mixture=None):
-    """Train `model`, with a fixed mixture or by BiKD; returns its run, and BiKD's balancer and the history of its weights."""
+    """Train `model`, with a fixed mixture or by BiKD; returns its run, BiKD's balancer, the history of its weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     milestones = [epochs * 2 // 3, epochs * 5 // 6]
     scheduler = MultiStepLR(optimizer, milestones)
@@ -107,7 +107,7 @@ def train(name, method, model, teacher, data, args, epochs, mixture=None):
     for epoch in range(len(history), epochs):
         started, total = time.perf_counter(), 0.0
         model.train()
-        pairs = zip(data.train.epoch(epoch), data.validation.endless(epoch))
+        pairs = zip(data.train.epoch(epoch), data.validation.endless(epoch), strict=False)
         if with_meta:  # other meta images than those that judge the step
             pairs = meta_in_training(data.train.epoch(epoch), data.validation.endless(epoch))
         if balancer is not None and args.inner_steps > 1:
@@ -243,19 +243,22 @@ def main():
         runs["teacher"], *_ = train("teacher", "ce", teacher, None, data, args, args.teacher_epochs)
     teacher.eval().requires_grad_(False)
 
-    def student(name, method="kd", mixture=None):
-        model = network(args.student)
-        return model, *train(name, method, model, None if method == "ce" else teacher, data, args, args.epochs, mixture)
+    def student(name, method, mixture=None):
+        model, helper = network(args.student), None if method == "ce" else teacher
+        run, *learned = train(name, method, model, helper, data, args, args.epochs, mixture)
+        if sourced is not None:
+            run.history[-1]["choice_accuracy"] = evaluate(model, sourced.choice.plain(), groups).overall
+        return run, *learned
 
     for method in args.methods:
         if method == "bikd":
-            _, runs[method], balancer, seen = student(method, method)
+            runs[method], balancer, seen = student(method, method)
             learned = learned_weights(balancer, data.train.plain()) if seen is None else None
         elif method == "fixed":
-            tried = [student(f"fixed-{k}", mixture=one)[:2] for k, one in enumerate(fixed_mixtures(args))]
-            _, runs[method] = max(tried, key=lambda one: evaluate(one[0], sourced.choice.plain(), groups).overall)
+            tried = [student(f"fixed-{k}", method, mixture)[0] for k, mixture in enumerate(fixed_mixtures(args))]
+            runs[method] = max(tried, key=lambda run: run.history[-1]["choice_accuracy"])
         else:
-            _, runs[method], *_ = student(method, method, mixture_of(method, args, sourced, seen))
+            runs[method], *_ = student(method, method, mixture_of(method, args, sourced, seen))
 
     figures = {"learned": learned, "seen": seen, "sourced": sourced}
     written = write_report(args.output, runs, data, arguments=vars(args), **figures)
