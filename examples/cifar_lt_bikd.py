@@ -68,7 +68,9 @@ DIGITS = {  # chosen on validation images; one thread, for so small a network ga
     "teacher_epochs": 60, "epochs": 150, "batch_size": 32, "lr": 0.05, "alpha": 0.5, "accumulate": 1,
     "validation_per_class": 10, "threads": 1, "evaluate_every": 1,
 }  # fmt: skip
-DIGITS_WITH_SOURCES = {"imbalance": 5.0, "epochs": 40, "validation_per_class": 20, "evaluate_every": 5}
+DIGITS_WITH_SOURCES = {
+    "imbalance": 2.0, "teacher_epochs": 30, "epochs": 30, "validation_per_class": 10, "evaluate_every": 5,
+}  # fmt: skip
 
 
 def train(name, method, model, teacher, data, args, epochs, mixture=None):
@@ -196,13 +198,14 @@ def mixture_of(method, args, sourced, seen):
 
 
 def fixed_mixtures(args):
-    """The mixtures to choose from: five shares of the label, then as many random weights for each source and term."""
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        mixture = torch.tensor([share, 1 - share])
-        yield Mixture(mixture.expand(args.sources, 2), mixture)
+    """Ten mixtures to choose from: two shares of the label, three weights of the training images, then random ones."""
+    for share in (0.5, 1.0):
+        for weight in (1.0, 0.3, 0.1):  # the meta images have 1
+            mixture = torch.tensor([share, 1 - share])
+            yield Mixture(weight * mixture.expand(args.sources, 2), mixture)
     generator = torch.Generator().manual_seed(args.seed)
-    for _ in range(5):
-        yield Mixture(2 * torch.rand(args.sources, 2, generator=generator), torch.ones(2))
+    for _ in range(4):
+        yield Mixture(torch.rand(args.sources, 2, generator=generator), torch.ones(2))
 
 
 def main():
