@@ -130,7 +130,7 @@ def train(name, method, model, teacher, data, args, epochs, mixture=None):
                     batch = batch._replace(teacher=teacher(batch.inputs))
                 outputs = model(batch.inputs)
                 losses = torch.stack([hard(outputs, batch), soft(outputs, batch)], dim=1)
-                loss = (mixture(batch) * losses).sum(1).mean()
+                loss = (mixture(batch).to(losses) * losses).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -248,10 +248,10 @@ def main():
 
     def student(name, method, mixture=None):
         model, helper = network(args.student), None if method == "ce" else teacher
-        run, *learned = train(name, method, model, helper, data, args, args.epochs, mixture)
+        run, *found = train(name, method, model, helper, data, args, args.epochs, mixture)
         if sourced is not None:
             run.history[-1]["choice_accuracy"] = evaluate(model, sourced.choice.plain(), groups).overall
-        return run, *learned
+        return run, *found
 
     for method in args.methods:
         if method == "bikd":

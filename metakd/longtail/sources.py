@@ -124,8 +124,11 @@ class Mixture(NamedTuple):
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, M) the weights of a batch; (1, M) without sources."""
-        columns = batch.columns or {}
-        weights = self.by_source[columns["source"].clamp(min=0)] if "source" in columns else self.by_source
-        if self.meta is None:
-            return weights
-        return torch.where((columns["from_meta"] == 1).unsqueeze(1), self.meta, weights)
+        columns, weights = batch.columns or {}, self.by_source
+        if "source" in columns:
+            source = columns["source"]
+            weights = weights.to(source.device)[source.clamp(min=0)]
+        if self.meta is not None:
+            from_meta = columns["from_meta"].unsqueeze(1) == 1
+            weights = torch.where(from_meta, self.meta.to(from_meta.device), weights.to(from_meta.device))
+        return weights

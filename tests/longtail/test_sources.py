@@ -56,3 +56,5 @@ def test_too_few_sources_or_images_are_refused(clean):
 def test_a_mixture_without_sources_or_meta_images():
     one = Mixture(torch.tensor([[0.25, 0.75]]))
     assert one(Batch(torch.zeros(3, 1))).tolist() == [[0.25, 0.75]]
+    from_meta = Batch(torch.zeros(2, 1), columns={"from_meta": torch.tensor([0, 1])})
+    assert one._replace(meta=torch.tensor([1.0, 0.0]))(from_meta).tolist() == [[0.25, 0.75], [1.0, 0.0]]
