@@ -18,7 +18,7 @@ TEXT = """\
 
 {provenance}
 
-BiKD on the long-tailed digits of `examples/cifar_lt_bikd.py` ({student}, {epochs} epochs, batches of {batch}), with a
+BiKD on the digits of `examples/cifar_lt_bikd.py --sources 0` ({student}, {epochs} epochs, batches of {batch}), with a
 meta set of {sizes} images of each class and a step of the weight model in every iteration (k = 1) or after every fifth
 (k = 5). {held} images a class are held back in all cases, so that teacher and training images are the same for all
 sizes, and a larger meta set holds the smaller ones. A meta batch is the meta set, or {batch} images of it. Test

@@ -39,7 +39,7 @@ TEXT = """\
 
 {provenance}
 
-Test accuracy in percent, last epoch, of BiKD on the long-tailed digits of `examples/cifar_lt_bikd.py` (imbalance 20,
+Test accuracy in percent, last epoch, of BiKD on the digits of `examples/cifar_lt_bikd.py --sources 0` (imbalance 20,
 {epochs} epochs), mean and standard deviation over {seeds} seeds. With `order="sequential"` the weight model steps first
 and the student takes the new weights, as in the published codes. With `order="simultaneous"` the student takes the
 weights that the lookahead has judged, and the weight model's step counts from the next call on. k is `accumulate`.

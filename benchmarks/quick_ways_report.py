@@ -37,7 +37,7 @@ The exact way is `OneStep()` on a meta batch as large as the training batch. The
 
 ## What a student makes of it
 
-Test accuracy in percent of BiKD on the long-tailed digits of `examples/cifar_lt_bikd.py` ({student}, {epochs} epochs):
+Test accuracy in percent of BiKD on the digits of `examples/cifar_lt_bikd.py --sources 0` ({student}, {epochs} epochs):
 mean and standard deviation over the seeds {seeds}, and the mean of each seed's difference to the exact way. The student
 has two layers, so that its last stage and classifier are all there is. Meta batches have {batch}, {half} and {quarter}
 images.

@@ -1,4 +1,4 @@
-"""The figures and diagnoses of monitoring.md: BiKD on long-tailed handwritten digits, as in examples/cifar_lt_bikd.py.
+"""The figures and diagnoses of monitoring.md: BiKD on long-tailed digits, as in examples/cifar_lt_bikd.py --sources 0.
 
 python docs/figures.py
 """

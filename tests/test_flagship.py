@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cifar_lt_bikd.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
-TINY = ["--epochs", "4", "--teacher-epochs", "2"]
+SHORT = ["--epochs", "4", "--teacher-epochs", "2"]
+TINY = ["--sources", "0", *SHORT]
 FIGURES = ["training_curves.png", "class_accuracy.png", "weights_by_class.png", "weights_by_loss.png"]
+ROWS = ["teacher", "ce", "kd", "kd-meta", "fixed", "bikd", "mean", "meta", "oracle"]
 
 
 def command(output, *arguments):
@@ -54,7 +56,55 @@ def whole(tmp_path_factory):
     return output, run(output, *TINY)
 
 
-def test_the_default_run_says_what_it_used_and_ends_with_the_table(whole):
+@pytest.fixture(scope="module")
+def sourced(tmp_path_factory):
+    """The first run, as the README has it, but short."""
+    output = tmp_path_factory.mktemp("flagship") / "sourced"
+    return output, run(output, *SHORT)
+
+
+def test_the_first_run_ends_with_the_table_its_controls_and_what_they_are(sourced):
+    output, done = sourced
+    assert done.returncode == 0, done.stderr
+    assert "10 sources (3 right, 3 half wrong, 4 always wrong)" in done.stdout
+    table = done.stdout[done.stdout.index("Test accuracy") :].splitlines()
+    assert [line.split()[0] for line in table[3 : 3 + len(ROWS)]] == ROWS
+    for method in ROWS[1:]:
+        assert re.search(rf"^{method} +[a-z]", "\n".join(table), re.M)
+    for name in ["results.json", *FIGURES[:2], "weights_by_source.png"]:
+        assert str(output / name) in done.stdout and (output / name).stat().st_size > 1000
+    assert re.search(r"oracle, network (\d+) of \1: 100%.*\[\d+:\d+<\d+:\d+", done.stderr)  # the last bar, with its end
+
+
+def test_the_best_fixed_mixture_is_chosen_by_other_images_and_the_weights_are_recorded(sourced):
+    output, _ = sourced
+    found = record(output)
+    assert found["sources"]["kinds"] == ["right"] * 3 + ["half wrong"] * 3 + ["always wrong"] * 4
+    assert sum(found["sources"]["counts"]) == sum(found["data"]["counts"]) and 0.3 < found["sources"]["right"] < 0.6
+    weights = torch.tensor(found["learned_weights"]["by_source"])
+    assert weights.shape == (10, 2) and weights.std(0).min() > 0 and weights.min() > 0 and weights.max() < 2
+    runs, tried = found["runs"], [torch.load(output / f"fixed-{k}.pt", weights_only=True) for k in range(10)]
+    assert len({str(one["settings"]["mixture"]) for one in tried}) == 10
+    last = runs["fixed"]["history"][-1]
+    assert last["train_loss"] in [one["history"][-1]["train_loss"] for one in tried]
+    assert all("choice_accuracy" in runs[name]["history"][-1] for name in ROWS[1:])
+
+
+def test_a_run_with_sources_resumes_to_the_same_numbers(sourced, tmp_path):
+    output = shutil.copytree(sourced[0], tmp_path / "copy")
+    for name in ("bikd", "mean", "fixed-3"):
+        (output / f"{name}.pt").unlink()
+    (output / "results.json").unlink()
+    assert run(output, *SHORT, "--resume").returncode == 0
+    assert numbers(output) == numbers(sourced[0])
+
+
+def test_sources_and_several_inner_steps(tmp_path):
+    done = run(tmp_path, *SHORT, "--methods", "bikd", "--inner-steps", "3")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_without_sources_says_what_it_used_and_ends_with_the_table(whole):
     output, done = whole
     assert done.returncode == 0, done.stderr
     assert "Data: handwritten digits bundled with scikit-learn" in done.stdout
@@ -135,7 +185,7 @@ def test_resuming_a_finished_run_changes_nothing_and_can_add_a_method(whole, tmp
 
 
 def test_resuming_with_other_settings_is_an_error(whole):
-    done = run(whole[0], "--epochs", "5", "--teacher-epochs", "2", "--resume")
+    done = run(whole[0], *TINY, "--epochs", "5", "--resume")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "epochs: 4 there, 5 here" in done.stderr
 
@@ -172,7 +222,16 @@ def test_a_folder_of_pictures(tmp_path):
 
 def test_a_teacher_of_ones_own(tmp_path):
     torch.save(build_model("mlp16", classes=10, channels=1, size=8).state_dict(), tmp_path / "teacher.pt")
-    arguments = ["--teacher", "mlp16", "--teacher-checkpoint", str(tmp_path / "teacher.pt"), "--epochs", "2"]
+    arguments = [
+        "--teacher",
+        "mlp16",
+        "--teacher-checkpoint",
+        str(tmp_path / "teacher.pt"),
+        "--epochs",
+        "2",
+        "--sources",
+        "0",
+    ]
     found = run(tmp_path / "out", "--methods", "kd", *arguments)
     assert found.returncode == 0, found.stderr
     runs = record(tmp_path / "out")["runs"]
@@ -197,6 +256,9 @@ def test_real_cifar10(tmp_path):
         (["--epochs", "0"], "must be a whole number of at least 1, got '0'"),
         (["--accumulate", "few"], "must be a whole number of at least 1, got 'few'"),
         (["--student", "vgg"], "no network named 'vgg'"),
+        (["--sources", "3"], "got 3 sources"),
+        (["--sources", "0", "--methods", "oracle"], "--methods oracle needs --sources"),
+        (["--methods", "mean", "bikd"], "needs bikd before it"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_trained(tmp_path, arguments, message):

@@ -31,7 +31,7 @@ DIGITS = Preset(
     "convnet16", "mlp32", teacher_epochs=60, epochs=150, teacher_batch_size=32, lr=0.05, batch_size=32,
     validation_per_class=10,
 )  # fmt: skip
-"""The digits of examples/cifar_lt_bikd.py."""
+"""The digits of examples/cifar_lt_bikd.py --sources 0."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from metakd.longtail.data import DATASETS, Images, load_images
 from metakd.longtail.metrics import Groups, Scores, evaluate, group_classes
 from metakd.longtail.models import CifarResNet, build_model, load_weights
 from metakd.longtail.results import Run, provenance, summary, table, write_report
+from metakd.longtail.sources import Mixture, Sourced, from_sources
 from metakd.longtail.splits import Split, largest_n_max, long_tail_counts, long_tailed_split
 
 __all__ = [
@@ -22,12 +23,15 @@ __all__ = [
     "Groups",
     "Images",
     "LongTailed",
+    "Mixture",
     "Run",
     "Scores",
+    "Sourced",
     "Split",
     "build_model",
     "evaluate",
     "fresh_folder",
+    "from_sources",
     "group_classes",
     "largest_n_max",
     "load_images",

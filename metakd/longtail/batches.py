@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Batches:
         batch_size: images per batch; an incomplete last batch is dropped unless it is the only one.
         seed: of the order and of the augmentation.
         stream: distinguishes loaders of the same seed.
+        columns: name -> (N,) integers, such as each image's source; if there are any, they are the last part of a
+            batch, `(inputs, targets, index, {name: integers})`.
 
     Examples:
         >>> from metakd.longtail import load_images
@@ -43,15 +46,16 @@ class Batches:
     batch_size: int
     seed: int = 0
     stream: int = 0
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return max(len(self.targets) // self.batch_size, 1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches (inputs, targets, index) of one epoch, every image at most once."""
+    def epoch(self, epoch: int) -> Iterator[tuple[Any, ...]]:
+        """The batches (inputs, targets, index) of one epoch, every image at most once; with columns, these as well."""
         yield from self._once(self._generator(epoch))
 
-    def endless(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def endless(self, epoch: int) -> Iterator[tuple[Any, ...]]:
         """Batches without end for one epoch of another loader, reshuffled after every pass."""
         generator = self._generator(epoch)
         while True:
@@ -65,7 +69,7 @@ class Batches:
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000 + self.stream) * 1_000_003 + epoch)
 
-    def _once(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _once(self, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
         # All random numbers of a pass, drawn on the CPU, the same for every device, and copied there at once.
         order = torch.randperm(len(self.targets), generator=generator)
         parts = order[: len(self) * self.batch_size].split(self.batch_size)
@@ -77,7 +81,8 @@ class Batches:
             images = self.images[index]
             if crops is not None:
                 images = crop(images, crops[i], padding)
-            yield self.augment.normalise(images), self.targets[index], index
+            item = self.augment.normalise(images), self.targets[index], index
+            yield (*item, {name: of[index] for name, of in self.columns.items()}) if self.columns else item
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

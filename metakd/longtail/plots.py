@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metakd.monitor.plots._drawing import draw_by_class, draw_counts, finish, name_classes, new_figure, plain_log_ticks
+from metakd.monitor.history import History
+from metakd.monitor.plots._drawing import (
+    GROUPS,
+    MARKERS,
+    draw_by_class,
+    draw_counts,
+    finish,
+    name_classes,
+    new_figure,
+    plain_log_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +27,11 @@ STYLES = {
     "kd": ("KD", "#0072B2", "s", "--"),
     "bskd": ("balanced-softmax KD", "#009E73", "^", "-."),
     "bikd": ("BiKD", "#D55E00", "D", "-"),
+    "kd-meta": ("KD + meta images", "#56B4E9", "v", "--"),
+    "fixed": ("best fixed mixture", "#009E73", "^", "-."),
+    "mean": ("BiKD's mean weights", "#CC79A7", "P", "-."),
+    "meta": ("meta images alone", "#999999", "*", ":"),
+    "oracle": ("oracle", "#000000", "X", ":"),
 }
 _SPARE = (("#56B4E9", "v"), ("#CC79A7", "P"), ("#000000", "X"), ("#999999", "*"))
 
@@ -97,6 +112,53 @@ def class_accuracy(
     panel.set(ylabel="test accuracy (%)", ylim=(-3, 103))
     name_classes(panel, classes, "class, from head to tail")
     return finish(figure, panel, path)
+
+
+def weights_by_source(history: History, kinds: Sequence[str], path: Path, *, title: str) -> Figure:
+    """Draw the weights of every source over the steps: a panel for each term, a colour for each kind of source.
+
+    Args:
+        history: of the weights, by source.
+        kinds: what each source is, such as "right" or "always wrong".
+        path: the file to write.
+        title: above the figure.
+
+    Returns:
+        The figure, also written to ``path``.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from metakd import Report
+        >>> history = History(["hard"], classes=2, by="source")
+        >>> history.add(Report(torch.ones(2, 1), torch.tensor([[0.9], [0.1]])), torch.tensor([0, 1]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = weights_by_source(history, ["right", "wrong"], Path(folder) / "weights.png", title="Weights")
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['right', 'wrong']
+    """
+    names = list(dict.fromkeys(kinds))
+    figure, axes = new_figure(1, len(history.terms), (1.5 + 4.5 * len(history.terms), 4.4), title, sharey=True)
+    for source, kind in enumerate(kinds):
+        weights, first = history.over_time("weights", [source]), kinds.index(kind) == source
+        for k, term in enumerate(history.terms):
+            style = {
+                "color": GROUPS[names.index(kind) % len(GROUPS)],
+                "marker": MARKERS[names.index(kind) % len(MARKERS)],
+            }
+            known = weights[:, k].isfinite()
+            axes[0][k].plot(
+                history.at[known],
+                weights[known, k],
+                markevery=max(int(known.sum()) // 8, 1),
+                markersize=4,
+                linewidth=1.4,
+                label=kind if first else f"_{source}",
+                **style,
+            )
+            axes[0][k].set(xlabel="step", title=f"{term} term", xlim=(0, history.steps + 1))
+    axes[0][0].set_ylabel("weight of each source")
+    return finish(figure, axes[0][0], path)
 
 
 def _style(method: str, position: int) -> tuple[str, str, str, str]:

@@ -19,7 +19,9 @@ from metakd import plots
 from metakd.longtail.batches import LongTailed
 from metakd.longtail.checkpoint import write_atomically
 from metakd.longtail.metrics import Scores, group_classes
-from metakd.longtail.plots import class_accuracy, training_curves
+from metakd.longtail.plots import class_accuracy, training_curves, weights_by_source
+from metakd.longtail.sources import Sourced
+from metakd.monitor.history import History
 from metakd.monitor.learned_weights import LearnedWeights
 
 _PACKAGES = ("metakd", "torch", "torchopt", "torchvision", "torchmetrics", "scikit-learn")
@@ -81,6 +83,8 @@ def write_report(
     *,
     arguments: Mapping[str, Any],
     learned: LearnedWeights | None = None,
+    seen: History | None = None,
+    sourced: Sourced | None = None,
 ) -> list[Path]:
     """Write ``results.json`` and the figures.
 
@@ -90,6 +94,8 @@ def write_report(
         data: the data trained on.
         arguments: the settings of the runs, including ``seed``.
         learned: the weights that a bilevel method learned.
+        seen: the history of its weights by source.
+        sourced: the sources, with `seen`.
 
     Returns:
         The files written.
@@ -145,6 +151,13 @@ def write_report(
             learned.features,
             title=f"Learned weights by loss: {title}",
             path=figure("weights_by_loss.png"),
+        )
+    if sourced is not None:
+        record["sources"] = {"kinds": sourced.kinds, "counts": sourced.counts, "right": sourced.right}
+    if seen is not None and sourced is not None:
+        record["learned_weights"] = {"terms": seen.terms, "by_source": seen.by_class("weights").tolist()}
+        weights_by_source(
+            seen, sourced.kinds, figure("weights_by_source.png"), title=f"Learned weights by source: {title}"
         )
     write_atomically(written[0], lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     return written
