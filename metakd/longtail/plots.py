@@ -142,10 +142,6 @@ def weights_by_source(history: History, kinds: Sequence[str], path: Path, *, tit
     for source, kind in enumerate(kinds):
         weights, first = history.over_time("weights", [source]), kinds.index(kind) == source
         for k, term in enumerate(history.terms):
-            style = {
-                "color": GROUPS[names.index(kind) % len(GROUPS)],
-                "marker": MARKERS[names.index(kind) % len(MARKERS)],
-            }
             known = weights[:, k].isfinite()
             axes[0][k].plot(
                 history.at[known],
@@ -154,7 +150,8 @@ def weights_by_source(history: History, kinds: Sequence[str], path: Path, *, tit
                 markersize=4,
                 linewidth=1.4,
                 label=kind if first else f"_{source}",
-                **style,
+                color=GROUPS[names.index(kind) % len(GROUPS)],
+                marker=MARKERS[names.index(kind) % len(MARKERS)],
             )
             axes[0][k].set(xlabel="step", title=f"{term} term", xlim=(0, history.steps + 1))
     axes[0][0].set_ylabel("weight of each source")
