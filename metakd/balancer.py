@@ -396,7 +396,7 @@ class BilevelLossBalancer:
 
     def _trained(self, snapshot: Snapshot, batch: Batch, meta_batch: Batch | None, skipped: str | None) -> Tensor:
         """The training pass, the hypergradient of a given meta batch, and the weighted loss; sets the report."""
-        with read_at_end(self._late.append if self.defer_checks else None):
+        with read_at_end(self._late.append if self.defer_checks else None) as checks:
             lending = self._proofs.lending
             before = batch if lending.only_read else snapshot.keep_batch(batch)
             with lending.lend(batch, itself=True):
@@ -413,6 +413,8 @@ class BilevelLossBalancer:
                 objective = self._objective(self._functional, [before], meta_batch, snapshot.start, end)
                 with as_written(self._functional.device_type):
                     loss, self._report = self._learn(snapshot, objective, train, features)
+                    if not self.defer_checks:
+                        checks.judge()  # inside the block, as a failed one may run virtual passes to find its cause
                     return loss
 
     def _features_of(self, train: TrainPass, batch: Batch) -> Tensor:

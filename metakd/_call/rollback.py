@@ -33,7 +33,7 @@ class Snapshot:
         self._inputs: list[tuple[Tensor, int, Tensor]] = []
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
-        self._weighting_state = PythonState(step.walk.places())
+        self._weighting_state = PythonState(step.walk.places([step.weighting]))
         kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
         kept = [t for t in kept if not is_lazy(t)]
         self._values = list(zip(kept, clones(kept), [t.grad for t in kept], strict=True))

@@ -78,7 +78,7 @@ class WeightingStep:
             _check_optimizer(optimizer, params, of_terms)
         self.weighting, self.learned, self.optimizer = weighting, learned, optimizer
         self.accumulate, self._mean = accumulate, mean
-        self.walk = Walk(lambda: [weighting])
+        self.walk = Walk()
         self.pending = Pending({}, 0)
         self._checked = False
 

@@ -86,8 +86,7 @@ class FunctionalStudent:
         others: Callable[[], Sequence[Any]] = tuple,
         excluded: nn.Module | None = None,
     ) -> None:
-        self.module = unwrap(module)
-        self._walk = Walk(lambda: [self.module, *others()], lambda: [] if excluded is None else excluded.modules())
+        self.module, self._others, self._excluded, self._walk = unwrap(module), others, excluded, Walk()
         self._named: dict[str, nn.Parameter] | None = None
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
@@ -125,7 +124,9 @@ class FunctionalStudent:
 
     def start(self) -> Start:
         """Capture the state that a pass from here starts with."""
-        return Start(PythonState(self._walk.places()), RngState.capture(self.devices))
+        excluded = [] if self._excluded is None else self._excluded.modules()
+        places = self._walk.places([self.module, *self._others()], excluded)
+        return Start(PythonState(places), RngState.capture(self.devices))
 
     def run(
         self,

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from operator import is_
 from typing import Any
 
@@ -79,28 +79,25 @@ class Places:
 class Walk:
     """A walk that is taken again only if it would lead elsewhere than the last time.
 
-    Args:
-        roots: returns where it begins.
-        excluded: returns what it skips.
-
     Examples:
-        >>> log = {"calls": 0}
-        >>> walk = Walk(lambda: [log], lambda: [])
-        >>> first, log["calls"] = walk.places(), 1
-        >>> walk.places() is first
+        >>> walk, log = Walk(), {"calls": 0}
+        >>> first, log["calls"] = walk.places([log]), 1
+        >>> walk.places([log]) is first
         True
         >>> log["losses"] = []
-        >>> walk.places() is first
+        >>> walk.places([log]) is first
         False
     """
 
-    def __init__(self, roots: Callable[[], Iterable[Any]], excluded: Callable[[], Iterable[Any]] = list) -> None:
-        self._roots, self._excluded = roots, excluded
+    def __init__(self) -> None:
         self._last: tuple[list[Any], tuple[Any, ...], Places] | None = None
 
-    def places(self) -> Places:
-        """Where code can store state now."""
-        roots, excluded = list(self._roots()), list(self._excluded())
+    def __deepcopy__(self, memo: Any) -> Walk:
+        return Walk()  # the copy's objects are others
+
+    def places(self, roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
+        """Where code can store state now; see `reach`."""
+        roots, excluded = list(roots), list(excluded)
         ends = [*roots, *excluded, *_global_hooks()]
         if self._last is not None:
             known, signature, places = self._last

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from metakd import terms
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.terms import (
@@ -218,7 +219,7 @@ def test_the_outputs_of_several_teachers(term, outputs):
 def test_the_terms_that_the_message_names_take_several_teachers():
     batch = Batch(None, Y, ENSEMBLE)
     found = message(SoftTarget(), Z, batch)
-    first = eval(re.search(r"lambda outputs, batch: .*?\)\)(?=,)", found)[0], {"SoftTarget": SoftTarget})
+    first = eval(re.search(r"terms\.FromTeacher\(term, 0\)", found)[0], {"terms": terms, "term": SoftTarget()})
     torch.testing.assert_close(first(Z, batch), SoftTarget()(Z, batch._replace(teacher=ENSEMBLE[0])))
     mean = eval(re.search(r"teacher=(torch.*)$", found)[1], {"torch": torch, "batch": batch})
     torch.testing.assert_close(mean, (ENSEMBLE[0] + ENSEMBLE[1]) / 2)

@@ -87,7 +87,7 @@ def balancer(reduction, model, **options):
 
 
 def test_weights_by_sequence_and_by_token_are_learned_exactly():
-    table = weighting.GroupTable("source", 3, 1)
+    table = weighting.GroupTable("source", 3, 1, output="softplus")
     check_hypergradient(balancer("sample", table), [tokens(0)], tokens(1))
     made = balancer("token", weighting.LossMLP(1, 1), batch_fn=lambda item: tokens_as_samples(item, shift=True))
     batches = [tokens_as_samples(tokens(seed), shift=True) for seed in (0, 1)]
@@ -98,7 +98,7 @@ def test_weights_by_sequence_and_by_token_are_learned_exactly():
 
 
 def test_a_token_weighs_what_its_weight_says():
-    table = weighting.GroupTable("source", 3, 1)
+    table = weighting.GroupTable("source", 3, 1, output="softplus")
     by_token = balancer("token", table, batch_fn=lambda item: tokens_as_samples(item, shift=True))
     batch = tokens_as_samples(tokens(0), shift=True)
     with torch.no_grad():
