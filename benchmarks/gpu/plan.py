@@ -12,7 +12,7 @@ RUNS = ("numpy", "torchmetrics", "safetensors")
 METHODS = ("kd", "mixture", "bikd-mix", "best")
 GRAPHS = tuple(name for name in MODES if "graph" in name)
 COMPILED = tuple(name for name in MODES if "compiled" in name)
-LOOPS = ("accumulate=1", "accumulate=5", "every=5", "published way")
+LOOPS = ("accumulate=1", "accumulate=5", "every=5", "simultaneous", "published way")
 
 
 @dataclass(frozen=True)
