@@ -45,17 +45,24 @@ class Row(NamedTuple):
 
 
 def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
-    """The rows of a setting and a meta set for which every variant was run with the same seeds."""
+    """The rows of a setting and a meta set.
+
+    All of the seeds for which every variant of every row was run; while there are none, each row of the seeds for which
+    all its variants were.
+    """
     here = [cell for cell in cells if cell["setting"] == setting and cell["meta"] == meta]
-    seeds = sorted({cell["seed"] for cell in here})
     found = {(_frozen(cell["recipe"]), cell["seed"]): cell for cell in here}
+
+    def complete(recipes: Iterable[Recipe]) -> list[int]:
+        keys = [_frozen(recipe.settings()) for recipe in recipes]
+        return [seed for seed in sorted({cell["seed"] for cell in here}) if all((key, seed) in found for key in keys)]
+
+    wanted = rows_of(setting)
+    of_all = complete(variant for variants in wanted.values() for variant in variants)
     result = {}
-    for name, variants in rows_of(setting).items():
-        runs = [[found.get((_frozen(v.settings()), seed)) for seed in seeds] for v in variants]
-        complete = [k for k in range(len(seeds)) if all(of[k] is not None for of in runs)]
-        if complete:
-            kept = [[cell for k in complete if (cell := of[k]) is not None] for of in runs]
-            result[name] = _row(name, variants, kept)
+    for name, variants in wanted.items():
+        if seeds := of_all or complete(variants):
+            result[name] = _row(name, variants, [[found[_frozen(v.settings()), s] for s in seeds] for v in variants])
     return result
 
 

@@ -130,10 +130,10 @@ def _section(meta: int, setting: str, of: Mapping[str, Row]) -> str:
     order = sorted(of.values(), key=lambda row: (row.name == ORACLE, is_ours(row.name)))
     lines = [
         [row.name, str(row.tried), told(row.recipe), spread(row.of("validation")), spread(row.of("test")),
-         f"{row.seconds:.1f}"]
+         str(len(row.cells)), f"{row.seconds:.1f}"]
         for row in order
     ]  # fmt: skip
-    head = ["", "variants", "chosen", "validation", "test", "seconds"]
+    head = ["", "variants", "chosen", "validation", "test", "seeds", "seconds"]
     return f"## {setting[0].upper()}{setting[1:]}, {meta} meta images a class\n\n" + table(head, lines, left=3)
 
 
