@@ -238,7 +238,7 @@ def test_validation_chooses_variants_and_the_report_says_so(tmp_path):
     line = (
         "| 60.00 ± 0.00 (agreement + meta) | 65.00 ± 0.00 | 5.00 ± 0.00, 2 of 2 seeds | 65.00 ± 0.00 (learned table + "
     )
-    assert f"| sources | 25 {line}+ meta, varied) |" in text and "| oracle + meta | 2 |" in text
+    assert f"| sources | 25 {line}meta, varied) |" in text and "| oracle + meta | 2 |" in text
     other = [{**cell, "protocol": {}} for cell in cells]
     assert report.write({**content, "cells": other}, tmp_path, PRESETS["small"]) == []  # stale cells are not reported
 
