@@ -10,6 +10,9 @@ ORACLE = "oracle + meta"
 SEARCHED = "random search + meta"
 """Every seed draws other mixtures, so that each chooses for itself."""
 
+RECOMMENDED = "learned table + meta"
+"""What was recommended before these runs, by trials on other features: a table at Adam 0.1, meta samples at 0.3."""
+
 CELLS = Sequence[Mapping[str, Any]]
 
 
@@ -41,37 +44,30 @@ class Row(NamedTuple):
         return statistics.mean(self.of(key))
 
 
-def rows(cells: CELLS, setting: str, meta: int, choice: CELLS = ()) -> dict[str, Row]:
-    """The rows of a setting and a meta set for which every variant was run with the same seeds.
+def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
+    """The rows of a setting and a meta set.
 
-    Where `choice`, runs on other splits with more validation samples, has a setting's learned rows, they choose there.
+    All of the seeds for which every variant of every row was run; while there are none, each row of the seeds for which
+    all its variants were.
     """
     here = [cell for cell in cells if cell["setting"] == setting and cell["meta"] == meta]
-    seeds = sorted({cell["seed"] for cell in here})
     found = {(_frozen(cell["recipe"]), cell["seed"]): cell for cell in here}
+
+    def complete(recipes: Iterable[Recipe]) -> list[int]:
+        keys = [_frozen(recipe.settings()) for recipe in recipes]
+        return [seed for seed in sorted({cell["seed"] for cell in here}) if all((key, seed) in found for key in keys)]
+
+    wanted = rows_of(setting)
+    of_all = complete(variant for variants in wanted.values() for variant in variants)
     result = {}
-    for name, variants in rows_of(setting).items():
-        runs = [[found.get((_frozen(v.settings()), seed)) for seed in seeds] for v in variants]
-        complete = [k for k in range(len(seeds)) if all(of[k] is not None for of in runs)]
-        if complete:
-            kept = [[cell for k in complete if (cell := of[k]) is not None] for of in runs]
-            scores = [statistics.mean(cell["validation"] for cell in of) for of in kept]
-            if is_ours(name) and any(cell["setting"] == setting for cell in choice):
-                scores = [_score_by(choice, setting, v) for v in variants]
-            result[name] = _row(name, variants, kept, scores)
+    for name, variants in wanted.items():
+        if seeds := of_all or complete(variants):
+            result[name] = _row(name, variants, [[found[_frozen(v.settings()), s] for s in seeds] for v in variants])
     return result
 
 
-def _score_by(choice: CELLS, setting: str, recipe: Recipe) -> float:
-    """The mean validation accuracy of a recipe there; 0 where it was not run."""
-    wanted = _frozen(recipe.settings())
-    found = [c["validation"] for c in choice if c["setting"] == setting and _frozen(c["recipe"]) == wanted]
-    return statistics.mean(found) if found else 0.0
-
-
-def _row(
-    name: str, variants: Sequence[Recipe], runs: Sequence[list[Mapping[str, Any]]], scores: Sequence[float]
-) -> Row:
+def _row(name: str, variants: Sequence[Recipe], runs: Sequence[list[Mapping[str, Any]]]) -> Row:
+    scores = [statistics.mean(cell["validation"] for cell in of) for of in runs]
     best = max(range(len(runs)), key=scores.__getitem__)
     cells = runs[best]
     if name == SEARCHED:
@@ -86,7 +82,7 @@ def _frozen(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def is_ours(name: str) -> bool:
     """Whether a row is metakd's own."""
-    return name.startswith("learned ")
+    return name.startswith("learned")
 
 
 def best(of: Iterable[Row], key: str | None = None) -> Row | None:

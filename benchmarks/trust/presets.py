@@ -51,10 +51,6 @@ SMALL = Preset(settings=("sources", "annotators", "pair 40 %", "symmetric 40 %",
 PRESETS = {
     # What one CPU core does in three quarters of an hour.
     "small": SMALL,
-    # Among metakd's candidates, by four times as many validation images of other splits.
-    "choice": replace(
-        SMALL, largest_meta=25, validation=100, seeds=(10, 11, 12), settings=("sources", "annotators"),
-    ),
     # All of CIFAR-10, wider features and student, five seeds and three sizes of the meta set.
     "paper": replace(
         SMALL, filters=1600, stride=1, components=1024, hidden=512, per_class=4800, steps=5000, metas=(25, 10, 100),

@@ -104,7 +104,8 @@ def of_labels(setting: str) -> Rows:
     table = Recipe(weights="table", by=by[0]) if by[0] else Recipe(weights="samples")
     among = [replace(table, meta=0.3, controls=True), replace(table, meta=1.0)]
     rows["learned table"] = [table]
-    rows["learned table + meta"] = [*among, *(replace(among[1], by=b, meta=0.3) for b in by[1:])]
+    rows["learned table + meta"] = among[:1]
+    rows["learned table + meta, varied"] = [*among[1:], *(replace(among[1], by=b, meta=0.3) for b in by[1:])]
     if by[0]:
         rows["learned table from agreement + meta"] = [replace(table, meta=0.3, start="agreement")]
     else:
@@ -131,6 +132,7 @@ def of_teachers() -> Rows:
         "stacking + meta": [replace(plus, term="stacked", scale=s) for s in (1.0, 0.3)],
         "oracle + meta": [replace(plus, weights="oracle", scale=s) for s in (1.0, 0.3)],
         "learned table": [replace(plus, weights="teachers", meta=None)],
-        "learned table + meta": [replace(plus, weights="teachers", meta=m, controls=m == 0.3) for m in (0.3, 1.0)],
+        "learned table + meta": [replace(plus, weights="teachers", meta=0.3, controls=True)],
+        "learned table + meta, varied": [replace(plus, weights="teachers")],
         "learned stacking + meta": [replace(plus, term="stacked learned", meta=m, rate=0.01) for m in (0.3, 1.0)],
     }
