@@ -35,8 +35,8 @@ Scikit-learn's digits, {train} training images: {head} of the most frequent clas
 sources. {kinds} {right:.0f} % of the training labels are
 right. {held} images of each class with right labels are the meta images, {held} others choose among fixed mixtures, and
 600 test images, the same for all seeds, are reported. The teacher learns from the training images as they are. The task
-was chosen with the seeds 10 and 11 (below). The networks' learning rates are those of the long-tailed digits, and that of
-the table is the library's default.
+was chosen with the seeds 10 and 11 (below). The networks' learning rates are those of the long-tailed digits; the
+table has the default rate of the library.
 
 {rows}
 
