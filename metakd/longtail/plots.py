@@ -140,20 +140,20 @@ def weights_by_source(history: History, kinds: Sequence[str], path: Path, *, tit
     names = list(dict.fromkeys(kinds))
     figure, axes = new_figure(1, len(history.terms), (1.5 + 4.5 * len(history.terms), 4.4), title, sharey=True)
     for source, kind in enumerate(kinds):
-        weights, first = history.over_time("weights", [source]), kinds.index(kind) == source
-        for k, term in enumerate(history.terms):
+        weights, place = history.over_time("weights", [source]), names.index(kind)
+        for k, (panel, term) in enumerate(zip(axes[0], history.terms, strict=True)):
             known = weights[:, k].isfinite()
-            axes[0][k].plot(
+            panel.plot(
                 history.at[known],
                 weights[known, k],
+                color=GROUPS[place % len(GROUPS)],
+                marker=MARKERS[place % len(MARKERS)],
                 markevery=max(int(known.sum()) // 8, 1),
                 markersize=4,
                 linewidth=1.4,
-                label=kind if first else f"_{source}",
-                color=GROUPS[names.index(kind) % len(GROUPS)],
-                marker=MARKERS[names.index(kind) % len(MARKERS)],
+                label=kind if kinds.index(kind) == source else f"_{source}",
             )
-            axes[0][k].set(xlabel="step", title=f"{term} term", xlim=(0, history.steps + 1))
+            panel.set(xlabel="step", title=f"{term} term", xlim=(0, history.steps + 1))
     axes[0][0].set_ylabel("weight of each source")
     return finish(figure, axes[0][0], path)
 

@@ -27,6 +27,12 @@ class Sourced:
         kinds: what each source's labels are, one of `KINDS`; for controls and figures alone.
         counts: training images of each source.
         right: the share of the training labels that are right.
+
+    Examples:
+        >>> from metakd.longtail import load_images
+        >>> found = from_sources(LongTailed.cut(load_images("digits"), 5, validation_per_class=20), 10)
+        >>> found.of_kind("right"), len(found.data.validation.targets), len(found.choice.targets)
+        ([0, 1, 2], 100, 100)
     """
 
     data: LongTailed
