@@ -29,7 +29,7 @@ python benchmarks/first_run.py
 ```
 
 It runs `python examples/cifar_lt_bikd.py --seed N` for the seeds {seeds}; torch {torch}, one thread of one x86-64 core,
-{cpu:.0f} seconds of CPU time a run, importing and drawing included.
+{cpu:.0f} seconds of CPU time a run, importing and drawing included; other programs had most of the machine.
 
 Scikit-learn's digits, {train} training images: {head} of the most frequent class, {tail} of the rarest, from {sources}
 sources. {kinds} {right:.0f} % of the training labels are
