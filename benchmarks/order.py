@@ -21,7 +21,7 @@ from benchmarks.common.numbers import Content
 from benchmarks.common.quick import DIGITS
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import bikd
-from benchmarks.longtail.train import Cell, Where, data_of, fit, network, teacher_of
+from benchmarks.longtail.train import Cell, Where, data_of, fit, network, settings_of, teacher_of
 
 METHODS = {f"{order}, k = {k}": (order, k) for k in (1, 5) for order in ("sequential", "simultaneous")}
 MILESTONES = (2 / 3, 5 / 6)
@@ -64,7 +64,8 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
         for name in cell["methods"]:
             order, k = METHODS[name]
             one, learned = at._replace(method=name.replace(" ", "")), Learned(name, bikd(accumulate=k, order=order))
-            result = fit(one, preset, where, network(one, preset, where), teacher, data, learned, MILESTONES)
+            student, settings = network(one, preset, where), settings_of(one, preset, learned)
+            result = fit(one.name, settings, preset, where, student, teacher, data, learned, MILESTONES)
             found[name] = result["test"]["overall"]
     return {"accuracy": found}
 

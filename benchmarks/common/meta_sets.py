@@ -22,6 +22,7 @@ from benchmarks.longtail.train import (
     fit,
     network,
     optimizer_of,
+    settings_of,
     teacher_of,
     with_validation_images,
 )
@@ -77,7 +78,8 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
             elif isinstance(method, Learned):
                 method = methods.find(f"{name}+frozen")
             one = at._replace(method=f"{name}-{size}")
-            result = fit(one, preset, where, network(one, preset, where), teacher, given, method, MILESTONES)
+            student, settings = network(one, preset, where), settings_of(one, preset, method)
+            result = fit(one.name, settings, preset, where, student, teacher, given, method, MILESTONES)
             return float(result["test"]["overall"])
 
         for name in cell["methods"]:

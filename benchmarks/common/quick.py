@@ -17,7 +17,7 @@ from benchmarks.common.methods import Call
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import bikd
 from benchmarks.longtail.presets import Preset
-from benchmarks.longtail.train import Cell, Where, data_of, fit, network, teacher_of
+from benchmarks.longtail.train import Cell, Where, data_of, fit, network, settings_of, teacher_of
 from metakd.estimators import Estimator, FiniteDifference, OneStep
 from metakd.longtail import load_images
 
@@ -157,7 +157,8 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
             meta = replace(data.validation, batch_size=max(round(way.share * data.validation.batch_size), 1))
             learned = Learned(name, bikd(estimator=way.estimator("3.*", "1.*"), accumulate=1))
             data_of_way = replace(data, validation=meta)
-            result = fit(one, preset, where, network(one, preset, where), teacher, data_of_way, learned, milestones)
+            student, settings = network(one, preset, where), settings_of(one, preset, learned)
+            result = fit(one.name, settings, preset, where, student, teacher, data_of_way, learned, milestones)
             found[name] = result["test"]["overall"]
     return {"accuracy": found}
 
