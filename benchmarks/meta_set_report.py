@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.digits import DIGITS
 from benchmarks.common.markdown import provenance, spread, table, what_failed, write_readme
 from benchmarks.common.meta_sets import BATCHES, NAMES, PAIRS
 from benchmarks.common.numbers import Content
-from benchmarks.common.quick import DIGITS
 from benchmarks.longtail import methods
 from benchmarks.longtail.fixed import Fixed
 from metakd.monitor.plots._drawing import MARKERS, TERMS, new_figure

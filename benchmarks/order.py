@@ -8,23 +8,15 @@ Writes results.json and README.md to --output. The same command after an interru
 """
 
 import statistics
-import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from benchmarks.common import orders
 from benchmarks.common.command import Job, measure, parse, parser_of, run
+from benchmarks.common.digits import DIGITS
 from benchmarks.common.markdown import provenance, spread, table, what_failed, write_readme
 from benchmarks.common.measure import ROOT
 from benchmarks.common.numbers import Content
-from benchmarks.common.quick import DIGITS
-from benchmarks.longtail.learned import Learned
-from benchmarks.longtail.methods import bikd
-from benchmarks.longtail.train import Cell, Where, data_of, fit, network, settings_of, teacher_of
 
-METHODS = {f"{order}, k = {k}": (order, k) for k in (1, 5) for order in ("sequential", "simultaneous")}
-MILESTONES = (2 / 3, 5 / 6)
 PRESETS = {
     "full": {
         "cases": [], "repeats": 1, "seconds": 0.0, "seeds": [0, 1, 2, 3, 4], "epochs": DIGITS.epochs,
@@ -49,30 +41,6 @@ Orders of one seed share the teacher and the start; the difference is that of si
 """
 
 
-def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Test accuracy with each order, all from one teacher and one start.
-
-    Returns:
-        accuracy: name -> percent.
-    """
-    preset = replace(DIGITS, epochs=cell["epochs"], teacher_epochs=min(cell["epochs"], DIGITS.teacher_epochs))
-    found = {}
-    with tempfile.TemporaryDirectory() as work:
-        where = Where(None, False, Path(work), "cpu")
-        at = Cell("digits", 20.0, "teacher", cell["seed"])
-        data, (teacher, _) = data_of(at, preset, where), teacher_of(at, preset, where, MILESTONES)
-        for name in cell["methods"]:
-            order, k = METHODS[name]
-            one, learned = at._replace(method=name.replace(" ", "")), Learned(name, bikd(accumulate=k, order=order))
-            student, settings = network(one, preset, where), settings_of(one, preset, learned)
-            result = fit(one.name, settings, preset, where, student, teacher, data, learned, MILESTONES)
-            found[name] = result["test"]["overall"]
-    return {"accuracy": found}
-
-
-CELLS = {"accuracy": accuracy_cell}
-
-
 def write(content: Content, folder: Path) -> list[Path]:
     """Write README.md."""
     cells = [cell["accuracy"] for cell in content["cells"] if "accuracy" in cell]
@@ -92,14 +60,12 @@ def write(content: Content, folder: Path) -> list[Path]:
 
 def main() -> None:
     """Train the seeds that are not in the record yet; then write the report."""
-    parser = parser_of(__doc__, PRESETS, list(METHODS))
+    parser = parser_of(__doc__, PRESETS, list(orders.METHODS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--epochs", type=int)
     args = parse(parser, PRESETS)
-    jobs = [Job({"kind": "accuracy", "seed": seed, "epochs": args.epochs}, list(METHODS)) for seed in args.seeds]
-    import benchmarks.order as module  # as its cells' processes import it
-
-    for path in write(measure(args, module, jobs).content, args.output):
+    jobs = [Job({"kind": "accuracy", "seed": seed, "epochs": args.epochs}, list(orders.METHODS)) for seed in args.seeds]
+    for path in write(measure(args, orders, jobs).content, args.output):
         print(path)
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from benchmarks import quick_ways_report as report
 from benchmarks.common import quick
 from benchmarks.common.command import Job, measure, parse, parser_of, run
+from benchmarks.common.digits import DIGITS
 from benchmarks.common.measure import ROOT
 
 NAMES = list(quick.WAYS)
 PRESETS = {
     "full": {
         "cases": ["resnet8x4", "resnet20", "transformer"], "repeats": 6, "seconds": 80.0, "after": 20,
-        "seeds": [0, 1, 2, 3, 4], "epochs": quick.DIGITS.epochs,
+        "seeds": [0, 1, 2, 3, 4], "epochs": DIGITS.epochs,
         "output": ROOT / "benchmarks" / "results" / "quick_ways",
     },
     "smoke": {

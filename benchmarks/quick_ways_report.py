@@ -4,9 +4,10 @@ import statistics
 from pathlib import Path
 
 from benchmarks.common.cases import CASES
+from benchmarks.common.digits import DIGITS
 from benchmarks.common.markdown import plain_milliseconds, provenance, spread, table, what_failed, write_readme
 from benchmarks.common.numbers import Content, entries, find, per_iteration
-from benchmarks.common.quick import COMPARED, DIGITS, DRAWS, WAYS
+from benchmarks.common.quick import COMPARED, DRAWS, WAYS
 from benchmarks.quick_ways_figure import draw
 
 TEXT = """\

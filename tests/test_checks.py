@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.common.counts import count
 from metakd import BilevelLossBalancer, MetaKDError
-from metakd._basics.checks import check, check_finite, read_at_end
+from metakd._basics.checks import check, check_finite, checked_before, read_at_end
 from metakd.terms import CrossEntropy, SoftTarget
 
 
@@ -111,6 +111,20 @@ def test_a_failed_check_explains_the_error_that_it_caused():
     with pytest.raises(IndexError), read_at_end():
         check(lambda number: None, torch.tensor(1.0))
         raise IndexError("out of range")
+
+
+def test_a_tensor_is_checked_again_once_it_was_written_to():
+    with torch.inference_mode():
+        unwritable = torch.arange(3)  # it has no count of what was written to it
+    labels = torch.arange(3)
+    with read_at_end():
+        for values in (labels, unwritable):
+            assert not checked_before(values, 3)
+            assert checked_before(values, 3)
+            assert not checked_before(values, 4)
+        labels.add_(1)
+        assert not checked_before(labels, 3)
+    assert not checked_before(labels, 3)
 
 
 def test_a_sum_that_overflows_is_no_fault_by_itself():

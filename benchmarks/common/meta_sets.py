@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.quick import DIGITS
+from benchmarks.common.digits import DIGITS, MILESTONES
 from benchmarks.longtail import methods
 from benchmarks.longtail.fixed import Fixed
 from benchmarks.longtail.learned import Learned
@@ -19,18 +19,16 @@ from benchmarks.longtail.train import (
     Cell,
     Where,
     data_of,
-    fit,
     network,
     optimizer_of,
-    settings_of,
     teacher_of,
+    trained,
     with_validation_images,
 )
 from metakd import BilevelLossBalancer
 from metakd.longtail import LongTailed
 
 NAMES = ("kd", "bskd", "bikd", "bikd-k5")
-MILESTONES = (2 / 3, 5 / 6)
 
 PAIRS, BATCHES = 6, 5
 """Pairs of disjoint meta sets for each size; training batches whose hypergradients are compared and averaged."""
@@ -78,9 +76,7 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
             elif isinstance(method, Learned):
                 method = methods.find(f"{name}+frozen")
             one = at._replace(method=f"{name}-{size}")
-            student, settings = network(one, preset, where), settings_of(one, preset, method)
-            result = fit(one.name, settings, preset, where, student, teacher, given, method, MILESTONES)
-            return float(result["test"]["overall"])
+            return float(trained(one, preset, where, teacher, given, method, MILESTONES)["test"]["overall"])
 
         for name in cell["methods"]:
             found[name] = [accuracy(name, size) for size in (0, *cell["sizes"])]

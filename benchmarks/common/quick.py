@@ -1,7 +1,6 @@
 """The quick ways: what each of them asks of a hypergradient, how far off it is, and what a student makes of it."""
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,25 +12,18 @@ from torch import Tensor
 
 from benchmarks.common import loops, methods
 from benchmarks.common.cases import CASES, Task
+from benchmarks.common.digits import accuracies
 from benchmarks.common.methods import Call
 from benchmarks.longtail.learned import Learned
 from benchmarks.longtail.methods import bikd
-from benchmarks.longtail.presets import Preset
-from benchmarks.longtail.train import Cell, Where, data_of, fit, network, settings_of, teacher_of
 from metakd.estimators import Estimator, FiniteDifference, OneStep
-from metakd.longtail import load_images
+from metakd.longtail import LongTailed, load_images
 
 IMAGES = "METAKD_CIFAR10"
 """The variable that names a folder of CIFAR-10's images, `{train,test}/<class>/*`."""
 
 BATCHES, DRAWS, COMPARED = 10, 4, 2
 """Training batches that take turns; draws of a smaller meta batch; training batches on which errors are taken."""
-
-DIGITS = Preset(
-    "convnet16", "mlp32", teacher_epochs=60, epochs=150, teacher_batch_size=32, lr=0.05, batch_size=32,
-    validation_per_class=10,
-)  # fmt: skip
-"""The digits of examples/cifar_lt_bikd.py --sources 0."""
 
 
 @dataclass(frozen=True)
@@ -144,23 +136,14 @@ def accuracy_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         accuracy: name -> percent.
     """
-    preset = replace(DIGITS, epochs=cell["epochs"], teacher_epochs=min(cell["epochs"], DIGITS.teacher_epochs))
-    milestones = (2 / 3, 5 / 6)
-    found = {}
-    with tempfile.TemporaryDirectory() as work:
-        where = Where(None, False, Path(work), "cpu")
-        at = Cell("digits", 20.0, "teacher", cell["seed"])
-        data = data_of(at, preset, where)
-        teacher, _ = teacher_of(at, preset, where, milestones)
-        for name in cell["methods"]:
-            way, one = WAYS[name], at._replace(method=name.replace(" ", "-"))
-            meta = replace(data.validation, batch_size=max(round(way.share * data.validation.batch_size), 1))
-            learned = Learned(name, bikd(estimator=way.estimator("3.*", "1.*"), accumulate=1))
-            data_of_way = replace(data, validation=meta)
-            student, settings = network(one, preset, where), settings_of(one, preset, learned)
-            result = fit(one.name, settings, preset, where, student, teacher, data_of_way, learned, milestones)
-            found[name] = result["test"]["overall"]
-    return {"accuracy": found}
+
+    def choose(name: str, data: LongTailed) -> tuple[Learned, LongTailed]:
+        way = WAYS[name]
+        meta = replace(data.validation, batch_size=max(round(way.share * data.validation.batch_size), 1))
+        estimator = way.estimator("3.*", "1.*")
+        return Learned(name, bikd(estimator=estimator, accumulate=1)), replace(data, validation=meta)
+
+    return {"accuracy": accuracies(cell, choose)}
 
 
 CELLS = {"errors": errors_cell, "accuracy": accuracy_cell}

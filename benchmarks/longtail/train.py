@@ -77,14 +77,14 @@ def teacher_of(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The teacher of a data set, an imbalance and a seed; trained on the long-tailed images where it is not there."""
     cell = cell._replace(method=f"teacher-{preset.teacher}")
-    trained = preset.of_teacher()
-    model = network(cell, trained, where)
+    taught = preset.of_teacher()
+    model = network(cell, taught, where)
     path = where.teachers and teachers.path_of(where.teachers, cell.name)
     result = teachers.load(model, path) if path else None
     if result is None:
-        data = data_of(cell, trained, where)
+        data = data_of(cell, taught, where)
         result = fit(
-            cell.name, settings_of(cell, trained, TEACHER), trained, where, model, None, data, TEACHER, milestones
+            cell.name, settings_of(cell, taught, TEACHER), taught, where, model, None, data, TEACHER, milestones
         )
         if path:
             model.load_state_dict(teachers.unpacked(teachers.packed(model.state_dict())))
@@ -107,9 +107,22 @@ def student_of(cell: Cell, preset: Preset, where: Where, method: Method) -> dict
     data = data_of(cell, preset, where)
     if "val" in suffix:
         data = with_validation_images(data)
-    settings = settings_of(cell, preset, method)
-    result = fit(cell.name, settings, preset, where, network(cell, preset, where), teacher, data, method, DECAYS)
+    result = trained(cell, preset, where, teacher, data, method, DECAYS)
     return result | {"teacher": {key: of_teacher[key] for key in ("test", "validation", "seconds")}}
+
+
+def trained(
+    cell: Cell,
+    preset: Preset,
+    where: Where,
+    teacher: nn.Module | None,
+    data: LongTailed,
+    method: Method,
+    milestones: Iterable[float],
+) -> dict[str, Any]:
+    """Train the cell's network on given data; see `fit`."""
+    settings, model = settings_of(cell, preset, method), network(cell, preset, where)
+    return fit(cell.name, settings, preset, where, model, teacher, data, method, milestones)
 
 
 def network(cell: Cell, preset: Preset, where: Where) -> nn.Module:

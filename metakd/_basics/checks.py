@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from metakd._basics.nest import version_of
 from metakd._basics.rng import capturing
 from metakd.errors import MetaKDError
 
@@ -35,7 +36,7 @@ class Waiting:
 
     def sees_again(self, tensor: Tensor, key: Hashable) -> bool:
         """Whether these values of the tensor came before with the same key."""
-        full = id(tensor), tensor._version, key
+        full = id(tensor), version_of(tensor), key
         again = full in self._seen
         self._seen[full] = tensor  # keeps it alive, as a new tensor could reuse the id
         return again

@@ -30,6 +30,11 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for inference tensors, which have no count and cannot be written to."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Copy a nest with `function` applied to every tensor; container types and all other leaves stay.
 

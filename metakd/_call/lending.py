@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
-
+from metakd._basics.nest import version_of
 from metakd.batch import Batch, detached_copy, map_tensors, tensors
 from metakd.errors import MetaKDError
 
@@ -62,8 +61,4 @@ def _without_graph(batch: Batch) -> Batch:
 
 
 def _versions(batch: Batch) -> list[int]:
-    return [_version(t) for t in tensors(batch)]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors cannot be written to
+    return [version_of(t) for t in tensors(batch)]

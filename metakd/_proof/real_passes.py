@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from metakd._autodiff import Gradients
 from metakd._call.lending import Lending
-from metakd._call.objective import weighted_mean
+from metakd._call.objective import Objective, weighted_mean
 from metakd._call.train_pass import TrainPass
 from metakd._proof.demands import check_apart, check_disjoint, check_same_parameters, check_unwritten
 from metakd._virtual.functional import FunctionalStudent, Start, put_back
@@ -35,6 +36,21 @@ class Pass(NamedTuple):
     batch: Batch
     terms: Mapping[str, Term]
     virtual: Callable[[Params], Tensor]
+
+
+def passes_of(objective: Objective) -> list[Pass]:
+    """The passes over an objective's inner steps and over its meta batch."""
+
+    def at_all(losses: Callable[..., Tensor]) -> Callable[[Params], Tensor]:
+        """The losses at the student's and the terms' parameters, given together."""
+        return lambda params: losses(params, meta_params=params)
+
+    steps = [
+        Pass("the batch", step.batch, objective.terms, at_all(partial(objective.losses, step=step)))
+        for step in objective.steps
+    ]
+    meta = Pass("the meta batch", objective.meta_batch, objective.meta_terms, at_all(objective.meta_losses))
+    return [*steps, meta]
 
 
 class RealResult(NamedTuple):

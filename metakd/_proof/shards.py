@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from metakd._autodiff import Gradients, gradients, leaves, moved, norm
 from metakd._call.objective import Objective
 from metakd._call.ranks import Ranks
 from metakd._call.train_pass import TrainPass
-from metakd._proof.real_passes import Pass, uncancelled_mean
+from metakd._proof.real_passes import Pass, passes_of, uncancelled_mean
 from metakd._virtual.precision import HALF, as_written
 from metakd._virtual.shards import computing_dtypes
 from metakd.batch import detached_copy
@@ -42,10 +41,7 @@ def compare_shards(objective: Objective, ranks: Ranks, *, forward_mode: bool) ->
         MetaKDError: they differ on any process, on all of them.
     """
     objective, student = objective.opening(), objective.student
-    passes = [
-        Pass("the batch", step.batch, objective.terms, partial(objective.losses, step=step)) for step in objective.steps
-    ]
-    passes.append(Pass("the meta batch", objective.meta_batch, objective.meta_terms, objective.meta_losses))
+    passes = passes_of(objective)
     reals: list[_Real] = []
     with student.untouched() as start:
         for what, batch, terms, _ in passes:

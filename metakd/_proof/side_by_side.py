@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from metakd._autodiff import Params, gradients, leaves
+from metakd._autodiff import gradients, leaves
 from metakd._basics.rng import RngState
 from metakd._call.objective import Objective
 from metakd._proof.differences import check_gradients, check_losses
-from metakd._proof.real_passes import Hooks, Pass, RealResult, real_passes, uncancelled_mean
+from metakd._proof.real_passes import Hooks, Pass, RealResult, passes_of, real_passes, uncancelled_mean
 from metakd._virtual.precision import as_written
 from metakd.errors import MetaKDError, blamed
 from metakd.estimators.tolerance import tolerance_of
@@ -47,12 +45,7 @@ def compare_passes(objective: Objective) -> Compared | None:
     """
     objective = objective.opening()
     hooks = Hooks()
-    passes = [
-        Pass("the batch", step.batch, objective.terms, partial(_both, partial(objective.losses, step=step)))
-        for step in objective.steps
-    ]
-    meta_losses = partial(_both, objective.meta_losses)
-    passes.append(Pass("the meta batch", objective.meta_batch, objective.meta_terms, meta_losses))
+    passes = passes_of(objective)
     with objective.student.untouched() as start:
         learned = objective.learned.params()
         reals = real_passes(objective.student, passes, start, hooks, objective.lending, learned)
@@ -64,11 +57,6 @@ def compare_passes(objective: Objective) -> Compared | None:
                 _compared(one, real, moved=t > 0) for t, (one, real) in enumerate(zip(passes, reals, strict=True))
             ]
     return Compared(losses[0], hooks.found, draws)
-
-
-def _both(losses: Callable[..., Tensor], params: Params) -> Tensor:
-    """The losses at the student's and the terms' parameters, given together."""
-    return losses(params, meta_params=params)
 
 
 def same_losses(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """A student as a pure function of its parameters, buffers, Python state and random numbers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,8 +144,13 @@ class FunctionalStudent:
         of a parameter that is not the module's own, such as a term's, and what replaces it.
         """
         start.rng.restore()
-        function = lambda: then(call(self.module, self.cast(inputs)))  # noqa: E731
-        return self._inside(params, start, function, wants_end=wants_end, others=others)
+        return self._inside(
+            params,
+            start,
+            lambda: then(call(self.module, self.cast(inputs))),
+            wants_end=wants_end,
+            others=others,
+        )
 
     def _inside(
         self,
@@ -159,19 +164,33 @@ class FunctionalStudent:
         """Call a function from `start` on with `params` swapped in; return its value, and the end state if asked."""
         if self._real_state is None:
             raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
-        state = start.state
-        swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in self.named().items()}
-        swaps |= {id(p): self._swapped_in(p, new) for p, new in others}
+        state, swaps = start.state, self._swaps(params, others)
         values = clones([self.cast(value) for value in state.values.values()])
         swaps |= dict(zip(state.values, values, strict=True))
         try:
             state.put_back(swaps)
-            recomputed = recomputed_by(lambda again: self._inside(params, start, again, others=others)[0])
-            with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
-                value = function()
-            return value, self._end(state, swaps) if wants_end else None
+            with self._placed(params):
+                with self._running(params, start, others):
+                    value = function()
+                return value, self._end(state, swaps) if wants_end else None
         finally:
             self._real_state.put_back()
+
+    def _swaps(self, params: Params, others: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """What takes the parameters' places, by their ids."""
+        swaps = {id(p): self._swapped_in(p, params.get(name)) for name, p in self.named().items()}
+        return swaps | {id(p): self._swapped_in(p, new) for p, new in others}
+
+    def _placed(self, params: Params) -> AbstractContextManager[None]:
+        """A block with values that a swap cannot place."""
+        return nullcontext()
+
+    @contextmanager
+    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """A block for the pass itself: its kernels, and how checkpoints are recomputed."""
+        recomputed = recomputed_by(lambda again: self._inside(params, start, again, others=others)[0])
+        with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
+            yield
 
     def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:
         if new is None:

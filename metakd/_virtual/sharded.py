@@ -1,7 +1,7 @@
 """A student of `fully_shard` as a function of this process's parts of its parameters."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,37 +88,25 @@ class ShardedStudent(FunctionalStudent):
         with nullcontext() if dual else torch.no_grad():
             return self._inside(params, start, forward, wants_end=wants_end)
 
-    def _inside(
-        self,
-        params: Params,
-        start: Start,
-        function: Callable[[], Any],
-        *,
-        wants_end: bool = False,
-        others: Sequence[tuple[Tensor, Tensor]] = (),
-    ) -> tuple[Any, Start | None]:
-        if self._real_state is None:
-            raise RuntimeError("a virtual pass runs inside FunctionalStudent.untouched()")
-        shards = self.trainable()
-        parts = {name: forward_ad.unpack_dual(p) for name, p in params.items()}
-        values = {name: part.primal.detach() for name, part in parts.items()}
-        tangents = {name: part.tangent for name, part in parts.items() if part.tangent is not None}
-        swaps = {i: value.clone() for i, value in start.state.values.items()}
+    def _swaps(self, params: Params, others: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        return {}  # fully_shard keeps its own parameters; see `_placed`
+
+    def _placed(self, params: Params) -> AbstractContextManager[None]:
+        return shards_at(self.trainable(), {n: forward_ad.unpack_dual(p).primal.detach() for n, p in params.items()})
+
+    @contextmanager
+    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        moved = {name: forward_ad.unpack_dual(p).tangent for name, p in params.items()}
+        tangents = {name: tangent for name, tangent in moved.items() if tangent is not None}
         try:
-            start.state.put_back(swaps)
-            with shards_at(shards, values):
-                try:
-                    with (
-                        tangents_in(self.module, shards, tangents),
-                        differentiable_kernels(self.module),
-                        no_parametrization_cache(),
-                    ):
-                        value = function()
-                finally:
-                    settle(self.module)
-                return value, self._end(start.state, swaps) if wants_end else None
+            with (
+                tangents_in(self.module, self.trainable(), tangents),
+                differentiable_kernels(self.module),
+                no_parametrization_cache(),
+            ):
+                yield
         finally:
-            self._real_state.put_back()
+            settle(self.module)
 
     def _backward(self, outputs: list[Tensor], cotangents: list[Tensor], *, retain_graph: bool) -> Gradients:
         """Run a backward pass and return what it adds to `.grad`, which it leaves unchanged."""

@@ -46,12 +46,12 @@ def test_a_larger_meta_set_holds_the_smaller_ones_and_no_training_image(data):
 def test_the_rival_trains_on_the_meta_images_and_learned_weights_do_not(data, monkeypatch):
     seen = []
 
-    def fit(cell, preset, where, model, teacher, given, method, milestones):
+    def trained(cell, preset, where, teacher, given, method, milestones):
         sizes = len(given.train.targets), sum(given.counts), len(given.validation.targets)
         seen.append((cell.method, *sizes, getattr(method, "control", None)))
         return {"test": {"overall": float(len(seen))}}
 
-    monkeypatch.setattr(meta_sets, "fit", fit)
+    monkeypatch.setattr(meta_sets, "trained", trained)
     monkeypatch.setattr(meta_sets, "teacher_of", lambda *args: (torch.nn.Identity(), {}))
     found = meta_sets.accuracy_cell(CELL)
     n = len(data.train.targets)
