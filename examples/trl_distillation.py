@@ -4,11 +4,12 @@
     python examples/trl_distillation.py
 
 The sentences follow a rule of grammar: each word is the sum of the two words before it. In half of the training
-sentences every other word was thrown dice for; a teacher has read clean ones. The student is a pretrained model (on
-dice alone) whose adapters learn. Nothing is downloaded.
+sentences every other word was thrown dice for; a teacher has read clean ones. The student was pretrained on another
+grammar, the difference of two words, and learns this one by its adapters. Nothing is downloaded.
 """
 
 import argparse
+import math
 import tempfile
 from functools import cached_property
 
@@ -55,11 +56,11 @@ class BalancedSFTTrainer(SFTTrainer):
         return self.balancer(dict(inputs), self.meta_batch)
 
 
-def sentences(number, diced=0.0):
-    """Sentences of the grammar; in a share of them every other word is thrown dice for."""
+def sentences(number, diced=0.0, sign=1):
+    """Sentences of the grammar, of differences for sign -1; in a share of them every other word is thrown dice for."""
     words = torch.randint(WORDS, (number, LENGTH))
     for t in range(2, LENGTH):
-        words[:, t] = (words[:, t - 1] + words[:, t - 2]) % WORDS
+        words[:, t] = (words[:, t - 2] + sign * words[:, t - 1]) % WORDS
     wrong = torch.rand(number) < diced
     dice = torch.randint(WORDS, words.shape)
     dice[:, ::2] = words[:, ::2]
@@ -88,11 +89,18 @@ def settings(output, epochs, **more):
     )  # fmt: skip
 
 
-def distil(output, teacher, epochs=4, number=640, width=32):
-    """Distil into the adapters of a fresh student; returns the trainer."""
+def read(output, text, width, epochs):
+    """A model that has read a text, by TRL alone."""
+    trainer = SFTTrainer(model_of(width), settings(output, epochs), train_dataset=text, processing_class=tokenizer())
+    trainer.train()
+    return trainer.model
+
+
+def distil(output, student, teacher, epochs=4, number=640):
+    """Distil into adapters of the student; returns the trainer."""
     (data, _), (meta, _), (test, _) = sentences(number, diced=0.5), sentences(64), sentences(256)
     trainer = BalancedSFTTrainer(
-        model_of(width), settings(output, epochs), train_dataset=data, eval_dataset=test, meta_dataset=meta,
+        student, settings(output, epochs), train_dataset=data, eval_dataset=test, meta_dataset=meta,
         teacher=teacher, processing_class=tokenizer(), peft_config=LoraConfig(r=8, target_modules="all-linear"),
     )  # fmt: skip
     trainer.train()
@@ -106,13 +114,11 @@ def main():
     args = parser.parse_args()
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        clean, _ = sentences(640)
-        taught = SFTTrainer(model_of(48), settings(folder, 20), train_dataset=clean, processing_class=tokenizer())
-        taught.train()
-        trainer = distil(folder, taught.model, args.epochs)
+        teacher, student = (read(folder, sentences(640, sign=sign)[0], 48, 20) for sign in (1, -1))
+        trainer = distil(folder, student, teacher, args.epochs)
     weights = trainer.balancer.report.weights.mean(0).tolist()
     print("mean weights:", {name: round(w, 3) for name, w in zip(trainer.balancer.terms, weights, strict=True)})
-    print(f"test loss: {trainer.evaluate()['eval_loss']:.3f} nats a word, the teacher's on text it has not read")
+    print(f"test loss: {trainer.evaluate()['eval_loss']:.3f} nats a word; {math.log(WORDS):.3f} by guessing")
 
 
 if __name__ == "__main__":

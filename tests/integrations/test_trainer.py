@@ -2,6 +2,8 @@
 
 import copy
 import re
+from functools import cached_property
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from metakd import BilevelLossBalancer, MetaKDError
 from metakd.batch import as_batch
-from metakd.terms import CrossEntropy
+from metakd.terms import CrossEntropy, Tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,6 +37,40 @@ def build(example, tmp_path):
         args = transformers.TrainingArguments(tmp_path / folder, **settings)
         model = transformers.BertForSequenceClassification(config)
         trainer = found["BalancedTrainer"](model, args, train_dataset=train, eval_dataset=meta, meta_dataset=meta)
+        transformers.set_seed(1)
+        return trainer
+
+    return build
+
+
+@pytest.fixture
+def language_model(example, tmp_path):
+    """Batches of 8 texts, some of them padded, for a causal language model, with LoRA's adapters or without."""
+    text = Tokens(CrossEntropy(), shift=True)
+
+    class BalancedTrainer(example(EXAMPLE)["BalancedTrainer"]):
+        @cached_property
+        def balancer(self):
+            options = {"optimizer": self.optimizer, "meta_loss": text, "features": lambda losses, *_: losses}
+            return BilevelLossBalancer(self.model_wrapped, {"text": text}, **options)
+
+    def build(folder, adapters, **options):
+        transformers.set_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
+        if adapters:
+            import peft
+
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+        words = torch.randint(20, (44, 6))
+        padded = torch.where(torch.arange(6) < torch.randint(3, 7, (44, 1)), words, -100)
+        texts = [{"input_ids": w, "labels": y} for w, y in zip(words, padded, strict=True)]
+        args = transformers.TrainingArguments(
+            tmp_path / folder, num_train_epochs=2, learning_rate=5e-3, per_device_train_batch_size=8, use_cpu=True,
+            disable_tqdm=True, report_to="none", dataloader_pin_memory=False, save_strategy="steps", save_steps=3,
+            **options,
+        )  # fmt: skip
+        trainer = BalancedTrainer(model, args, train_dataset=texts[:32], meta_dataset=texts[32:])
         transformers.set_seed(1)
         return trainer
 
@@ -96,6 +132,24 @@ def test_a_run_resumed_within_an_epoch_has_the_same_bits(build, tmp_path):
     resumed.train(resume_from_checkpoint=tmp_path / "whole/checkpoint-3")
     assert resumed.balancer.state_dict()["calls"] == 8
     assert same(resumed.model, whole.model) and same(resumed.balancer.weighting, whole.balancer.weighting)
+
+
+# peft asks transformers by a name of before.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "LoRA"])
+def test_a_causal_language_model_resumes_to_the_same_bits(language_model, tmp_path, adapters):
+    if adapters and not find_spec("peft"):
+        pytest.skip("peft is not installed")
+    whole = language_model("whole", adapters)
+    before = copy.deepcopy(whole.model.state_dict())
+    whole.train()
+    resumed = language_model("again", adapters)
+    resumed.train(resume_from_checkpoint=tmp_path / "whole/checkpoint-3")
+    assert same(resumed.model, whole.model) and same(resumed.balancer.weighting, whole.balancer.weighting)
+    assert whole.balancer.state_dict()["calls"] == resumed.balancer.state_dict()["calls"] == 8
+    moved = {name for name, value in whole.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, p in whole.model.named_parameters() if p.requires_grad}
+    assert adapters == any("lora_" in name for name in moved) and bool(whole.balancer.report.influence.any())
 
 
 def test_evaluation_takes_no_hypergradient_and_changes_nothing(build):

@@ -1,4 +1,4 @@
-"""TRL and PEFT: distillation token by token into LoRA's adapters, and a causal LM in the plain Trainer."""
+"""TRL and PEFT: distillation token by token into LoRA's adapters."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # TRL uses names that transfo
 def made(example, tmp_path):
     found = example(EXAMPLE)
     transformers.set_seed(0)
-    return found, found["distil"](tmp_path / "out", found["model_of"](32), epochs=1, number=96)
+    return found, found["distil"](tmp_path / "out", found["model_of"](16), found["model_of"](32), epochs=1, number=96)
 
 
 def test_only_adapters_learn_and_all_of_them(made):
