@@ -17,7 +17,7 @@ PEERS = ("published way", "TorchOpt MetaSGD", "higher")
 
 def plain(task: Task) -> Call:
     """Knowledge distillation as one writes it with torch alone: no check of labels, no losses per sample."""
-    optimizer = loops._optimizer(task)
+    optimizer = loops.student_optimizer(task)
 
     def iteration(batch: Batch) -> None:
         logits = task.student(batch.inputs)
@@ -27,7 +27,7 @@ def plain(task: Task) -> Call:
         loss.backward()
         optimizer.step()
 
-    return loops._one_by_one(task, iteration)
+    return loops.one_by_one(task, iteration)
 
 
 def count_cell(cell: Mapping[str, Any]) -> dict[str, Any]:

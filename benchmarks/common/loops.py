@@ -25,7 +25,7 @@ PERIOD = 5
 
 def plain(task: Task) -> Call:
     """The unit of time: knowledge distillation with fixed weights."""
-    optimizer = _optimizer(task)
+    optimizer = student_optimizer(task)
 
     def iteration(batch: Batch) -> None:
         batch = task.taught(batch)
@@ -34,7 +34,7 @@ def plain(task: Task) -> Call:
         loss.backward()
         optimizer.step()
 
-    return _one_by_one(task, iteration)
+    return one_by_one(task, iteration)
 
 
 def by_metakd(
@@ -46,7 +46,7 @@ def by_metakd(
     capturable: bool = False,
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
-    optimizer, count = _optimizer(task), len(task.batches) if window else 1
+    optimizer, count = student_optimizer(task), len(task.batches) if window else 1
     balancer = BilevelLossBalancer(
         task.student,
         task.terms,
@@ -68,12 +68,12 @@ def by_metakd(
         loss.backward()
         optimizer.step()
 
-    return _one_by_one(task, iteration, count)
+    return one_by_one(task, iteration, count)
 
 
 def by_peer(hypergradient: Callable[[Task], Call], task: Task) -> Call:
     """A peer's hypergradient, the weight model's step, then a second forward pass under the new weights."""
-    optimizer, weighting_optimizer = _optimizer(task), _weighting_optimizer(task)
+    optimizer, weighting_optimizer = student_optimizer(task), _weighting_optimizer(task)
 
     def iteration(batch: Batch) -> None:
         batch = task.taught(batch)
@@ -89,7 +89,7 @@ def by_peer(hypergradient: Callable[[Task], Call], task: Task) -> Call:
         loss.backward()
         optimizer.step()
 
-    return _one_by_one(task, iteration)
+    return one_by_one(task, iteration)
 
 
 def published(task: Task) -> Call:
@@ -125,7 +125,7 @@ def graphed(loop: Callable[[Task], Call], task: Task) -> Call:
     return captured(loop(task))
 
 
-def _optimizer(task: Task) -> torch.optim.Optimizer:
+def student_optimizer(task: Task) -> torch.optim.Optimizer:
     # One kernel for all parameters, as is torch's default on a GPU.
     return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
 
@@ -137,7 +137,7 @@ def _weighting_optimizer(task: Task, capturable: bool = False) -> torch.optim.Op
     return optimizer
 
 
-def _one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
+def one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
     """Calls of so many iterations each, which take the task's batches in turn."""
     batches = cycle(task.batches)
 
