@@ -7,6 +7,7 @@ from metakd.terms.decoupled import NonTargetClass, TargetClass
 from metakd.terms.from_teacher import FromTeacher
 from metakd.terms.gated import GatedSoftTarget
 from metakd.terms.groups import GroupTarget, WithinGroupTarget
+from metakd.terms.learned import LearnedSoftTarget, SmoothedCrossEntropy
 from metakd.terms.prior import BalancedSoftmax, LogitAdjusted
 from metakd.terms.reading import logits
 from metakd.terms.rebalanced import RebalancedSoftTarget
@@ -26,10 +27,12 @@ __all__ = [
     "GatedSoftTarget",
     "GeneralisedCrossEntropy",
     "GroupTarget",
+    "LearnedSoftTarget",
     "LogitAdjusted",
     "NonTargetClass",
     "RebalancedSoftTarget",
     "ReverseSoftTarget",
+    "SmoothedCrossEntropy",
     "SoftTarget",
     "TargetClass",
     "Term",

@@ -27,12 +27,16 @@ class Softened:
             )
 
     def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        """`T^2 KL(of || given)` of each row; both are log probabilities."""
-        # The factor goes to the probabilities: where these are the teacher's, it costs no derivative.
-        return (of.exp() * self.temperature**2 * (of - given)).sum(dim=1)
+        return divergence(of, given, self.temperature)
 
 
-def softened(z: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(of: Tensor, given: Tensor, temperature: float | Tensor) -> Tensor:
+    """`T^2 KL(of || given)` of each row; both are log probabilities."""
+    # The factor goes to the probabilities: where these are the teacher's, it costs no derivative.
+    return (of.exp() * temperature**2 * (of - given)).sum(dim=1)
+
+
+def softened(z: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """`log softmax(z / T)` of each row, clamped at the smallest finite number."""
     # A log probability of -inf (masked class, overflow) would give 0 * inf = NaN in the divergence.
     return floored(F.log_softmax(z / temperature, dim=1))

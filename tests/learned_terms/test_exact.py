@@ -10,7 +10,14 @@ from torch import nn
 from metakd import BilevelLossBalancer, MetaKDError, check_hypergradient, estimators, weighting
 from metakd._call import train_pass
 from metakd._virtual import functional
-from metakd.terms import CrossEntropy, ForwardCorrected, FromTeacher, VectorScaled
+from metakd.terms import (
+    CrossEntropy,
+    ForwardCorrected,
+    FromTeacher,
+    LearnedSoftTarget,
+    SmoothedCrossEntropy,
+    VectorScaled,
+)
 from tests.learned_terms.by_hand import LR, Shifted, balancer_of, by_hand, data, grads, student
 
 EXACT = [
@@ -67,6 +74,11 @@ def test_the_check_knows_the_terms_parameters(estimator, frozen):
     assert min(abs(value) for name in names for value in found.estimated[name]) > 0
     if estimator == estimators.Adjoint():
         check_hypergradient(balancer, [data(0), data(1)], data(9))
+
+
+def in_float64(term):
+    (term.term if isinstance(term, FromTeacher) else term).double()
+    return term
 
 
 def test_the_check_finds_a_wrong_gradient():
@@ -190,19 +202,26 @@ def test_a_term_that_reads_its_parameter_where_it_cannot_be_swapped():
         balancer(data(0), data(9))
 
 
-@pytest.mark.parametrize("wrap", [lambda term: term, lambda term: FromTeacher(term, 0)], ids=["alone", "inside"])
 @pytest.mark.parametrize(
     "term",
-    [ForwardCorrected(0.8 * torch.eye(3) + 0.2 / 3, learned=True), VectorScaled(3)],
-    ids=["ForwardCorrected", "VectorScaled"],
+    [
+        ForwardCorrected(0.8 * torch.eye(3) + 0.2 / 3, learned=True),
+        VectorScaled(3),
+        FromTeacher(VectorScaled(3), 0),
+        LearnedSoftTarget(2),
+        FromTeacher(LearnedSoftTarget(), 1),
+        SmoothedCrossEntropy(),
+        SmoothedCrossEntropy(classes=3),
+    ],
+    ids=str,
 )
-def test_the_librarys_own_terms(term, wrap):
+def test_the_librarys_own_terms(term):
     model = student()
     fixed = weighting.TermScalars(1, init=1.0).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     teachers = [nn.Linear(4, 3).double(), nn.Linear(4, 3).double()]
     balancer = BilevelLossBalancer(
-        model, {"learned": wrap(term.double())}, optimizer=optimizer, weighting=fixed, teacher=teachers
+        model, {"learned": in_float64(term)}, optimizer=optimizer, weighting=fixed, teacher=teachers
     )
     check_hypergradient(balancer, [data(0)], data(9))
 
