@@ -24,7 +24,7 @@ from metakd.longtail.sources import Sourced
 from metakd.monitor.history import History
 from metakd.monitor.learned_weights import LearnedWeights
 
-_PACKAGES = ("metakd", "torch", "torchopt", "torchvision", "torchmetrics", "scikit-learn")
+_PACKAGES = ("metakd", "torch", "torchopt", "torchjd", "torchvision", "torchmetrics", "scikit-learn")
 _COLUMNS = ("overall", "many", "medium", "few")
 
 

@@ -10,7 +10,8 @@ import torch
 import torchopt
 from PIL import Image
 
-from metakd import hypergradient
+from metakd import Batch, hypergradient
+from metakd.terms import evaluate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_task_ldc.py"
 
@@ -85,7 +86,33 @@ def test_an_endpoint_is_where_most_end(example):
     assert found["percent_of_best"] == pytest.approx([75.45, 75.45], abs=0.1)
 
 
-def test_a_tiny_run_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_the_sum_of_logs_and_its_gradient_are_those_of_the_batch_means(example):
+    outputs, targets = torch.randn(9, 44, requires_grad=True), torch.rand(9, 35)
+    batch = Batch(None, targets)
+    found = example["SumOfLogs"](example["TASKS"])(outputs, batch).mean()
+    expected = evaluate(example["TASKS"], outputs, batch).mean(0).log().sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, outputs)[0] for value in (found, expected)))
+
+
+def test_torchjds_balancers_start_at_their_formulas(example):
+    pytest.importorskip("torchjd")
+    losses = problem(4)[0][0].exp().detach().float().requires_grad_()
+    made = {name: method[0]() for name, method in example["METHODS"].items() if method}
+    torch.testing.assert_close(made["DWA"](losses), losses.sum())
+    torch.testing.assert_close(made["IMTL-L 0.01"](losses), losses.sum())
+    torch.testing.assert_close(made["uncertainty 0.01"](losses), losses.sum() / 2)
+    assert losses.min() < made["random weights"](losses) < losses.max()
+    (found,) = torch.autograd.grad(made["FAMO"](losses), losses)
+    torch.testing.assert_close(found, 1 / losses / (1 / losses).sum())
+
+
+@pytest.mark.parametrize("torchjd", [True, False])
+def test_a_tiny_run_writes_what_it_prints(tmp_path, monkeypatch, capsys, torchjd):
+    if torchjd:
+        pytest.importorskip("torchjd")
+    else:
+        monkeypatch.setitem(sys.modules, "torchjd", None)
     output = tmp_path / "ldc"
     arguments = ["--seeds", "2", "--steps", "6", "--toy-steps", "60", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [EXAMPLE.name, *arguments])
@@ -97,10 +124,13 @@ def test_a_tiny_run_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     record, printed = json.loads((output / "results.json").read_text()), capsys.readouterr().out
     assert {"command", "versions", "hardware", "threads"} <= record.keys()
     assert record["seeds"] == 2 and record["time_over_plain_sum"]["plain sum"] == 1.0
+    assert ("pip install" in printed) is not torchjd
+    assert ("FAMO" in record["delta_m"]) is torchjd
+    assert {"plain sum", "LDC-MTL 0.1", "metakd, held out", "metakd"} <= record["delta_m"].keys()
     for name, end in record["toy"].items():
         assert f"{name:12} {end['of_5']} of 5 starts" in printed
     for name, deltas in record["delta_m"].items():
-        assert f"{name:12} Delta_m {sum(deltas) / 2:6.1f}" in printed
+        assert f"{name:17} Delta_m {sum(deltas) / 2:6.1f}" in printed
         pairs = zip(record["errors"][name], record["alone"], deltas, strict=True)
         for errors, alone, delta in pairs:
             assert delta == pytest.approx(
