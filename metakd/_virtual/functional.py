@@ -108,9 +108,11 @@ class FunctionalStudent:
         """A nest with its floating-point and complex tensors in the dtype of the runs."""
         return value if self._dtype is None else map_tensors(partial(_cast, self._dtype), value)
 
-    def gradients(self, loss: Tensor, params: Params, *, retain_graph: bool = False) -> Gradients:
-        """Gradients of a scalar of a real pass in parameters, by name, without touching `.grad`."""
-        return gradients(loss, params, retain_graph=retain_graph)
+    def gradients(
+        self, values: Tensor, params: Params, cotangent: Tensor | None = None, *, retain_graph: bool = False
+    ) -> Gradients:
+        """Gradients of a real pass's scalar, or values times a cotangent, in parameters; `.grad` stays."""
+        return gradients(values, params, grad_outputs=cotangent, retain_graph=retain_graph)
 
     @property
     def device_type(self) -> str:

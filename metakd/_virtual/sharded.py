@@ -55,11 +55,14 @@ class ShardedStudent(FunctionalStudent):
         settle(self.module)
         return super().start()._replace(settle=lambda: settle(self.module))
 
-    def gradients(self, loss: Tensor, params: Params, *, retain_graph: bool = False) -> Gradients:
-        """Gradients of a scalar of a real pass in this process's parts, averaged over the processes."""
-        if not loss.requires_grad or not params:
+    def gradients(
+        self, values: Tensor, params: Params, cotangent: Tensor | None = None, *, retain_graph: bool = False
+    ) -> Gradients:
+        """The same in this process's parts, averaged over the processes."""
+        if not values.requires_grad or not params:
             return dict.fromkeys(params)
-        found = self._backward([loss], [torch.ones_like(loss)], retain_graph=retain_graph)
+        along = torch.ones_like(values) if cotangent is None else cotangent
+        found = self._backward([values], [along], retain_graph=retain_graph)
         return {name: found[name] for name in params}
 
     def run(
