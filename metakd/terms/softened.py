@@ -26,10 +26,14 @@ class Softened:
                 "probabilities as they are, 4 is a common choice for distillation"
             )
 
-    def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        """`T^2 KL(of || given)` of each row; both are log probabilities."""
-        # The factor goes to the probabilities: where these are the teacher's, it costs no derivative.
-        return (of.exp() * self.temperature**2 * (of - given)).sum(dim=1)
+    def _divergence(self, of: Tensor, given: Tensor, mass: Tensor | None = None) -> Tensor:
+        """`T^2 KL(of || given)` of each row; both are log probabilities. A known `mass` is `_mass(of)`."""
+        mass = self._mass(of) if mass is None else mass
+        return (mass * (given - of)).sum(dim=1)
+
+    def _mass(self, of: Tensor) -> Tensor:
+        """`-T^2` times the probabilities: where these are the teacher's, factor and sign cost no derivative."""
+        return of.exp() * -(self.temperature**2)
 
 
 def softened(z: Tensor, temperature: float = 1.0) -> Tensor:
