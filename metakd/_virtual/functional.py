@@ -118,7 +118,7 @@ class FunctionalStudent:
     @property
     def device_type(self) -> str:
         """The type of the student's device."""
-        return next(iter(self.named().values())).device.type
+        return next(self.module.parameters()).device.type
 
     @property
     def devices(self) -> set[torch.device]:
