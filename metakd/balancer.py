@@ -31,7 +31,7 @@ from metakd._call.arguments import (
 from metakd._call.capture import check_capture
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.learned_terms import LearnedTerms
-from metakd._call.objective import Objective, weighted_mean
+from metakd._call.objective import Objective, total, weighted_mean
 from metakd._call.ranks import Ranks, checksum
 from metakd._call.read import read_batch
 from metakd._call.rollback import Snapshot, all_or_nothing
@@ -427,9 +427,10 @@ class BilevelLossBalancer:
 
     def _weigh(self, train: TrainPass, batch: Batch, features: Tensor, skipped: str | None) -> tuple[Tensor, Report]:
         """The loss under the present weights, and its report."""
-        weights = evaluate_weights(self.weighting, features, batch, train.losses).detach().clone()
-        report = Report(train.losses.detach(), weights, skipped=skipped, **self._of_terms())
-        return weighted_mean(weights, train.losses), report
+        weights = evaluate_weights(self.weighting, features, batch, train.losses)
+        used = weights.detach().clone()
+        report = Report(train.losses.detach(), used, skipped=skipped, **self._of_terms())
+        return total(used / len(used), train.losses, weights), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
         """A loss that is not finite, so that a gradient scaler sees the overflow."""
@@ -457,8 +458,8 @@ class BilevelLossBalancer:
             if moves:
                 losses = train.evaluate_again() if self._step.learned.params() else losses
                 weights = evaluate_weights(self.weighting, features, batch, losses)
-        loss = weighted_mean(weights.detach(), losses) if moves else train.handed_over(loss)
         used = weights.detach().clone()
+        loss = total(used / len(used), losses, weights) if loss is None else train.handed_over(loss)
         report = Report(losses.detach(), used, influence, result.outer_loss, norm, **self._of_terms())
         return loss, report
 
@@ -474,14 +475,15 @@ class BilevelLossBalancer:
 
     def _look_ahead(
         self, objective: Objective, train: TrainPass, features: Tensor, *, moves: bool
-    ) -> tuple[Tensor, Tensor, Hypergradient]:
-        """The weights of the training batch, its weighted loss, and the hypergradient in these weights."""
+    ) -> tuple[Tensor, Tensor | None, Hypergradient]:
+        """The weights of the training batch, its weighted loss if they do not move, and the hypergradient in them."""
         rectified = getattr(self.weighting, "from_influence", None) is not None
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, objective.steps[0].batch, train.losses)
-        loss = weighted_mean(weights.detach(), train.losses)
+        shares = weights.detach() / len(train.losses)
+        loss = None if moves else total(shares, train.losses, weights)
         self._proofs.check_train_pass(train)
-        problem = self._problem_in_weights(objective, train, loss, weights, keep_graph=moves)
+        problem = self._problem_in_weights(objective, train, shares, weights, keep_graph=moves)
         return weights, loss, estimate(self.estimator, problem)
 
     def _prove(self, batches: Sequence[Batch], meta_batch: Any) -> Any:
@@ -547,7 +549,7 @@ class BilevelLossBalancer:
         return self._problem(objective, objective.weighted(), phi)
 
     def _problem_in_weights(
-        self, objective: Objective, train: TrainPass, loss: Tensor, weights: Tensor, *, keep_graph: bool
+        self, objective: Objective, train: TrainPass, shares: Tensor, weights: Tensor, *, keep_graph: bool
     ) -> Problem:
         """The problem of one inner step in the weights themselves, with values known from the real pass."""
         losses, given = train.losses.detach(), weights.detach()
@@ -558,7 +560,7 @@ class BilevelLossBalancer:
             objective,
             objective.given_weights(),
             {"weights": given, **learned},
-            first_gradient=train.gradient_of(loss, keep_graph=keep_graph) if self._proofs.repeats else None,
+            first_gradient=train.gradient_of(shares, keep_graph=keep_graph) if self._proofs.repeats else None,
             first_inner=(lambda meta: weighted_mean(meta["weights"], losses)) if same else None,
         )
 

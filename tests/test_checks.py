@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.common.counts import count
 from metakd import BilevelLossBalancer, MetaKDError
-from metakd._basics.checks import check, check_finite, checked_before, read_at_end
+from metakd._basics.checks import check, check_finite, checked_before, implied, once, read_at_end
 from metakd.terms import CrossEntropy, SoftTarget
 
 
@@ -183,3 +183,50 @@ def test_a_student_that_draws_cannot_be_captured(capture):
     capture()
     with pytest.raises(MetaKDError, match="draws random numbers"):
         balancer(batch(2), batch(3))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_number_that_implies_a_check_takes_the_place_of_its_sum(wrong, known):
+    said, values = [], torch.tensor([1.0, wrong])
+
+    def block(values):
+        with read_at_end():
+            check_finite(values, lambda: said.append(values))
+            if known:
+                implied(values[1], values)
+
+    sums = count(lambda: block(values)).kernels["sum"]
+    assert len(said) == 1 and sums == (0 if known else 1)
+    block(torch.ones(2))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "simultaneous"}, {"accumulate": 2}, {"every": 2}], ids=str)
+def test_weights_that_are_not_finite_are_named(options):
+    _, optimizer, balancer = parts(**options)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    with torch.no_grad():
+        next(balancer.weighting.parameters()).fill_(math.nan)
+    for _ in range(2):
+        with pytest.raises(MetaKDError, match="the weight model returned NaN or infinite weights"):
+            balancer(batch(2), batch(3))
+    with pytest.raises(MetaKDError, match="the weight model returned NaN or infinite weights"):
+        balancer.loss(batch(2))
+
+
+def test_a_value_of_a_constant_is_made_once_in_a_call():
+    made, values = [], torch.ones(2)
+
+    def make():
+        return made.append(1) or len(made)
+
+    assert [once(values, "key", make) for _ in range(2)] == [1, 2]
+    with read_at_end():
+        assert [once(values, "key", make) for _ in range(2)] == [3, 3]
+        assert once(values, "other", make) == 4
+        values.add_(1)
+        assert once(values, "key", make) == 5
+        assert once(values.clone(), "key", make) == 6
+    with read_at_end():
+        assert once(values, "key", make) == 7

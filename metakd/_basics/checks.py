@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +29,41 @@ class Waiting:
 
     def __init__(self) -> None:
         self._checks: list[tuple[list[Tensor], Judge]] = []
+        self._finite: list[tuple[list[Tensor], weakref.ref[Tensor], Tensor]] = []
         self._seen: dict[Hashable, object] = {}
+        self._made: dict[Hashable, tuple[Tensor, Any]] = {}
         self.captured = capturing()
 
     def add(self, numbers: tuple[Tensor, ...], judge: Judge) -> None:
         """Keep a check for later."""
         self._checks.append(([value.detach().reshape(1) for value in numbers], judge))
+
+    def add_finite(self, values: Tensor, judge: Judge) -> None:
+        """Keep a check whose number is NaN or infinite if an entry of `values` is: `implied` gives it, or their sum."""
+        number: list[Tensor] = []
+        self._finite.append((number, weakref.ref(values), values.detach()))  # which keeps no graph
+        self._checks.append((number, judge))
+
+    def implied(self, number: Tensor, values: Tensor) -> None:
+        """Give the number of the open checks of these values."""
+        for found, checked, _ in self._finite:
+            if checked() is values and not found:
+                found.append(number.detach().reshape(1))
+
+    def once(self, tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` made of these values of the tensor with this key, or makes now."""
+        full = id(tensor), version_of(tensor), key
+        if full not in self._made:
+            self._made[full] = tensor, make()  # keeps the tensor alive, as a new one could reuse the id
+        return self._made[full][1]
+
+    def settle(self) -> None:
+        """Compute the numbers that are still missing."""
+        self._seen, self._made = {}, {}
+        for found, _, values in self._finite:
+            if not found:
+                found.append(values.sum().reshape(1))
+        self._finite = []
 
     def sees_again(self, tensor: Tensor, key: Hashable) -> bool:
         """Whether these values of the tensor came before with the same key."""
@@ -43,7 +74,8 @@ class Waiting:
 
     def judge(self) -> None:
         """Read all numbers of a device at once, and judge them in order."""
-        checks, self._seen = self._checks, {}
+        self.settle()
+        checks = self._checks
         if not self.captured:
             self._checks = []
         every = [value for values, _ in checks for value in values]
@@ -104,7 +136,11 @@ def read_at_end(later: Callable[[Waiting], None] | None = None) -> Iterator[Wait
         _open.reset(token)
         raise
     _open.reset(token)
-    waiting.judge() if later is None else later(waiting)
+    if later is None:
+        waiting.judge()
+    else:
+        waiting.settle()  # a graph that captures the call has to hold all numbers
+        later(waiting)
 
 
 def check(judge: Judge, *numbers: Tensor) -> None:
@@ -116,16 +152,36 @@ def check(judge: Judge, *numbers: Tensor) -> None:
 
 
 def check_finite(values: Tensor, say: Callable[[], None]) -> None:
-    """Call `say` if an entry is NaN or infinite, or if the entries are so large that their sum is."""
+    """Call `say` if an entry is NaN or infinite, or if the entries are so large that their sum is.
+
+    In an open block it happens when the block's checks are read. `implied` may give a number for the sum then.
+    """
 
     def judge(total: float) -> None:
         if not math.isfinite(total):
             say()
 
-    check(judge, values.detach().sum())
+    waiting = _open.get()
+    if waiting is None:
+        judge(float(values.detach().sum()))
+    else:
+        waiting.add_finite(values, judge)
+
+
+def implied(number: Tensor, *values: Tensor) -> None:
+    """Say that a number is NaN or infinite if an entry of `values` is, so that their open checks need no kernel."""
+    if (waiting := _open.get()) is not None:
+        for each in values:
+            waiting.implied(number, each)
 
 
 def checked_before(tensor: Tensor, key: Hashable) -> bool:
     """Whether the open block has seen the tensor with this key already; notes that it has."""
     waiting = _open.get()
     return waiting is not None and waiting.sees_again(tensor, key)
+
+
+def once(tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a constant tensor's values; in an open block it runs once for the tensor and the key."""
+    waiting = _open.get()
+    return make() if waiting is None else waiting.once(tensor, key, make)

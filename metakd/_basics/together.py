@@ -73,8 +73,8 @@ def summed(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
 
 def norm_of(values: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of several tensors together."""
-    parts = values if len(values) == 1 else [torch.stack(torch._foreach_norm(list(values)))]
-    norm: Tensor = torch.linalg.vector_norm(parts[0])
+    joined = values[0] if len(values) == 1 else torch.cat([value.flatten() for value in values])
+    norm: Tensor = torch.linalg.vector_norm(joined)
     return norm
 
 

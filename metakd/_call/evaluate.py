@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metakd._basics.checks import check_finite
 from metakd._virtual.precision import as_written, widened
@@ -26,7 +27,8 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         if broken := not_finite(known, list(terms), where):
             raise MetaKDError(f"{broken}; {_cause(seen, batch)}")
 
-    if finite:
+    # A pass with tangents repeats one whose losses are checked.
+    if finite and forward_ad.unpack_dual(losses).tangent is None:
         check_finite(losses, say)
     return losses
 

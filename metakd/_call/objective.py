@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import Params
+from metakd._basics.checks import implied
 from metakd._call.evaluate import checked_losses, evaluate_weights
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.lending import Lending
@@ -23,7 +24,14 @@ from metakd.weighting.features import Features, evaluate_features
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
     """(1/B) sum_i sum_k w_ik l_ik of two (B, M) tensors."""
     # Divided first, because the weights are constants in most derivatives.
-    return (weights / losses.shape[0] * losses).sum()
+    return total(weights / losses.shape[0], losses, weights)
+
+
+def total(shares: Tensor, losses: Tensor, *weights: Tensor) -> Tensor:
+    """Sum_i sum_k shares_ik l_ik; finite only if the losses and the weights that the shares come from are."""
+    loss = (shares * losses).sum()
+    implied(loss, losses, *weights)
+    return loss
 
 
 class Objective:
@@ -133,7 +141,10 @@ class Objective:
 
     def outer(self, params: Params, meta_params: Params) -> Tensor:
         """The meta loss at `params`, averaged over the meta batch."""
-        return self.meta_losses(params, meta_params).mean()
+        losses = self.meta_losses(params, meta_params)
+        loss = losses.mean()
+        implied(loss, losses)
+        return loss
 
     def meta_losses(self, params: Params, meta_params: Params | None = None) -> Tensor:
         """The meta loss of each sample at `params`, (B, 1); it may use a term, with parameters in `meta_params`."""

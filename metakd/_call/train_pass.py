@@ -49,7 +49,7 @@ class TrainPass:
         >>> student, batch = nn.Linear(2, 1, bias=False), Batch(torch.ones(1, 2))
         >>> functional = FunctionalStudent(student)
         >>> train = TrainPass(student, functional, batch, {"sum": lambda z, batch: z.sum(1)}, functional.start())
-        >>> train.gradient_of(train.losses.sum(), keep_graph=False)(["weight"])
+        >>> train.gradient_of(torch.ones_like(train.losses), keep_graph=False)(["weight"])
         {'weight': tensor([[1., 1.]])}
         >>> train.handed_over(train.losses.sum()).backward()
         >>> student.weight.grad
@@ -118,31 +118,34 @@ class TrainPass:
         """Whether the gradient may replace the real backward pass: it is exact, and nobody observes the graph."""
         return not (self._hooked or self._watched or self._upstream or self.float16)
 
-    def gradient_of(self, loss: Tensor, *, keep_graph: bool) -> Callable[[Collection[str]], Gradients] | None:
-        """A function from names of parameters to the loss's gradient; None if the graph cannot give it.
+    def gradient_of(self, shares: Tensor, *, keep_graph: bool) -> Callable[[Collection[str]], Gradients] | None:
+        """A function from names of parameters to the gradient of sum_ik shares_ik l_ik; None if the graph has none.
 
-        With `keep_graph` the loss needs its own backward pass later, so only the gradients asked for are computed.
+        With `keep_graph` that sum needs its own backward pass later, so only the gradients asked for are computed.
         Otherwise all are, for `handed_over`. The graph cannot give it in float16, nor if compiled code would free the
         graph that the user still needs.
         """
         if self.float16:
             return None
         keep_graph = keep_graph or not self.can_hand_over
-        return None if keep_graph and self.compiled else partial(self._gradient, loss, keep_graph)
+        losses = self.losses
+        return None if keep_graph and self.compiled else partial(self._gradient, losses, shares.to(losses), keep_graph)
 
-    def _gradient(self, loss: Tensor, keep_graph: bool, names: Collection[str]) -> Gradients:
-        if not loss.requires_grad:
+    def _gradient(self, losses: Tensor, shares: Tensor, keep_graph: bool, names: Collection[str]) -> Gradients:
+        if not losses.requires_grad:
             return dict.fromkeys(names)
         if keep_graph:
             wanted = {name: self._variables[name] for name in names}
-            return {name: self._known(g) for name, g in self._gradients_in(loss, wanted, retain_graph=True).items()}
+            kept = self._gradients_in(losses, wanted, shares, retain_graph=True)
+            return {name: self._known(g) for name, g in kept.items()}
         if self._gradients is None:  # an estimator may ask several times
-            self._leaves = graph_leaves(loss)
+            self._leaves = graph_leaves(losses)
             # Keep the graph: the user may have another loss on it, such as an auxiliary loss of the model.
             retain = not self.compiled
-            self._gradients = list(torch.autograd.grad(loss, self._leaves, retain_graph=retain, allow_unused=True))
-        found = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
-        return {name: self._known(found.get(id(self._variables[name]))) for name in names}
+            found = torch.autograd.grad(losses, self._leaves, shares, retain_graph=retain, allow_unused=True)
+            self._gradients = list(found)
+        by_id = {id(leaf): g for leaf, g in zip(self._leaves, self._gradients, strict=True)}
+        return {name: self._known(by_id.get(id(self._variables[name]))) for name in names}
 
     def last_gradient_of(self, loss: Tensor, names: Collection[str], others: Params | None = None) -> Gradients:
         """The loss's gradient, also in `others`, by a backward pass that frees the graph."""

@@ -126,20 +126,16 @@ class WeightingStep:
         gradient = with_zeros(self._mean({**gradient}, params, "the hypergradient"), params)
         self._warn_of_idle_terms(gradient)
         norm = norm_of(list(gradient.values()))
-        number, total = self.pending.number + 1, gradient
-        if self.pending.total:
-            sums = summed(list(self.pending.total.values()), list(gradient.values()))
-            total = dict(zip(gradient, sums, strict=True))
+        own, number = list(gradient.values()), self.pending.number + 1
+        sums = summed(list(self.pending.total.values()), own) if self.pending.total else clones(own)
         if self.moves_next and self.optimizer is not None:
-            means = scaled(list(total.values()), 1 / number) if number > 1 else clones(list(total.values()))
-            _set_gradients(params, means)
+            _set_gradients(params, scaled(sums, 1 / number) if number > 1 else sums)
             before_step()
             self.optimizer.step()
             self.pending = Pending({}, 0)
-            _set_gradients(params, list(gradient.values()))
         else:
-            self.pending = Pending(total, number)
-            _set_gradients(params, clones(list(gradient.values())))  # the user may clear them in place
+            self.pending = Pending(dict(zip(gradient, sums, strict=True)), number)
+        _set_gradients(params, own)  # apart from the sums, as the user may clear them in place
         return norm
 
     def why_zero(self) -> str:

@@ -13,6 +13,7 @@ from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
 from metakd._basics.rng import RngState
 from metakd._basics.together import clones
+from metakd._virtual.counters import Counters
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache, recomputed_by
 from metakd._virtual.precision import HALF
 from metakd._virtual.python_state import PythonState
@@ -108,14 +109,16 @@ class FunctionalStudent:
         """A nest with its floating-point and complex tensors in the dtype of the runs."""
         return value if self._dtype is None else map_tensors(partial(_cast, self._dtype), value)
 
-    def gradients(self, loss: Tensor, params: Params, *, retain_graph: bool = False) -> Gradients:
-        """Gradients of a scalar of a real pass in parameters, by name, without touching `.grad`."""
-        return gradients(loss, params, retain_graph=retain_graph)
+    def gradients(
+        self, values: Tensor, params: Params, cotangent: Tensor | None = None, *, retain_graph: bool = False
+    ) -> Gradients:
+        """Gradients of a real pass's scalar, or values times a cotangent, in parameters; `.grad` stays."""
+        return gradients(values, params, grad_outputs=cotangent, retain_graph=retain_graph)
 
     @property
     def device_type(self) -> str:
         """The type of the student's device."""
-        return next(iter(self.named().values())).device.type
+        return next(self.module.parameters()).device.type
 
     @property
     def devices(self) -> set[torch.device]:
@@ -167,12 +170,16 @@ class FunctionalStudent:
         state, swaps = start.state, self._swaps(params, others)
         values = clones([self.cast(value) for value in state.values.values()])
         swaps |= dict(zip(state.values, values, strict=True))
+        counters = Counters(swaps[i] for i in state.counters if i in swaps)
         try:
             state.put_back(swaps)
             with self._placed(params):
-                with self._running(params, start, others):
+                with self._running(params, start, others, counters):
                     value = function()
-                return value, self._end(state, swaps) if wants_end else None
+                if not wants_end:
+                    return value, None
+                counters.settle()
+                return value, self._end(state, swaps)
         finally:
             self._real_state.put_back()
 
@@ -186,10 +193,12 @@ class FunctionalStudent:
         return nullcontext()
 
     @contextmanager
-    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def _running(
+        self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]], counters: Counters
+    ) -> Iterator[None]:
         """A block for the pass itself: its kernels, and how checkpoints are recomputed."""
         recomputed = recomputed_by(lambda again: self._inside(params, start, again, others=others)[0])
-        with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
+        with differentiable_kernels(self.module, counters), recomputed, no_parametrization_cache():
             yield
 
     def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from metakd._autodiff import Gradients, NoSecondDerivative, Params
 from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
+from metakd._virtual.counters import Counters
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache
 from metakd._virtual.shards import is_sharded, local, reduces_gradients, settle, shards_at, tangents_in
@@ -55,11 +56,14 @@ class ShardedStudent(FunctionalStudent):
         settle(self.module)
         return super().start()._replace(settle=lambda: settle(self.module))
 
-    def gradients(self, loss: Tensor, params: Params, *, retain_graph: bool = False) -> Gradients:
-        """Gradients of a scalar of a real pass in this process's parts, averaged over the processes."""
-        if not loss.requires_grad or not params:
+    def gradients(
+        self, values: Tensor, params: Params, cotangent: Tensor | None = None, *, retain_graph: bool = False
+    ) -> Gradients:
+        """The same in this process's parts, averaged over the processes."""
+        if not values.requires_grad or not params:
             return dict.fromkeys(params)
-        found = self._backward([loss], [torch.ones_like(loss)], retain_graph=retain_graph)
+        along = torch.ones_like(values) if cotangent is None else cotangent
+        found = self._backward([values], [along], retain_graph=retain_graph)
         return {name: found[name] for name in params}
 
     def run(
@@ -95,13 +99,15 @@ class ShardedStudent(FunctionalStudent):
         return shards_at(self.trainable(), {n: forward_ad.unpack_dual(p).primal.detach() for n, p in params.items()})
 
     @contextmanager
-    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def _running(
+        self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]], counters: Counters
+    ) -> Iterator[None]:
         moved = {name: forward_ad.unpack_dual(p).tangent for name, p in params.items()}
         tangents = {name: tangent for name, tangent in moved.items() if tangent is not None}
         try:
             with (
                 tangents_in(self.module, self.trainable(), tangents),
-                differentiable_kernels(self.module),
+                differentiable_kernels(self.module, counters),
                 no_parametrization_cache(),
             ):
                 yield

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metakd.errors import MetaKDError
-from metakd.estimators.dual_formulas import dual_formula
+from metakd.estimators.dual_formulas import FORMULAS, dual_formula
 from metakd.inner import Params
 
 _LOCK = RLock()  # torch has one level of dual numbers for all threads
@@ -36,7 +36,7 @@ class _Rules(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
             torch._C._set_fwd_grad_enabled(*args)
-        found = dual_formula(func, args, kwargs or {})
+        found = dual_formula(func, args, kwargs or {}) if func in FORMULAS else None
         return func(*args, **(kwargs or {})) if found is None else found
 
 

@@ -29,7 +29,7 @@ def dual_formula(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         ...     tuple(forward_ad.unpack_dual(dual_formula(torch.sub, (3, x), {})))
         (tensor([2.]), tensor([-5.]))
     """
-    formula = _FORMULAS.get(func)
+    formula = FORMULAS.get(func)
     if formula is None or not torch._C._is_fwd_grad_enabled():
         return None
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -106,7 +106,7 @@ def _log_softmax(
 
 
 _QUOTIENTS = {torch.div, Tensor.div, torch.true_divide, Tensor.true_divide}
-_FORMULAS: dict[Any, Callable[..., tuple[Tensor, Tensor] | None]] = {
+FORMULAS: dict[Any, Callable[..., tuple[Tensor, Tensor] | None]] = {
     **dict.fromkeys((torch.mul, Tensor.mul, *_QUOTIENTS), _product),
     **dict.fromkeys((torch.add, Tensor.add), _sum((1, 1))),
     **dict.fromkeys((torch.sub, Tensor.sub), _sum((1, -1))),

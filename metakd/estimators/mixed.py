@@ -139,6 +139,8 @@ def _in_meta(
         found = gradients((weights * (tangent / len(tangent))).sum(), meta)
     else:
         found = {**dict.fromkeys(meta), weighted.given: tangent / len(tangent)}
+    if not weighted.learned:
+        return found
     return added(found, dict.fromkeys(meta) | through.product(weights.detach() / len(tangent), **options))
 
 

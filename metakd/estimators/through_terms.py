@@ -55,8 +55,6 @@ class ThroughTerms:
 
     def product(self, cotangent: Tensor, **options: Any) -> Gradients:
         """The gradient in the terms' own parameters of the cotangent's product with the losses' tangents."""
-        if not self._learned:
-            return {}
         assert self._losses is not None
         reject_once_differentiable(self._losses)
         slope = self._slope(cotangent)

@@ -151,19 +151,23 @@ def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple
     theta, meta = leaves(kept.params), leaves(problem.meta_params)
     g = leaves({name: value for name, value in kept.gradient.items() if value is not None})
     state = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, kept.state)
-    ahead, after = problem.step({name: g.get(name) for name in theta}, state, theta, meta)
-    pairs = [*zip(ahead.values(), adjoints.params.values(), strict=True)]
+    # Theta' is theta plus the update, so its adjoint is theta's, too: that needs no graph.
+    g_or_none = {name: g.get(name) for name in theta}
+    updates, after = problem.optimizer(meta).update(g_or_none, state, params=theta, inplace=False)
+    pairs = [(updates[name], adjoint) for name, adjoint in adjoints.params.items()]
     pairs += zip(_floats(after), adjoints.state, strict=True)
-    outputs, cotangents = zip(*((new, adjoint) for new, adjoint in pairs if new.requires_grad), strict=True)
+    moving = [(new, adjoint) for new, adjoint in pairs if new is not None and new.requires_grad]
+    outputs, cotangents = [new for new, _ in moving], [adjoint for _, adjoint in moving]
     old = _floats(state)
     inputs = [*theta.values(), *old, *g.values(), *meta.values()]
-    found = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
-    in_params = with_zeros({name: next(found) for name in theta}, theta)
+    every = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True) if moving else [None] * len(inputs)
+    found = iter(every)
+    in_update: Gradients = {name: next(found) for name in theta}
     in_state = [torch.zeros_like(s) if (a := next(found)) is None else a for s in old]
     in_gradient = {name: next(found) for name in g}
     in_meta: Gradients = {name: next(found) for name in meta}
     u = {name: a for name, a in in_gradient.items() if a is not None}
-    return _Adjoints(in_params, in_state), u, in_meta
+    return _plus(_Adjoints(adjoints.params, in_state), in_update), u, in_meta
 
 
 def _floats(state: Any) -> list[Tensor]:

@@ -110,7 +110,7 @@ def evaluate(terms: Mapping[str, Term], outputs: Any, batch: Batch) -> Tensor:
             f"the terms' losses are on different devices: {listing}; move all tensors that a term uses to "
             "the device of the student's outputs"
         )
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1) if len(columns) > 1 else columns[0].unsqueeze(1)
 
 
 def nested(term: Any) -> list[Any]:

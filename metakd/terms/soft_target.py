@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from metakd._basics.checks import once
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms.reading import class_logits, teacher_logits
-from metakd.terms.softened import Softened, softened
+from metakd.terms.reading import class_logits, teacher_logits, tensor_in
+from metakd.terms.softened import Softened, mass_of, softened
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,19 @@ class SoftTarget(Softened):
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         student = class_logits(outputs)
-        teacher = softened(teacher_logits(student, batch), self.temperature / self.power)
-        return self._divergence(of=teacher, given=softened(student, self.temperature))
+        teacher, mass = self._of_teacher(teacher_logits(student, batch), tensor_in(batch.teacher))
+        return self._divergence(of=teacher, given=softened(student, self.temperature), mass=mass)
+
+    def _of_teacher(self, logits: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The teacher's log probabilities and their mass; `given` is the tensor that stays the same in a call."""
+
+        def both() -> tuple[Tensor, Tensor]:
+            found = softened(logits, self.temperature / self.power)
+            return found, mass_of(found, self.temperature)
+
+        assert given is not None  # its logits were read
+        known: tuple[Tensor, Tensor] = once(given, (type(self), self.temperature, self.power, logits.dtype), both)
+        return known
 
 
 @dataclass(frozen=True)

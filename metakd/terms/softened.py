@@ -26,14 +26,19 @@ class Softened:
                 "probabilities as they are, 4 is a common choice for distillation"
             )
 
-    def _divergence(self, of: Tensor, given: Tensor) -> Tensor:
-        return divergence(of, given, self.temperature)
+    def _divergence(self, of: Tensor, given: Tensor, mass: Tensor | None = None) -> Tensor:
+        return divergence(of, given, self.temperature, mass)
 
 
-def divergence(of: Tensor, given: Tensor, temperature: float | Tensor) -> Tensor:
-    """`T^2 KL(of || given)` of each row; both are log probabilities."""
-    # The factor goes to the probabilities: where these are the teacher's, it costs no derivative.
-    return (of.exp() * temperature**2 * (of - given)).sum(dim=1)
+def divergence(of: Tensor, given: Tensor, temperature: float | Tensor, mass: Tensor | None = None) -> Tensor:
+    """`T^2 KL(of || given)` of each row; both are log probabilities. A known `mass` is `mass_of(of, temperature)`."""
+    mass = mass_of(of, temperature) if mass is None else mass
+    return (mass * (given - of)).sum(dim=1)
+
+
+def mass_of(of: Tensor, temperature: float | Tensor) -> Tensor:
+    """`-T^2` times the probabilities: where these are the teacher's, factor and sign cost no derivative."""
+    return of.exp() * -(temperature**2)
 
 
 def softened(z: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

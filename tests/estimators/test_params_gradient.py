@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from metakd import MetaKDError, hypergradient
 from metakd.estimators import Adjoint, FiniteDifference, IdentityJacobian, Implicit, OneStep, Truncated, Unroll
+from metakd.inner import GradientTransformation, own
 from tests.estimators.problems import RULES, Bilevel, central_differences, flat, problems, relative, some_direction
 
 ONE = [Adjoint(), Adjoint("forward"), Unroll(), Truncated(1), OneStep(), OneStep("reverse")]
@@ -124,3 +125,14 @@ def test_there_need_be_no_meta_parameters(estimator, verify):
 def test_with_neither_there_is_nothing_to_differentiate_in(estimator):
     with pytest.raises(MetaKDError, match=r"meta_params is empty.*Adjoint"):
         maml(estimator)
+
+
+@pytest.mark.parametrize("estimator", [Adjoint(), Unroll()], ids=str)
+def test_an_update_without_derivatives_moves_the_end_with_the_start(estimator):
+    def update(gradients, state, *, params=None, inplace=True):
+        return {name: -0.1 * g.detach().sign() for name, g in gradients.items()}, state
+
+    signs = own(GradientTransformation(lambda params: (), update))
+    square = lambda p, *_: (p["x"] ** 2).sum()  # noqa: E731
+    found = hypergradient(square, square, {"x": torch.tensor([3.0])}, {}, [None], optimizer=signs, estimator=estimator)
+    torch.testing.assert_close(found.params_gradient["x"], torch.tensor([5.8]))
