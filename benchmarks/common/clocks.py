@@ -28,6 +28,8 @@ Clock = Callable[[], Any]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time, "device": Instant}
 CALLS = 10
 """Calls that are timed together on a GPU, as in a loop that does not wait for it."""
+BLOCK = 0.02
+"""Seconds of plain calls that are timed together on a CPU: the first calls after a pause take longer than a loop's."""
 
 
 def timed(call: Call, clock: Clock, calls: int = 1) -> tuple[float, Sequence[Tensor]]:
@@ -40,6 +42,12 @@ def timed(call: Call, clock: Clock, calls: int = 1) -> tuple[float, Sequence[Ten
     if clock is not Instant:
         synchronize()
     return round((clock() - start) / calls, 7), result
+
+
+def enough(plain: Call) -> int:
+    """How many calls are timed together on a CPU."""
+    timed(plain, time.perf_counter)  # warm
+    return min(max(round(BLOCK / timed(plain, time.perf_counter, 3)[0]), 1), 50)
 
 
 def synchronize() -> None:

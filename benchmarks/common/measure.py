@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.cases import CASES, Task
-from benchmarks.common.clocks import CALLS, CLOCKS, Clock, timed
+from benchmarks.common.clocks import CALLS, CLOCKS, Clock, enough, timed
 from benchmarks.common.methods import Call
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +53,9 @@ def time_cell(
     seconds: float,
     reference: str = "by hand",
     clock: Clock = time.perf_counter,
-    calls_at_once: int = 1,
+    calls_at_once: int | None = None,
 ) -> dict[str, Any]:
-    """Rounds of all methods, one call each, with plain steps before each of them; first calls are not timed.
+    """Rounds of all methods, with plain steps before each of them; first calls are not timed.
 
     Args:
         task: of the cell; each method gets a copy.
@@ -64,11 +64,11 @@ def time_cell(
         seconds: no new round starts after so many.
         reference: the method whose hypergradient the others' are compared with.
         clock: in seconds.
-        calls_at_once: calls that are timed together; a time is their mean.
+        calls_at_once: calls that are timed together; a time is their mean. By default see `clocks.enough`.
 
     Returns:
-        rounds: name -> seconds in each round; for "plain" the list of its steps. errors: relative errors of the
-        hypergradients. failed: name -> why, for methods that raised.
+        at_once: calls that were timed together. rounds: name -> seconds in each round; for "plain" the list of its
+        steps. errors: relative errors of the hypergradients. failed: name -> why, for methods that raised.
     """
     calls: dict[str, Call] = {}
     failed: dict[str, str] = {}
@@ -89,6 +89,7 @@ def time_cell(
     for name in methods:
         attempt(name, partial(warm_up, name))
     plain = calls.pop("plain")
+    calls_at_once = calls_at_once or enough(plain)
     found: dict[str, Tensor] = {}
     rounds: list[dict[str, Any]] = []
     start = clock()
@@ -103,7 +104,7 @@ def time_cell(
                 if gradient:
                     found[name] = torch.cat([g.detach().flatten() for g in gradient])
         rounds.append(this)
-    return {"rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
+    return {"at_once": calls_at_once, "rounds": rounds, "errors": _relative_errors(found, reference), "failed": failed}
 
 
 def _relative_errors(found: Mapping[str, Tensor], reference: str) -> dict[str, float]:
@@ -178,7 +179,7 @@ def measured(cell: Mapping[str, Any]) -> dict[str, Any]:
     if cell["kind"] == "time":
         chosen = {name: methods[name] for name in cell["methods"]}
         limits = {"repeats": cell["repeats"], "seconds": cell["seconds"]}
-        at_once = CALLS if cell["device"] == "cuda" else 1
+        at_once = CALLS if cell["device"] == "cuda" else None
         return time_cell(task, chosen, **limits, clock=CLOCKS[cell.get("clock", "wall")], calls_at_once=at_once)
     return memory_cell(cell["case"], task, methods[cell["method"]], cell["device"])
 
