@@ -40,6 +40,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert (tmp_path / "times").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_a_job_that_overruns_is_killed_with_its_children_and_the_next_one_runs(tmp_path):
     child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -75,6 +76,7 @@ def test_jobs_without_what_they_need_are_skipped(tmp_path):
     assert found["after"]["reason"] == "needs package, which is skipped"
 
 
+@pytest.mark.slow
 def test_only_jobs_that_may_are_beside_others_and_none_before_what_it_needs(tmp_path):
     code = "import time; print(time.time()); time.sleep(1.0); print(time.time())"
     both = {"after": "first", "beside": True}
@@ -106,6 +108,7 @@ def test_a_checkpoint_that_does_not_travel_is_not_begun_without_the_time(tmp_pat
     assert found["teacher"]["status"] == status
 
 
+@pytest.mark.slow
 def test_the_estimates_of_what_runs_side_by_side_add_up(tmp_path):
     code = "import time; time.sleep(2)"
     jobs = [job(name, code, need=20.0, kept=59.0, beside=True) for name in "abc"]
@@ -221,6 +224,7 @@ def test_a_default_device_takes_what_a_cpu_generator_draws():
     assert done.stdout.splitlines()[-1] == "meta cpu"
 
 
+@pytest.mark.slow
 def test_tests_are_kept_line_by_line_and_not_run_again(tmp_path):
     (tmp_path / "test_one.py").write_text(
         "import pytest\n"

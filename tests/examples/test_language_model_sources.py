@@ -33,6 +33,7 @@ def text(row):
     return "".join(map(chr, row.tolist()))
 
 
+@pytest.mark.slow
 def test_sources_are_what_they_say_and_validation_is_of_other_files(example, cut):
     sequences, ids, meta, validation = cut
     assert ids.bincount().tolist() == [60] * len(example.SOURCES) and len(meta) == example.META
@@ -46,6 +47,7 @@ def test_sources_are_what_they_say_and_validation_is_of_other_files(example, cut
     assert abs(letters[0] - letters[1]) < 0.1 * letters[0]
 
 
+@pytest.mark.slow
 def test_other_seeds_share_the_validation_set_alone(example, cut):
     other = example.data(1, 60)
     assert torch.equal(other[3], cut[3]) and not torch.equal(other[2], cut[2])

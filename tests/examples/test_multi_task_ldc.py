@@ -107,6 +107,7 @@ def test_torchjds_balancers_start_at_their_formulas(example):
     torch.testing.assert_close(found, 1 / losses / (1 / losses).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torchjd", [True, False])
 def test_a_tiny_run_writes_what_it_prints(tmp_path, monkeypatch, capsys, torchjd):
     if torchjd:
