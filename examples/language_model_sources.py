@@ -238,6 +238,24 @@ def draw(found, learned, path):
     figure.savefig(path, dpi=120)
 
 
+def summary(found):
+    """The scores as lines: mean and standard deviation, what was gained over uniform weights, and the time."""
+    bits = {method: torch.tensor([record["bits"] for record in records]) for method, records in found.items()}
+    yield f"bits per byte of held-out docstrings, mean ± std of {len(next(iter(bits.values())))} seeds"
+    for method, values in bits.items():
+        seconds = sum(record["seconds"] for record in found[method]) / len(values)
+        line = f"{method:16} {spread(values)}   {seconds:5.1f} s"
+        if method != "uniform" and "uniform" in bits:
+            gains = bits["uniform"] - values
+            line += f"   {spread(gains)} less than uniform, with {int((gains > 0).sum())} of {len(gains)} seeds"
+        yield line
+
+
+def spread(values):
+    """Mean and standard deviation."""
+    return f"{values.mean():.3f} ± {values.std() if len(values) > 1 else 0.0:.3f}"
+
+
 def main():
     """Run all methods with all seeds; print the table, write the record and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,11 +276,7 @@ def main():
             if history is not None:
                 learned.setdefault(method, history)
             print(f"seed {seed}  {method:16} {record['bits']:.3f}", flush=True)
-    print(f"bits per byte of held-out docstrings, mean ± std of {args.seeds} seeds")
-    for method, records in found.items():
-        values = torch.tensor([record["bits"] for record in records])
-        seconds = sum(record["seconds"] for record in records) / len(records)
-        print(f"{method:16} {values.mean():.3f} ± {values.std(correction=0):.3f}   {seconds:5.1f} s")
+    print("\n".join(summary(found)))
     settings = {name: getattr(args, name) for name in ("seeds", "steps", "lr", "model", "jobs")}
     record = provenance() | settings | {"sources": SOURCES, "methods": found}
     args.output.mkdir(parents=True, exist_ok=True)
