@@ -5,12 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.autograd import forward_ad
 
-from benchmarks.common.counts import count
 from metakd._virtual.batch_norm import batch_norm
-from metakd._virtual.functional import FunctionalStudent
 
 
 def tensors(shape, seed):
@@ -144,32 +141,3 @@ def test_virtual_passes_use_it():
         with differentiable_kernels(module):
             module(forward_ad.make_dual(x, tangent))
     assert names == [1]
-
-
-class ReadsItsCounter(nn.BatchNorm1d):
-    def forward(self, x):
-        return super().forward(x) * self.num_batches_tracked + torch.stack([self.num_batches_tracked] * 2).sum()
-
-
-@pytest.mark.parametrize("kind", [nn.BatchNorm1d, ReadsItsCounter])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_virtual_passes_count_their_batches(kind, momentum):
-    torch.manual_seed(0)
-    norm = kind(3, momentum=momentum).double()
-    student = nn.Sequential(nn.Linear(3, 3).double(), norm, norm)  # which counts two in a pass
-    functional, x = FunctionalStudent(student), torch.randn(4, 3, dtype=torch.float64)
-    with functional.untouched() as start:
-        first, end = functional.run(functional.detached(), x, start, wants_end=True)
-        second, end = functional.run(functional.detached(), x, end, wants_end=True)
-        counted = end.state.values[id(norm.num_batches_tracked)]
-    assert norm.num_batches_tracked == 0 and counted == 4
-    torch.testing.assert_close([first, second], [student(x), student(x)])
-    assert norm.num_batches_tracked == 4
-
-
-def test_a_counter_that_nobody_reads_takes_no_kernel():
-    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    functional = FunctionalStudent(student)
-    with functional.untouched() as start:
-        kernels = count(lambda: functional.run(functional.detached(), torch.randn(4, 3), start)).kernels
-    assert not kernels["add_"]

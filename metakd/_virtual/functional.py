@@ -13,7 +13,6 @@ from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
 from metakd._basics.rng import RngState
 from metakd._basics.together import clones
-from metakd._virtual.counters import Counters
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache, recomputed_by
 from metakd._virtual.precision import HALF
 from metakd._virtual.python_state import PythonState
@@ -170,16 +169,12 @@ class FunctionalStudent:
         state, swaps = start.state, self._swaps(params, others)
         values = clones([self.cast(value) for value in state.values.values()])
         swaps |= dict(zip(state.values, values, strict=True))
-        counters = Counters(swaps[i] for i in state.counters if i in swaps)
         try:
             state.put_back(swaps)
             with self._placed(params):
-                with self._running(params, start, others, counters):
+                with self._running(params, start, others):
                     value = function()
-                if not wants_end:
-                    return value, None
-                counters.settle()
-                return value, self._end(state, swaps)
+                return value, self._end(state, swaps) if wants_end else None
         finally:
             self._real_state.put_back()
 
@@ -193,12 +188,10 @@ class FunctionalStudent:
         return nullcontext()
 
     @contextmanager
-    def _running(
-        self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]], counters: Counters
-    ) -> Iterator[None]:
+    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """A block for the pass itself: its kernels, and how checkpoints are recomputed."""
         recomputed = recomputed_by(lambda again: self._inside(params, start, again, others=others)[0])
-        with differentiable_kernels(self.module, counters), recomputed, no_parametrization_cache():
+        with differentiable_kernels(self.module), recomputed, no_parametrization_cache():
             yield
 
     def _swapped_in(self, p: Tensor, new: Tensor | None) -> Tensor:

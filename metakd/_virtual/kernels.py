@@ -16,18 +16,17 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from metakd._virtual.batch_norm import batch_norm
-from metakd._virtual.counters import Counters
 from metakd._virtual.precision import autocasts_to_float16
 from metakd.errors import MetaKDError
 
 
 @contextmanager
-def differentiable_kernels(module: nn.Module, counters: Counters | None = None) -> Iterator[None]:
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """A block whose operations have forward-mode derivatives and correct second derivatives.
 
     Attention uses its math kernel, recurrent layers torch's own kernels, compiled parts their Python code, and the
-    functions in `_SAME_FUNCTION` formulas; `counters` count late. Autocast to float16 is off. Operations without a
-    replacement stay (see `metakd.validate`).
+    functions in `_SAME_FUNCTION` formulas. Autocast to float16 is off. Operations without a replacement stay (see
+    `metakd.validate`).
 
     Raises:
         MetaKDError: an embedding's gradient is not the derivative of its loss, or torch before 2.6 cannot run compiled
@@ -40,7 +39,7 @@ def differentiable_kernels(module: nn.Module, counters: Counters | None = None) 
         stack.enter_context(uncompiled(module))
         kind = next((p.device.type for p in module.parameters()), "cpu")
         stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
-        stack.enter_context(_Formulas(kind, counters or Counters()))
+        stack.enter_context(_Formulas(kind))
         yield
 
 
@@ -105,17 +104,15 @@ def no_parametrization_cache() -> Iterator[None]:
 
 
 class _Formulas(TorchFunctionMode):
-    """A block that replaces functions by equivalent ones, counts late, and keeps autocast to float16 off."""
+    """A block that replaces functions by equivalent ones, and keeps autocast to float16 off."""
 
-    def __init__(self, kind: str, counters: Counters) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self._kind, self._counters = kind, counters
+        self._kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if autocasts_to_float16(self._kind):  # the student opened such a block; its end restores the setting
             torch.set_autocast_enabled(self._kind, False)
-        if self._counters.takes(func, args, kwargs or {}):
-            return args[0]
         return _SAME_FUNCTION.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.together import clones, copy_into
@@ -35,7 +34,6 @@ class PythonState:
     Attributes:
         large_arrays: NumPy arrays too large to keep a copy.
         tensors: the places of all tensors.
-        counters: ids of batch normalisation's numbers of batches.
         values: id of a tensor -> a copy of its value.
     """
 
@@ -54,8 +52,6 @@ class PythonState:
         self.tensors = list(self._tensors())
         self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
         buffers = {id(b) for m in places.modules for b in m._buffers.values()}
-        norms = [m for m in places.modules if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
-        self.counters = [id(m.num_batches_tracked) for m in norms]
         writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t) or is_a(t, "DTensor"))}
         kept = {i: t for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
         self.values = dict(zip(kept, clones(list(kept.values())), strict=True))

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from metakd._autodiff import Gradients, NoSecondDerivative, Params
 from metakd._basics.module_call import call
 from metakd._basics.nest import map_tensors
-from metakd._virtual.counters import Counters
 from metakd._virtual.functional import FunctionalStudent, Start
 from metakd._virtual.kernels import differentiable_kernels, no_parametrization_cache
 from metakd._virtual.shards import is_sharded, local, reduces_gradients, settle, shards_at, tangents_in
@@ -99,15 +98,13 @@ class ShardedStudent(FunctionalStudent):
         return shards_at(self.trainable(), {n: forward_ad.unpack_dual(p).primal.detach() for n, p in params.items()})
 
     @contextmanager
-    def _running(
-        self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]], counters: Counters
-    ) -> Iterator[None]:
+    def _running(self, params: Params, start: Start, others: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         moved = {name: forward_ad.unpack_dual(p).tangent for name, p in params.items()}
         tangents = {name: tangent for name, tangent in moved.items() if tangent is not None}
         try:
             with (
                 tangents_in(self.module, self.trainable(), tangents),
-                differentiable_kernels(self.module, counters),
+                differentiable_kernels(self.module),
                 no_parametrization_cache(),
             ):
                 yield
