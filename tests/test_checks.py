@@ -49,8 +49,8 @@ def faults():
     nan[0][2, 1] = math.nan
     wrong = batch(4)
     wrong[1][3] = 2**20
-    return {"NaN": (nan, batch(5), "the batch's inputs hold such values in samples .2."),
-            "meta NaN": (batch(5), nan, "the batch's inputs hold such values|the outer loss is nan"),
+    return {"NaN": (nan, batch(5), "its inputs hold such values in samples .2."),
+            "meta NaN": (batch(5), nan, "its inputs hold such values|the outer loss is nan"),
             "label": (wrong, batch(5), "label 1048576 is out of range .0, 3.")}  # fmt: skip
 
 
@@ -230,3 +230,63 @@ def test_a_value_of_a_constant_is_made_once_in_a_call():
         assert once(values.clone(), "key", make) == 6
     with read_at_end():
         assert once(values, "key", make) == 7
+
+
+class RootOfZero(nn.Module):
+    """Finite weights whose derivative is NaN while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.on = nn.Linear(2, 2), False
+
+    def forward(self, features, batch):
+        z = self.layer(features)
+        return torch.sigmoid(z + (z * 0).abs().sqrt() if self.on else z)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "simultaneous"}, {"accumulate": 2}], ids=str)
+def test_a_broken_derivative_of_the_weight_model_is_named_and_does_not_stay(options):
+    model = RootOfZero()
+    _, optimizer, balancer = parts(weighting=model, features=lambda losses, *_: losses, **options)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    before, model.on = [p.clone() for p in model.parameters()], True
+    with pytest.raises(MetaKDError, match=r"hypergradient of 'layer\.weight', 'layer\.bias' is NaN .* weights and"):
+        balancer(batch(2), batch(3))
+    assert all(map(torch.equal, before, model.parameters()))
+    model.on = False
+    for seed in (4, 6):
+        iteration(balancer, optimizer, batch(seed), batch(seed + 1))
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_broken_gradient_of_the_losses_is_named():
+    term = lambda z, batch: (z[:, 0] * 0).abs().sqrt()  # noqa: E731
+    student = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = BilevelLossBalancer(student, {"hard": CrossEntropy(), "root": term}, optimizer=optimizer)
+    with pytest.raises(MetaKDError, match=r"gradient of the losses .* NaN .* in 'weight', 'bias' although"):
+        balancer(batch(0), batch(1))
+
+
+def test_a_batch_that_was_refilled_is_not_blamed():
+    _, optimizer, balancer = parts(defer_checks=True)
+    iteration(balancer, optimizer, batch(0), batch(1))
+    train = faults()["NaN"][0]
+    balancer(train, batch(1))
+    train[0].copy_(batch(5)[0])
+    with pytest.raises(MetaKDError, match=r"for sample 0 .* was written to before this was read: call"):
+        balancer.read_checks()
+
+
+def test_features_that_write_to_the_losses_are_refused():
+    _, _, balancer = parts(weighting=nn.Linear(2, 2), features=lambda losses, *_: losses.mul_(0.1))
+    with pytest.raises(MetaKDError, match=r"wrote to the losses .* losses\.clone"):
+        balancer.weights(batch(0))
+
+
+def test_what_was_made_of_a_tensor_is_forgotten_with_it():
+    with read_at_end() as waiting:
+        tensor = torch.ones(2)
+        assert once(tensor, "key", object) is once(tensor, "key", object) and len(waiting._made) == 1
+        del tensor
+        assert not waiting._made

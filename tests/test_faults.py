@@ -286,7 +286,7 @@ def sick(parameter, value):
 
 
 SICK = {
-    "inputs": (lambda b, x, y: sick_inputs(x), r"nan for sample 0 of the batch.* batch's inputs hold .* samples \[2\]"),
+    "inputs": (lambda b, x, y: sick_inputs(x), r"nan for sample 0 of the batch.*its inputs hold .* samples \[2\]"),
     "meta": (lambda b, x, y: sick_inputs(y), r"'meta_loss' is nan .* the meta batch.* inputs hold .* samples \[2\]"),
     "teacher": (lambda b, x, y: sick(b.teacher[2].bias, NAN), r"'soft' is nan .*teacher's outputs hold .*\[0, 1, 2"),
     "student": (lambda b, x, y: sick(b.student[4].bias, -torch.inf), r"inf for sample .*student's outputs hold such"),

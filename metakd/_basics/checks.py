@@ -31,7 +31,7 @@ class Waiting:
         self._checks: list[tuple[list[Tensor], Judge]] = []
         self._finite: list[tuple[list[Tensor], weakref.ref[Tensor], Tensor]] = []
         self._seen: dict[Hashable, object] = {}
-        self._made: dict[Hashable, tuple[Tensor, Any]] = {}
+        self._made: dict[Hashable, tuple[weakref.ref[Tensor], Any]] = {}
         self.captured = capturing()
 
     def add(self, numbers: tuple[Tensor, ...], judge: Judge) -> None:
@@ -54,7 +54,8 @@ class Waiting:
         """What `make` made of these values of the tensor with this key, or makes now."""
         full = id(tensor), version_of(tensor), key
         if full not in self._made:
-            self._made[full] = tensor, make()  # keeps the tensor alive, as a new one could reuse the id
+            # Forgotten with the tensor: a term may make one anew in every pass, and a new one could reuse the id.
+            self._made[full] = weakref.ref(tensor, lambda _: self._made.pop(full, None)), make()
         return self._made[full][1]
 
     def settle(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metakd._basics.checks import check_finite
+from metakd._basics.nest import version_of
 from metakd._virtual.precision import as_written, widened
 from metakd.batch import Batch, map_tensors, tensors
 from metakd.errors import MetaKDError
@@ -23,9 +24,11 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
     losses = widened(evaluate(terms, outputs, batch))
     known, seen = losses.detach(), map_tensors(Tensor.detach, outputs)  # without graphs, as checks may wait
 
+    versions = _versions(batch)
+
     def say() -> None:
         if broken := not_finite(known, list(terms), where):
-            raise MetaKDError(f"{broken}; {_cause(seen, batch)}")
+            raise MetaKDError(f"{broken}; {_cause(seen, batch) if _versions(batch) == versions else _REFILLED}")
 
     # A pass with tangents repeats one whose losses are checked.
     if finite and forward_ad.unpack_dual(losses).tangent is None:
@@ -44,12 +47,21 @@ def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
     return f"term {names[column]!r} is {value} for sample {row} of {where} ({count})"
 
 
+_REFILLED = "the batch was written to before this was read: call once with defer_checks=False to find the cause"
+
+
+def _versions(batch: Batch) -> list[int]:
+    """Tells whether a batch was written to."""
+    return [version_of(t) for t in tensors((batch.inputs, batch.teacher))]
+
+
 def _cause(outputs: Any, batch: Batch) -> str:
     """The source of NaN or infinity in a loss, and its cure."""
+    step = "if the losses before the step were finite, their gradient is not: look for a root or a norm of zero"
     for values, what, cure in (
-        (batch.inputs, "the batch's inputs hold", "look at the data"),
+        (batch.inputs, "its inputs hold", "look at the data"),
         (batch.teacher, "the teacher's outputs hold", "look at the teacher"),
-        (outputs, "the student's outputs hold", "lower the learning rate, or look at its parameters"),
+        (outputs, "the student's outputs hold", f"lower the learning rate, or look at its parameters; {step}"),
     ):
         for t in tensors(values):
             if rows := (~t.detach().isfinite()).nonzero()[:, :1].unique().tolist():

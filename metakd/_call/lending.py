@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from metakd._basics.nest import version_of
 from metakd.batch import Batch, detached_copy, map_tensors, tensors
 from metakd.errors import MetaKDError
@@ -14,6 +16,7 @@ class Lending:
     Attributes:
         only_read: whether a proof has seen that no pass writes; passes then get the user's own tensors.
         written: whether any pass has written to its batch.
+        compares: whether values are compared, too, as `.data` and NumPy leave versions as they are; for a proof.
 
     Examples:
         >>> import torch
@@ -25,7 +28,7 @@ class Lending:
     """
 
     def __init__(self) -> None:
-        self.only_read = self.written = False
+        self.only_read = self.written = self.compares = False
 
     @contextmanager
     def lend(self, batch: Batch, *, itself: bool = False) -> Iterator[Batch]:
@@ -41,7 +44,7 @@ class Lending:
         own = batch if itself else _without_graph(batch) if self.only_read else detached_copy(batch)
         before = _versions(own)
         yield own
-        if before == _versions(own):
+        if before == _versions(own) and not (self.compares and not itself and _differ(own, batch)):
             return
         self.written = True
         if self.only_read:
@@ -62,3 +65,7 @@ def _without_graph(batch: Batch) -> Batch:
 
 def _versions(batch: Batch) -> list[int]:
     return [version_of(t) for t in tensors(batch)]
+
+
+def _differ(own: Batch, batch: Batch) -> bool:
+    return not all(torch.equal(one, other) for one, other in zip(tensors(own), tensors(batch), strict=True))

@@ -55,7 +55,7 @@ class Snapshot:
         """Restore everything, bit for bit."""
         put_back(self.start)
         for t, version, value in self._inputs:
-            if t._version != version:
+            if t._version != version or not torch.equal(t, value):  # .data and NumPy leave the version as it is
                 t.copy_(value)
         self._weighting_state.put_back()
         self._put_lazy_parts_back()

@@ -1,8 +1,10 @@
 """The meta-parameters' side of a step: hypergradients are accumulated, averaged, and given to their optimizer."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._autodiff import with_zeros
+from metakd._basics.checks import check
 from metakd._basics.together import clones, norm_of, scaled, summed
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.optimizer_state import load_optimizer_state
@@ -126,6 +129,7 @@ class WeightingStep:
         gradient = with_zeros(self._mean({**gradient}, params, "the hypergradient"), params)
         self._warn_of_idle_terms(gradient)
         norm = norm_of(list(gradient.values()))
+        check(partial(self._judge, gradient), norm)
         own, number = list(gradient.values()), self.pending.number + 1
         sums = summed(list(self.pending.total.values()), own) if self.pending.total else clones(own)
         if self.moves_next and self.optimizer is not None:
@@ -137,6 +141,17 @@ class WeightingStep:
             self.pending = Pending(dict(zip(gradient, sums, strict=True)), number)
         _set_gradients(params, own)  # apart from the sums, as the user may clear them in place
         return norm
+
+    def _judge(self, gradient: Gradient, norm: float) -> None:
+        """Raise if an entry of a hypergradient is NaN or infinite; it must not stay in the sum."""
+        broken = [] if math.isfinite(norm) else [name for name, g in gradient.items() if not bool(g.isfinite().all())]
+        if broken:
+            self.pending = Pending({}, 0)
+            raise MetaKDError(
+                f"the hypergradient of {', '.join(map(repr, broken[:3]))} is NaN or infinite although its weights and "
+                "their influence are finite: a derivative of the weight model (or of a term that learns) is not, as of "
+                "a root or a norm at zero; clamp or shift what goes into it"
+            )
 
     def why_zero(self) -> str:
         """A sentence on a hypergradient of zero although the meta loss depends on weights and losses."""

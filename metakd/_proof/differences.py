@@ -48,6 +48,12 @@ def check_gradients(
     `again` computes the virtual gradient elsewhere. A vanishing gradient is rounding only: then a few roundings of the
     parameters change it as much as the two passes differ, and that is no error.
     """
+    if broken := [name for name, g in real.items() if g is not None and not bool(g.to_dense().isfinite().all())]:
+        raise MetaKDError(
+            f"the gradient of the losses over {where} is NaN or infinite in {', '.join(map(repr, broken[:4]))} "
+            "although the losses are finite: a term or the student takes a root, a norm or a logarithm of zero, or "
+            "overflows; add a small number inside, or clamp"
+        )
     wrong = _other_gradients(real, virtual, limit)
     if wrong and is_faint(real, params, limit):
         near = again(leaves(nudged(params, limit)))

@@ -76,8 +76,11 @@ class Proofs:
         if isinstance(objective.student, ShardedStudent):
             compare_shards(objective, ranks, forward_mode=needs_second_derivatives(estimator))
             return
-        self.lending.only_read = False
-        found, self.may_be_float16 = compare_passes(objective), True
+        self.lending.only_read, self.lending.compares = False, True
+        try:
+            found, self.may_be_float16 = compare_passes(objective), True
+        finally:
+            self.lending.compares = False
         if found is None:
             return
         self.lending.only_read, self.may_be_float16 = not self.lending.written, False

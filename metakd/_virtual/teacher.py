@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metakd._basics.module_call import call
+from metakd._basics.nest import map_tensors
 from metakd.errors import blamed
 
 Teacher: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -37,7 +38,8 @@ def teacher_outputs(teacher: Teacher, inputs: Any) -> Any:
     for position, one in enumerate(one_or_all):
         name = "the teacher" if ensemble is None else f"teacher {position}"
         with blamed(name), _as_judge(one), torch.no_grad():
-            outputs.append(call(one, inputs))
+            # A captured graph or an engine gives the same memory every time, and a call keeps two batches' outputs.
+            outputs.append(map_tensors(Tensor.clone, call(one, inputs)))
     torch.clear_autocast_cache()  # older torch would reuse gradient-free casts of parameters shared with the student
     return outputs[0] if ensemble is None else outputs
 

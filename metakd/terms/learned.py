@@ -55,9 +55,9 @@ class LearnedSoftTarget(nn.Module):
     def __init__(self, teachers: int = 1, *, temperature: float = 4.0) -> None:
         super().__init__()
         self.teachers = positive_int(teachers, "teachers")
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not isinstance(temperature, int | float) or not (temperature > 0 and math.isfinite(temperature)):
             raise MetaKDError(
-                f"temperature is {temperature}, but must be positive and finite to be learned; 4 is a common start"
+                f"temperature is {temperature!r}, but must be positive and finite to be learned; 4 is a common start"
             )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         if teachers > 1:  # a single teacher has the share 1, with nothing to learn
@@ -77,12 +77,12 @@ class LearnedSoftTarget(nn.Module):
         """Return the loss of each sample, shape `(B,)`."""
         z = class_logits(outputs)
         temperature = self.log_temperature.to(z.dtype).exp()
-        found = [softened(one, temperature) for one in self._logits(z, batch)]
+        found = [softened(_bounded(one), temperature) for one in self._logits(z, batch)]
         of = found[0]
         if self.teachers > 1:
             shares = F.log_softmax(self.free_shares.to(z.dtype), 0)
             of = torch.stack(found).add(shares[:, None, None]).logsumexp(0)
-        return divergence(of, softened(z, temperature), temperature)
+        return divergence(of, softened(_bounded(z), temperature), temperature)
 
     def extra_repr(self) -> str:
         """The settings in the module's description."""
@@ -91,12 +91,13 @@ class LearnedSoftTarget(nn.Module):
     def _logits(self, z: Tensor, batch: Batch) -> list[Tensor]:
         several = isinstance(batch.teacher, tuple | list)
         outputs = list(batch.teacher) if several else [batch.teacher]
-        if len(outputs) != self.teachers:
+        found = [teacher_logits(z, batch._replace(teacher=one)) for one in outputs]
+        if len(found) != self.teachers:
             raise MetaKDError(
-                f"the term mixes {self.teachers} teachers, but batch.teacher has {len(outputs)} outputs; write "
-                f"LearnedSoftTarget(teachers={len(outputs)})"
+                f"the term mixes {self.teachers} teachers, but batch.teacher has {len(found)} outputs; write "
+                f"LearnedSoftTarget(teachers={len(found)})"
             )
-        return [teacher_logits(z, batch._replace(teacher=one)) for one in outputs]
+        return found
 
 
 class SmoothedCrossEntropy(nn.Module):
@@ -133,8 +134,8 @@ class SmoothedCrossEntropy(nn.Module):
 
     def __init__(self, smoothing: float = 0.1, *, classes: int | None = None) -> None:
         super().__init__()
-        if not 0 < smoothing < 1:
-            raise MetaKDError(f"smoothing is {smoothing}, but must be in (0, 1) to be learned; 0.1 is a common start")
+        if not isinstance(smoothing, int | float) or not 0 < smoothing < 1:
+            raise MetaKDError(f"smoothing is {smoothing!r}, but must be in (0, 1) to be learned; 0.1 is a common start")
         self.classes = None if classes is None else positive_int(classes, "classes")
         start = math.log(smoothing / (1 - smoothing))
         self.free = nn.Parameter(torch.full(() if classes is None else (classes,), start))
@@ -160,3 +161,9 @@ class SmoothedCrossEntropy(nn.Module):
     def extra_repr(self) -> str:
         """The settings in the module's description."""
         return "" if self.classes is None else f"{self.classes} classes"
+
+
+def _bounded(z: Tensor) -> Tensor:
+    """Logits of which masked ones (-inf) are so large that their derivative in the temperature is still finite."""
+    lowest = 1e-6 * torch.finfo(z.dtype).min
+    return F.threshold(z, lowest, lowest)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metakd._basics.checks import check_finite
+from metakd._basics.nest import version_of
 from metakd._virtual.precision import widened
 from metakd._virtual.teacher import members
 from metakd.batch import Batch
@@ -60,6 +61,7 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
     """Call a feature function without autograd and return its finite real (B, F) tensor, or raise."""
     name = getattr(features, "__name__", type(features).__name__)
     given = losses.detach()
+    version = version_of(given)
     with torch.no_grad():
         try:
             found = features(given, outputs, batch)
@@ -70,6 +72,11 @@ def evaluate_features(features: Features, losses: Tensor, outputs: Any, batch: B
                 f"features function {name!r} raised {type(error).__name__}: {error}; it is called as "
                 "features(losses (B, M), outputs, batch) and must return (B, F)"
             ) from error
+    if version_of(given) != version:
+        raise MetaKDError(
+            f"features function {name!r} wrote to the losses that it was given, which are the training's; let it work "
+            "on a copy, such as losses.clone()"
+        )
     size = losses.shape[0]
     if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != size or not found.is_floating_point():
         got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

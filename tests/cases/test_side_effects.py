@@ -18,6 +18,18 @@ class ChangesItsInput(nn.Module):
         return self.net(x.mul_(0.5).add_(0.1))
 
 
+class ChangesItsInputsData(ChangesItsInput):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.mul_(0.5).add_(0.1)  # unlike x.mul_, it does not count as a version
+        return self.net(x)
+
+
+class ChangesItsInputsArray(ChangesItsInput):
+    def forward(self, x: Tensor) -> Tensor:
+        x.numpy()[...] *= 0.5
+        return self.net(x)
+
+
 class Counts(nn.Module):
     """What it computes depends on how often it was called: an attribute, a class variable, a list."""
 
@@ -66,12 +78,15 @@ class RunningAverage(nn.Module):
         return self.net(x - self.average - torch.as_tensor(self.array))
 
 
-@pytest.mark.parametrize("student", [ChangesItsInput, Counts, OwnGenerators, RunningAverage])
+INPUTS = [ChangesItsInput, ChangesItsInputsData, ChangesItsInputsArray]
+
+
+@pytest.mark.parametrize("student", [*INPUTS, Counts, OwnGenerators, RunningAverage])
 def test_side_effects_of_a_pass(student):
     assert_right(lambda: Setup(student().double(), HARD_AND_SMOOTH))
 
 
-@pytest.mark.parametrize("student", [ChangesItsInput, Counts, OwnGenerators, RunningAverage])
+@pytest.mark.parametrize("student", [*INPUTS, Counts, OwnGenerators, RunningAverage])
 def test_a_call_has_the_side_effects_of_one_pass(student):
     torch.manual_seed(1)
     one = student().double()

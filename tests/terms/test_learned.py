@@ -61,7 +61,10 @@ def test_smoothing_is_that_of_the_cross_entropy(classes):
         (lambda: LearnedSoftTarget(0), "teachers is 0"),
         (lambda: LearnedSoftTarget(temperature=0.0), r"temperature is 0\.0, but must be positive"),
         (lambda: LearnedSoftTarget(2)(*two(3)), r"mixes 2 teachers, but batch.teacher has 3 outputs.*teachers=3"),
-        (lambda: LearnedSoftTarget(2)(torch.zeros(2, 3), Batch(None)), "mixes 2 teachers, but .* has 1 outputs"),
+        (lambda: LearnedSoftTarget(2)(torch.zeros(2, 3), Batch(None)), "the teacher's outputs are missing"),
+        (lambda: LearnedSoftTarget(3)(*stacked()), "if these are several teachers, give a list"),
+        (lambda: LearnedSoftTarget(temperature="4"), "temperature is '4', but must be positive"),
+        (lambda: SmoothedCrossEntropy("a"), "smoothing is 'a', but"),
         (lambda: LearnedSoftTarget()(torch.zeros(2, 3), Batch(None)), "the teacher's outputs are missing"),
         (lambda: SmoothedCrossEntropy(0.0), r"smoothing is 0\.0, but must be in \(0, 1\)"),
         (lambda: SmoothedCrossEntropy(classes=0), "classes is 0"),
@@ -75,3 +78,19 @@ def test_misuse(build, said):
 
 def two(teachers):
     return torch.zeros(2, 3), Batch(None, torch.zeros(2).long(), [torch.zeros(2, 3)] * teachers)
+
+
+def stacked():
+    return torch.zeros(2, 3), Batch(None, teacher=torch.zeros(2, 3, 3))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_masked_classes_have_finite_derivatives(temperature):
+    z, batch, _ = problem(3, 4, 0)
+    z[:, 0], batch.teacher[:, 0] = -torch.inf, -torch.inf
+    term = LearnedSoftTarget().double()
+    term.log_temperature.data = torch.tensor(temperature).double().log()
+    loss = term(z.requires_grad_(), batch)
+    close(loss, SoftTarget(temperature)(z.detach(), batch))
+    loss.sum().backward()
+    assert bool(z.grad.isfinite().all()) and bool(term.log_temperature.grad.isfinite())
