@@ -369,7 +369,7 @@ def test_recomputed_parts_are_recomputed_in_the_same_precision():
         return [p.grad.clone() for p in balancer.weighting.parameters()]
 
     # Without a forward mode of checkpoints the two take different ways, which round differently in bfloat16.
-    assert distance(gradients(True), gradients(False)) < (1e-6 if CHECKPOINTS_HAVE_FORWARD_MODE else 1e-3)
+    assert distance(gradients(True), gradients(False)) < (1e-6 if CHECKPOINTS_HAVE_FORWARD_MODE else 4e-3)
 
 
 def test_casts_of_virtual_parameters_do_not_outlive_their_pass():
