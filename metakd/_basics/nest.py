@@ -35,6 +35,14 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; those that torch cannot compare (sparse, nested, meta) count as same."""
+    try:
+        return torch.equal(one, other)
+    except (NotImplementedError, RuntimeError):
+        return True
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Copy a nest with `function` applied to every tensor; container types and all other leaves stay.
 

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from metakd._basics.nest import version_of
+from metakd._basics.nest import same_values, version_of
 from metakd.batch import Batch, detached_copy, map_tensors, tensors
 from metakd.errors import MetaKDError
 
@@ -68,4 +66,4 @@ def _versions(batch: Batch) -> list[int]:
 
 
 def _differ(own: Batch, batch: Batch) -> bool:
-    return not all(torch.equal(one, other) for one, other in zip(tensors(own), tensors(batch), strict=True))
+    return not all(map(same_values, tensors(own), tensors(batch)))

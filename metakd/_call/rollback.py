@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from metakd._basics.nest import tensors
+from metakd._basics.nest import same_values, tensors
 from metakd._basics.together import clones, copy_into
 from metakd._call.weight_step import WeightingStep
 from metakd._virtual.functional import FunctionalStudent, put_back
@@ -55,7 +55,7 @@ class Snapshot:
         """Restore everything, bit for bit."""
         put_back(self.start)
         for t, version, value in self._inputs:
-            if t._version != version or not torch.equal(t, value):  # .data and NumPy leave the version as it is
+            if t._version != version or not same_values(t, value):  # .data and NumPy leave the version as it is
                 t.copy_(value)
         self._weighting_state.put_back()
         self._put_lazy_parts_back()
