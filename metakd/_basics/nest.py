@@ -36,7 +36,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values; those that torch cannot compare (sparse, nested, meta) count as same."""
+    """Whether two tensors hold the same values; those that torch cannot compare (sparse, nested) count as same."""
     try:
         return torch.equal(one, other)
     except (NotImplementedError, RuntimeError):
