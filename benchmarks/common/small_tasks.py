@@ -145,11 +145,11 @@ def endless(whole: Batch, generator: torch.Generator, size: int = BATCH) -> Iter
         yield from batches(whole, generator, size)
 
 
-def student(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def student(seed: int, activation: type[nn.Module] = nn.ReLU) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     """A small network and its optimizer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        model = nn.Sequential(nn.Linear(64, 64), activation(), nn.Linear(64, 10))
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 

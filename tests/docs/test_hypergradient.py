@@ -12,4 +12,6 @@ def test_its_hypergradients_are_exact_and_its_losses_fall(capsys):
     assert scope["result"].gradient["lr"].isfinite()
     losses = scope["after_adaptation"]
     assert sum(losses[-10:]) < sum(losses[:10]) / 3
+    assert scope["final"][-1] < scope["final"][0] / 2
+    assert scope["free"][1:, 3].max() < 0 <= scope["free"][1:, :3].min()
     assert int(scope["buffers"]["1.num_batches_tracked"]) == 0
