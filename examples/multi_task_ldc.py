@@ -260,7 +260,8 @@ def main():
     cost = {name: sum(r[name][1] for r in runs) / sum(r["plain sum"][1] for r in runs) for name in METHODS}
     print("Digits; claim: Delta_m % better than the plain sum's, at 1.06 to 1.11 of its time")
     for name, delta in deltas.items():
-        spread, ratio = f"{delta.mean():6.1f} +- {delta.std():4.1f} %", f"{cost[name]:.2f} of the plain sum's time"
+        deviation = delta.std() if len(delta) > 1 else 0.0
+        spread, ratio = f"{delta.mean():6.1f} +- {deviation:4.1f} %", f"{cost[name]:.2f} of the plain sum's time"
         print(f"  {name:17} Delta_m {spread}, {ratio}")
     record = provenance() | {"seeds": args.seeds, "steps": args.steps, "toy_steps": args.toy_steps, "toy": toys}
     record |= {"tasks": list(TASKS), "alone": alone.tolist(), "errors": {k: v.tolist() for k, v in errors.items()}}
