@@ -70,7 +70,8 @@ def test_losses_and_influence_are_those_of_plain_torch(made):
             wanted[i, k] = -rate * sum((a * b).sum() for a, b in zip(own, v, strict=True))
     balancer(dict(batch), trainer.meta_batch)
     torch.testing.assert_close(balancer.report.losses, found.detach())
-    torch.testing.assert_close(balancer.report.influence, wanted, rtol=1e-6, atol=1e-12)
+    rounding = 1e-6 * wanted.abs().max()  # Llama's normalisation computes in float32
+    torch.testing.assert_close(balancer.report.influence, wanted, rtol=1e-6, atol=float(rounding))
 
 
 def test_padding_counts_for_nothing(made):
