@@ -30,7 +30,6 @@ class Waiting:
     def __init__(self) -> None:
         self._checks: list[tuple[list[Tensor], Judge]] = []
         self._finite: list[tuple[list[Tensor], weakref.ref[Tensor], Tensor]] = []
-        self._seen: dict[Hashable, object] = {}
         self._made: dict[Hashable, tuple[weakref.ref[Tensor], Any]] = {}
         self.captured = capturing()
 
@@ -60,18 +59,11 @@ class Waiting:
 
     def settle(self) -> None:
         """Compute the numbers that are still missing."""
-        self._seen, self._made = {}, {}
+        self._made = {}
         for found, _, values in self._finite:
             if not found:
                 found.append(values.sum().reshape(1))
         self._finite = []
-
-    def sees_again(self, tensor: Tensor, key: Hashable) -> bool:
-        """Whether these values of the tensor came before with the same key."""
-        full = id(tensor), version_of(tensor), key
-        again = full in self._seen
-        self._seen[full] = tensor  # keeps it alive, as a new tensor could reuse the id
-        return again
 
     def judge(self) -> None:
         """Read all numbers of a device at once, and judge them in order."""
@@ -178,8 +170,9 @@ def implied(number: Tensor, *values: Tensor) -> None:
 
 def checked_before(tensor: Tensor, key: Hashable) -> bool:
     """Whether the open block has seen the tensor with this key already; notes that it has."""
-    waiting = _open.get()
-    return waiting is not None and waiting.sees_again(tensor, key)
+    now: list[None] = []
+    once(tensor, ("checked", key), lambda: now.append(None))
+    return not now
 
 
 def once(tensor: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:

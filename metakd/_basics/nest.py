@@ -35,6 +35,11 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions_of(value: Any) -> list[int]:
+    """`version_of` of every tensor in a nest: tells whether any was written to."""
+    return [version_of(t) for t in tensors(value)]
+
+
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same values; those that torch cannot compare (sparse, nested) count as same."""
     try:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metakd._basics.checks import check_finite
-from metakd._basics.nest import version_of
+from metakd._basics.nest import versions_of
 from metakd._virtual.precision import as_written, widened
 from metakd.batch import Batch, map_tensors, tensors
 from metakd.errors import MetaKDError
@@ -22,17 +22,18 @@ def checked_losses(terms: Mapping[str, Term], outputs: Any, batch: Batch, where:
         MetaKDError: a term fails, or with `finite` a loss is NaN or infinite.
     """
     losses = widened(evaluate(terms, outputs, batch))
+    # A pass with tangents repeats one whose losses are checked.
+    if not finite or forward_ad.unpack_dual(losses).tangent is not None:
+        return losses
     known, seen = losses.detach(), map_tensors(Tensor.detach, outputs)  # without graphs, as checks may wait
-
-    versions = _versions(batch)
+    read = batch.inputs, batch.teacher
+    versions = versions_of(read)
 
     def say() -> None:
         if broken := not_finite(known, list(terms), where):
-            raise MetaKDError(f"{broken}; {_cause(seen, batch) if _versions(batch) == versions else _REFILLED}")
+            raise MetaKDError(f"{broken}; {_cause(seen, batch) if versions_of(read) == versions else _REFILLED}")
 
-    # A pass with tangents repeats one whose losses are checked.
-    if finite and forward_ad.unpack_dual(losses).tangent is None:
-        check_finite(losses, say)
+    check_finite(losses, say)
     return losses
 
 
@@ -48,11 +49,6 @@ def not_finite(losses: Tensor, names: Sequence[str], where: str) -> str | None:
 
 
 _REFILLED = "the batch was written to before this was read: call once with defer_checks=False to find the cause"
-
-
-def _versions(batch: Batch) -> list[int]:
-    """Tells whether a batch was written to."""
-    return [version_of(t) for t in tensors((batch.inputs, batch.teacher))]
 
 
 def _cause(outputs: Any, batch: Batch) -> str:

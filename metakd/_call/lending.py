@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from metakd._basics.nest import same_values, version_of
+from metakd._basics.nest import same_values, versions_of
 from metakd.batch import Batch, detached_copy, map_tensors, tensors
 from metakd.errors import MetaKDError
 
@@ -40,9 +40,9 @@ class Lending:
             MetaKDError: a pass writes to a batch although none has in the proof.
         """
         own = batch if itself else _without_graph(batch) if self.only_read else detached_copy(batch)
-        before = _versions(own)
+        before = versions_of(own)
         yield own
-        if before == _versions(own) and not (self.compares and not itself and _differ(own, batch)):
+        if before == versions_of(own) and not (self.compares and not itself and _differ(own, batch)):
             return
         self.written = True
         if self.only_read:
@@ -59,10 +59,6 @@ def _without_graph(batch: Batch) -> Batch:
         return batch
     own: Batch = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), batch)
     return own
-
-
-def _versions(batch: Batch) -> list[int]:
-    return [version_of(t) for t in tensors(batch)]
 
 
 def _differ(own: Batch, batch: Batch) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from metakd._basics.positive_int import positive_int
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
-from metakd.terms.reading import class_indices, class_logits, teacher_logits
-from metakd.terms.softened import divergence, softened
+from metakd.terms.reading import class_indices, class_logits, every_teachers_outputs, teacher_logits
+from metakd.terms.softened import divergence, floored, softened
 
 
 class LearnedSoftTarget(nn.Module):
@@ -89,9 +89,7 @@ class LearnedSoftTarget(nn.Module):
         return f"{self.teachers} teachers, temperature={self.temperature:g}"
 
     def _logits(self, z: Tensor, batch: Batch) -> list[Tensor]:
-        several = isinstance(batch.teacher, tuple | list)
-        outputs = list(batch.teacher) if several else [batch.teacher]
-        found = [teacher_logits(z, batch._replace(teacher=one)) for one in outputs]
+        found = [teacher_logits(z, batch._replace(teacher=one)) for one in every_teachers_outputs(batch)]
         if len(found) != self.teachers:
             raise MetaKDError(
                 f"the term mixes {self.teachers} teachers, but batch.teacher has {len(found)} outputs; write "
@@ -165,5 +163,4 @@ class SmoothedCrossEntropy(nn.Module):
 
 def _bounded(z: Tensor) -> Tensor:
     """Logits of which masked ones (-inf) are so large that their derivative in the temperature is still finite."""
-    lowest = 1e-6 * torch.finfo(z.dtype).min
-    return F.threshold(z, lowest, lowest)
+    return floored(z, share=1e-6)

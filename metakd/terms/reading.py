@@ -112,8 +112,12 @@ def the_teachers_logits(batch: Batch) -> Tensor:
 
 def every_teachers_logits(batch: Batch) -> list[Tensor]:
     """Return the detached logits of each teacher, with any number of classes, or raise."""
-    several = isinstance(batch.teacher, tuple | list)
-    return [_of_one_teacher(one) for one in (batch.teacher if several else [batch.teacher])]
+    return [_of_one_teacher(one) for one in every_teachers_outputs(batch)]
+
+
+def every_teachers_outputs(batch: Batch) -> list[Any]:
+    """The outputs of each teacher as they are; of a single one, a list of one."""
+    return list(batch.teacher) if isinstance(batch.teacher, tuple | list) else [batch.teacher]
 
 
 def _of_one_teacher(outputs: Any) -> Tensor:

@@ -47,12 +47,14 @@ def softened(z: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return floored(F.log_softmax(z / temperature, dim=1))
 
 
-def floored(z: Tensor) -> Tensor:
+def floored(z: Tensor, share: float = 1.0) -> Tensor:
     """The logits with -inf replaced by the smallest finite number, so that a fully masked group gives no NaN.
+
+    With a `share` the floor is this share of that number, for all logits below it.
 
     It is clamp(min=lowest), whose derivatives take two kernels more.
     """
-    lowest = torch.finfo(z.dtype).min
+    lowest = share * torch.finfo(z.dtype).min
     return F.threshold(z, lowest, lowest)
 
 
