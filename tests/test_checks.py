@@ -162,7 +162,7 @@ def test_a_captured_call_reads_nothing_and_its_checks_are_read_after_each_replay
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "build it with defer_checks=True"),
+        ({}, "use balancer.capture"),
         ({"defer_checks": True, "accumulate": 2}, "leave both at 1"),
         ({"defer_checks": True, "every": 2}, "leave both at 1"),
         ({"defer_checks": True, "verify": False}, "with verify=True"),
