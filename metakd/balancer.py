@@ -180,7 +180,7 @@ class BilevelLossBalancer:
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
-        self._shared = self._said_zero = False
+        self._shared = self._said_zero = self._phased = False
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -246,9 +246,10 @@ class BilevelLossBalancer:
         own. Without a GPU every call runs as written.
 
         What an iteration returns, `report` included, is overwritten by the next replay. Numbers of the user's own
-        that the iteration reads stay those of the capture. The student must draw no random numbers, `accumulate` and
-        `every` must be 1, and gradient scalers and optimizers that read numbers from the device cannot be captured.
-        The weight model's optimizer is made capturable, the student's is the user's: Adam needs `capturable=True`.
+        that the iteration reads stay those of the capture. The student must draw no random numbers, and gradient
+        scalers and optimizers that read numbers from the device cannot be captured. The weight model's optimizer is
+        made capturable, the student's is the user's: Adam needs `capturable=True`. With `accumulate` and `every` each
+        call of a window has a graph of its own; they share their memory.
 
         Args:
             iteration: the body of the loop: a call of the balancer, `backward`, the optimizer's step.

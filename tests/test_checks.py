@@ -189,8 +189,8 @@ def test_a_captured_call_reads_nothing_and_its_checks_are_read_after_each_replay
     ("options", "words"),
     [
         ({}, "use balancer.capture"),
-        ({"defer_checks": True, "accumulate": 2}, "leave both at 1"),
-        ({"defer_checks": True, "every": 2}, "leave both at 1"),
+        ({"defer_checks": True, "accumulate": 2}, "make calls differ"),
+        ({"defer_checks": True, "every": 2}, "make calls differ"),
         ({"defer_checks": True, "verify": False}, "with verify=True"),
     ],
 )

@@ -35,7 +35,7 @@ def plain(task: Task, graph: bool = False) -> Call:
         optimizer.step()
 
     device = next(task.student.parameters()).device
-    return one_by_one(task, Replay(iteration, device, dict) if graph else iteration)
+    return one_by_one(task, Replay(iteration, device) if graph else iteration)
 
 
 def by_metakd(

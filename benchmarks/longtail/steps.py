@@ -11,7 +11,7 @@ from benchmarks.longtail.learned import LearnedObjective
 from benchmarks.longtail.setting import Objective
 from metakd import Batch
 from metakd._call.capture import numbers_of
-from metakd._call.replay import Replay
+from metakd._call.replay import Host, Replay
 
 Losses = Iterator[tuple[Batch, Tensor]]
 
@@ -59,7 +59,7 @@ class Replayed:
         if isinstance(objective, LearnedObjective):
             self.step: Callable[..., Tensor] = objective.balancer.capture(self._iteration)
         else:
-            self.step = Replay(self._iteration, self.device, self._constants)
+            self.step = Replay(self._iteration, self.device, Host(self._constants))
 
     def epoch(self, epoch: int, batches: Iterable[Sequence[Tensor]], meta: Iterator[Any]) -> Losses:
         """As `as_written`; the loss is the same tensor each time."""
@@ -85,8 +85,7 @@ class Replayed:
 
 
 def replays(objective: Objective) -> bool:
-    """Whether its iterations can be captured: all of fixed weights, and those of learned ones that are all alike."""
+    """Whether its iterations can be captured: all but those of controls, and of looking several steps ahead."""
     if isinstance(objective, LearnedObjective):
-        balancer = objective.balancer
-        return objective.steps == 1 and objective.control is None and balancer.accumulate == balancer.every == 1
+        return objective.steps == 1 and objective.control is None
     return isinstance(objective, FixedObjective)

@@ -1,6 +1,5 @@
 """A balancer's iteration as a CUDA graph: what the capture needs, and what the graph holds as constants."""
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from metakd._basics.positive_int import positive_int
 from metakd._basics.rng import capturing
-from metakd._call.replay import Constants, Replay
+from metakd._call.replay import Constants, Host, Replay
 from metakd._proof.proofs import proof_key
 from metakd.errors import MetaKDError
 from metakd.inner.groups import optimizers
@@ -27,8 +26,8 @@ def check_capture(balancer: Any) -> None:
             "its checks read numbers from the device; use balancer.capture(iteration), or defer_checks=True and "
             "read_checks()"
         )
-    elif balancer.accumulate > 1 or balancer.every > 1:
-        why = "accumulate and every make calls differ, but a graph repeats one call; leave both at 1"
+    elif (balancer.accumulate > 1 or balancer.every > 1) and not balancer._phased:
+        why = "accumulate and every make calls differ, but a graph repeats one call; use balancer.capture(iteration)"
     elif balancer._ranks.several:
         why = "its ranks wait for each other; train without graphs"
     elif balancer._calls == 0 or proofs.draws is None:
@@ -57,25 +56,51 @@ def captured(balancer: Any, iteration: Callable[..., Any], check_every: int) -> 
             finally:
                 balancer._late = []  # those of a graph that is not replayed any more are read once
             return iteration(*items)
-        before, balancer.defer_checks, balancer._late = balancer.defer_checks, True, []
+        before, balancer.defer_checks, balancer._late, balancer._phased = balancer.defer_checks, True, [], True
         try:
             return iteration(*items)
         finally:
-            balancer.defer_checks = before
+            balancer.defer_checks, balancer._phased = before, False
 
-    def after_capture() -> Callable[[], None]:
-        report, checks, replays = balancer._report, balancer._late, itertools.count(1)
-        balancer._late = []
+    return Replay(deferred, device, _Balancer(balancer, check_every))
 
-        def after_replay() -> None:
-            balancer._report, balancer._late = report, checks
+
+class _Balancer(Host):
+    """A balancer's own count of calls, its report and waiting checks, and the hypergradients that it accumulates."""
+
+    def __init__(self, balancer: Any, check_every: int) -> None:
+        super().__init__(lambda: constants_of(balancer))
+        self.balancer, self.check_every, self.replays = balancer, check_every, 0
+        self._start = balancer._step.pending
+
+    def phase(self) -> Hashable:
+        """How many hypergradients are gathered, and whether the next call takes one."""
+        return self.balancer._step.pending.number, (self.balancer._calls + 1) % self.balancer.every
+
+    def before_capture(self) -> None:
+        """Keep the sum of hypergradients that the graph reads."""
+        self._start = self.balancer._step.pending
+
+    def after_capture(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Bring the sum to where the graph reads it; go on with what the graph leaves."""
+        balancer, start = self.balancer, self._start
+        report, checks, end = balancer._report, balancer._late, balancer._step.pending
+        balancer._step.pending, balancer._calls, balancer._late = start, balancer._calls - 1, []
+
+        def before() -> None:
+            now = balancer._step.pending
+            for name, total in start.total.items():
+                if now.total[name] is not total:
+                    total.copy_(now.total[name])
+
+        def after() -> None:
+            balancer._report, balancer._late, balancer._step.pending = report, checks, end
             balancer._calls += 1
-            if next(replays) % check_every == 0:
+            self.replays += 1
+            if self.replays % self.check_every == 0:
                 balancer.read_checks()
 
-        return after_replay
-
-    return Replay(deferred, device, lambda: constants_of(balancer), after_capture)
+        return before, after
 
 
 def constants_of(balancer: Any) -> Constants:

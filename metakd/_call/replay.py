@@ -1,6 +1,7 @@
 """An iteration of a training loop that a GPU repeats as one CUDA graph."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,44 +15,60 @@ Constants = Mapping[str, Hashable]
 WARM_UP = 3
 """Calls as written before a capture."""
 _MOST = 8
-"""Graphs that are kept: the shapes of batches may differ, as at the end of an epoch."""
+"""Shapes of batches whose graphs are kept; they may differ, as at the end of an epoch."""
 _PATIENCE = 50
 """Calls after which an iteration that could not be captured yet is warned about."""
+
+
+class Host:
+    """What an iteration does in Python, which a replay does not do; this one: nothing.
+
+    Args:
+        constants: numbers and objects that its code reads, by name, which a graph holds as they were.
+    """
+
+    def __init__(self, constants: Callable[[], Constants] = dict) -> None:
+        self.constants = constants
+
+    def phase(self) -> Hashable:
+        """Tells calls apart that take turns at different things."""
+        return None
+
+    def before_capture(self) -> None:
+        """Note where the captured call starts."""
+
+    def after_capture(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What to do before and after each replay of the graph that was captured last."""
+        return lambda: None, lambda: None
 
 
 class Replay:
     """Calls an iteration as written a few times, captures it, and from then on replays the graph.
 
-    What a graph holds as constants is told by `constants`. When that changes, all graphs are dropped, and the iteration
-    is captured anew. Batches of another shape have a graph of their own. Without a GPU every call is as written.
+    When the host's constants change, all graphs are dropped, and the iteration is captured anew. Batches of another
+    shape have a graph of their own, and so has each of the host's phases. Without a GPU every call is as written.
 
     Args:
         iteration: called with nests of tensors; what it returns is the same objects after each replay.
         device: on which it runs.
-        constants: numbers and objects that the iteration's code reads, by name.
-        captured: called after a capture; what it returns is called after each replay of that graph.
+        host: what the iteration does beside.
 
     Attributes:
         captures: whether it captures at all.
 
     Examples:
-        >>> double = Replay(lambda x: 2 * x, torch.device("cpu"), dict)
+        >>> double = Replay(lambda x: 2 * x, torch.device("cpu"))
         >>> double(torch.ones(2))
         tensor([2., 2.])
     """
 
-    def __init__(
-        self,
-        iteration: Callable[..., Any],
-        device: torch.device,
-        constants: Callable[[], Constants],
-        captured: Callable[[], Callable[[], None]] = lambda: lambda: None,
-    ) -> None:
-        self.iteration, self.device, self._constants, self._captured = iteration, device, constants, captured
+    def __init__(self, iteration: Callable[..., Any], device: torch.device, host: Host | None = None) -> None:
+        self.iteration, self.device, self.host = iteration, device, host or Host()
         self.captures = device.type == "cuda"
         self._now: Constants = {}
         self._shapes: dict[str, _Shape] = {}
         self._stream: Any = None
+        self._pool: Any = None
         self._unsteady, self._calls = set[str](), 0
 
     def __call__(self, *items: Any) -> Any:
@@ -59,7 +76,7 @@ class Replay:
         if not self.captures:
             return self.iteration(*items)
         self._calls += 1
-        now = self._constants()
+        now = self.host.constants()
         if changed := [name for name in now if now[name] != self._now.get(name)]:
             self._now, self._shapes = now, {}
             self._unsteady.update(changed if self._calls > 1 else ())
@@ -69,14 +86,14 @@ class Replay:
             return self.iteration(*items)
         shape = self._shapes.setdefault(kind, _Shape(items, self.device))
         shape.fill(items)
-        if shape.replay is not None:
-            return shape.replay()
-        if shape.calls < WARM_UP:
-            shape.calls += 1
-            return self._aside(shape)
-        self._capture(shape)
-        self._unsteady, self._calls = set(), 0
-        return shape.replay() if shape.replay else None
+        phase = self.host.phase()
+        if phase not in shape.replays:
+            shape.calls[phase] += 1
+            if shape.calls[phase] <= WARM_UP:
+                return self._aside(shape)
+            shape.replays[phase] = self._capture(shape)
+            self._unsteady, self._calls = set(), 0
+        return shape.replays[phase]()
 
     def _aside(self, shape: "_Shape") -> Any:
         """The iteration on the stream of the capture, as torch asks for before one."""
@@ -89,11 +106,14 @@ class Replay:
         here.wait_stream(self._stream)
         return result
 
-    def _capture(self, shape: "_Shape") -> None:
+    def _capture(self, shape: "_Shape") -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
+        self.host.before_capture()
+        # Graphs are replayed one after the other, and what one leaves for the next is held by the host: they share
+        # their memory. Other threads, such as a loader's that pins memory, may go on.
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            # Other threads, such as a loader's that pins memory, may go on.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, **options):
                 result = self.iteration(*shape.items)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a broken capture raises an error of its own
@@ -104,14 +124,16 @@ class Replay:
                 "(.item(), float(), bool(), print), nor allocate or copy from unpinned memory of the CPU, and Adam and "
                 "its like need capturable=True; gradient scalers read, too"
             ) from cause
-        after = self._captured()
+        self._pool = graph.pool()
+        before, after = self.host.after_capture()
 
         def replay() -> Any:
+            before()
             graph.replay()
             after()
             return result
 
-        shape.replay = replay
+        return replay
 
     def _warn_if_never_captured(self) -> None:
         if self._calls == _PATIENCE:
@@ -124,10 +146,11 @@ class Replay:
 
 
 class _Shape:
-    """The tensors that a graph reads its batches from, and its replay once it is captured."""
+    """The tensors that graphs read their batches from; and by phase, calls as written and the replay."""
 
     def __init__(self, items: Sequence[Any], device: torch.device) -> None:
-        self.calls, self.replay = 0, None  # type: int, Callable[[], Any] | None
+        self.calls = Counter[Hashable]()
+        self.replays: dict[Hashable, Callable[[], Any]] = {}
         self._tensors: list[Tensor] = []
         self.items = map_tensors(lambda t: self._kept(t, device), tuple(items))
 

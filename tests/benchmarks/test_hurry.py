@@ -80,7 +80,7 @@ def test_a_graph_is_captured_anew_when_a_number_in_it_changes(monkeypatch):
 
     def capture(self, shape):  # as torch's: runs nothing
         captured.append(len(ran))
-        shape.replay = lambda: self.iteration(*shape.items)
+        return lambda: self.iteration(*shape.items)
 
     objective, optimizer = objective_of("kd", replace(SMOKE, epochs=30))
     replayed = Replayed(objective, optimizer)
