@@ -9,7 +9,6 @@ from torch import nn
 from metakd._basics.positive_int import positive_int
 from metakd._basics.rng import capturing
 from metakd._call.replay import Constants, Host, Replay
-from metakd._proof.proofs import proof_key
 from metakd.errors import MetaKDError
 from metakd.inner.groups import optimizers
 
@@ -111,7 +110,7 @@ def constants_of(balancer: Any) -> Constants:
     modules = [m for part in held if isinstance(part, nn.Module) for m in part.modules()]
     parts = [*modules, *(part for part in held if not isinstance(part, nn.Module))]
     return {
-        "modules, hooks or terms": proof_key(balancer._functional, (), called, balancer.estimator),
+        "modules, hooks or terms": balancer._proofs.key(balancer._functional, (), called, balancer.estimator),
         "the memory of parameters": tuple(_tensors(modules)),
         "an attribute": tuple(_numbers(parts)),
         "a number of an optimizer": tuple(map(numbers_of, every)),

@@ -67,6 +67,10 @@ class Proofs:
         self._proven, self._since = self._proven | {key}, 1
         return True
 
+    def key(self, *parts: Any) -> Hashable:
+        """See `proof_key`."""
+        return proof_key(*parts)
+
     def prove(self, objective: Objective, memory: Memory, ranks: Ranks, estimator: Estimator) -> None:
         """Compare an objective's passes with real ones, and tell the estimator to compare its derivatives.
 
