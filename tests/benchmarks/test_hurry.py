@@ -217,6 +217,14 @@ def test_mosaics_of_a_long_tail_hold_what_it_needs(tmp_path, monkeypatch):
     assert torch.bincount(found.train_targets).tolist() == [110 + 10, 49 + 10, 22 + 10]
 
 
+def test_mosaics_for_a_choice_hold_both_long_tails(tmp_path, monkeypatch):
+    monkeypatch.setattr(mosaics, "VALIDATION", 30)
+    mosaics.write(pictures(), tmp_path / "toy", imbalance=5.0, validation=90)
+    found = mosaics.read(tmp_path / "toy")
+    # 110 + 10 and 90 + 30 of the first class, 40 + 30 and 18 + 30 of the others where 30 are set aside
+    assert torch.bincount(found.train_targets).tolist() == [120, 40 + 30, 18 + 30]
+
+
 def test_a_mosaic_that_lacks_images_is_refused(tmp_path):
     mosaics.write(pictures(), tmp_path / "toy")
     index = json.loads((tmp_path / "toy" / "index.json").read_text())
