@@ -28,7 +28,7 @@ from metakd._call.arguments import (
     trained_elsewhere,
     validated,
 )
-from metakd._call.capture import check_capture
+from metakd._call.capture import captured, check_capture
 from metakd._call.evaluate import checked_losses, evaluate_weights, not_finite
 from metakd._call.learned_terms import LearnedTerms
 from metakd._call.objective import Objective, total, weighted_mean
@@ -180,7 +180,7 @@ class BilevelLossBalancer:
         self._memory = validated(student, optimizer, estimator)
         self._report: Report | None = None
         self._calls = 0
-        self._shared = self._said_zero = False
+        self._shared = self._said_zero = self._phased = False
 
     @property
     def weighting_optimizer(self) -> torch.optim.Optimizer | None:
@@ -235,6 +235,45 @@ class BilevelLossBalancer:
         with blamed("a check of the last call"):
             for waiting in late:
                 waiting.judge()
+
+    def capture(self, iteration: Callable[..., Any], *, check_every: int = 100) -> Callable[..., Any]:
+        """Make an iteration of a training loop one CUDA graph, so that a GPU need not wait for Python.
+
+        The result takes the same batches. Its first three calls run the iteration as written, the fourth captures it,
+        and from then on a call copies the batches' tensors and replays the graph. It is captured anew when something
+        changes that a graph holds as a constant: numbers of the optimizers, such as learning rates; modules, their
+        modes and attributes; hooks; terms; the memory of parameters. Batches of another shape have a graph of their
+        own. Without a GPU every call runs as written.
+
+        What an iteration returns, `report` included, is overwritten by the next replay. Numbers of the user's own
+        that the iteration reads stay those of the capture. The student must draw no random numbers, and gradient
+        scalers and optimizers that read numbers from the device cannot be captured. The weight model's optimizer is
+        made capturable, the student's is the user's: Adam needs `capturable=True`. With `accumulate` and `every` each
+        call of a window has a graph of its own; they share their memory.
+
+        Args:
+            iteration: the body of the loop: a call of the balancer, `backward`, the optimizer's step.
+            check_every: replays after which the checks of a call are read, by a host sync. What fails is reported that
+                much later, and the steps stay; `read_checks` reads them at any time.
+
+        Raises:
+            MetaKDError: see the class; also, in the call that captures, what cannot be captured.
+
+        Examples:
+            >>> student = nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+            >>> balancer = BilevelLossBalancer(student, {"hard": CrossEntropy()}, optimizer=optimizer)
+            >>> def iteration(batch, meta_batch):
+            ...     loss = balancer(batch, meta_batch)
+            ...     optimizer.zero_grad()
+            ...     loss.backward()
+            ...     optimizer.step()
+            ...     return loss.detach()
+            >>> step = balancer.capture(iteration)
+            >>> batch = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> losses = [step(batch, batch) for _ in range(5)]
+        """
+        return captured(self, iteration, check_every)
 
     def loss(self, batch: Any) -> Tensor:
         """The weighted loss under the present weights; nothing is learned."""
@@ -496,6 +535,11 @@ class BilevelLossBalancer:
         if not batches:
             return meta_batch
         due = self._proofs.due(self._functional, inputs, called, self.estimator)
+        if due and capturing():
+            raise MetaKDError(
+                "this call cannot be captured in a CUDA graph: a proof of exactness is due; call once more as written, "
+                "with batches of this kind and verify=True"
+            )
         if not self._ranks.any_of(self._functional, due):
             return meta_batch
         with self._functional.untouched() as start:

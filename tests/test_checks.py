@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from benchmarks.common.counts import count
-from metakd import BilevelLossBalancer, MetaKDError
+from metakd import Batch, BilevelLossBalancer, MetaKDError
 from metakd._basics.checks import check, check_finite, checked_before, implied, once, read_at_end
+from metakd.estimators import Adjoint
 from metakd.terms import CrossEntropy, SoftTarget
+from metakd.weighting import LossMLP, Normalised
 
 
 def parts(**options):
@@ -76,6 +78,30 @@ def test_a_deferred_fault_is_reported_by_the_next_call_once():
     with pytest.raises(MetaKDError, match=r"a check of the last call: term 'hard' is nan for sample"):
         balancer(batch(2), batch(3))
     balancer.read_checks()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "simultaneous"}, {"accumulate": 2}, {"every": 2}, {"inner": "mirror"}, {"estimator": Adjoint()}],
+    ids=str,
+)
+def test_no_graph_outlives_an_iteration(deferred, options):
+    """A waiting check must not hold the activations of the training pass until the next call."""
+    student, optimizer, balancer = parts(defer_checks=deferred, **options)
+    for number in range(4):
+        iteration(balancer, optimizer, batch(number), batch(number + 1))
+        assert not [name for name, p in student.named_parameters() if _has_a_graph(p)]
+    balancer.meta_step([batch(0)], batch(1))
+    assert not [name for name, p in student.named_parameters() if _has_a_graph(p)]
+
+
+def _has_a_graph(p):
+    """Whether a living graph leads to the parameter: its node then is the same each time it is asked for."""
+    node = p.view_as(p).grad_fn.next_functions[0][0]
+    node.metadata["seen"] = True
+    del node
+    return "seen" in p.view_as(p).grad_fn.next_functions[0][0].metadata
 
 
 def test_a_deferred_zero_is_reported():
@@ -162,9 +188,9 @@ def test_a_captured_call_reads_nothing_and_its_checks_are_read_after_each_replay
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "build it with defer_checks=True"),
-        ({"defer_checks": True, "accumulate": 2}, "leave both at 1"),
-        ({"defer_checks": True, "every": 2}, "leave both at 1"),
+        ({}, "use balancer.capture"),
+        ({"defer_checks": True, "accumulate": 2}, "make calls differ"),
+        ({"defer_checks": True, "every": 2}, "make calls differ"),
         ({"defer_checks": True, "verify": False}, "with verify=True"),
     ],
 )
@@ -174,6 +200,16 @@ def test_what_cannot_be_captured_is_named(capture, options, words):
     capture()
     with pytest.raises(MetaKDError, match=f"cannot be captured in a CUDA graph: .*{words}"):
         balancer(batch(2), batch(3))
+
+
+def test_without_a_call_nothing_is_checked_in_a_capture(capture):
+    """Terms alone in a user's own graph: nobody could read their checks."""
+    capture()
+    wrong = torch.randn(2, 3), Batch(None, torch.tensor([0, 7]))
+    found = count(lambda: Normalised(LossMLP(2, 2))(torch.randn(2, 2), wrong[1]))
+    assert not found.syncs
+    with pytest.raises(IndexError):  # torch's own
+        CrossEntropy()(*wrong)
 
 
 def test_a_student_that_draws_cannot_be_captured(capture):

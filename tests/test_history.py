@@ -137,6 +137,7 @@ def test_adding_never_looks_at_a_value():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_adding_does_not_wait_for_a_gpu():
     steps = [
         (Report(*(None if v is None else v.cuda() for v in list(vars(r).values())[:5])), t.cuda())

@@ -14,16 +14,16 @@ from torch.func import functional_call
 
 from benchmarks.common import methods
 from benchmarks.common.cases import Task, differentiable_kernels
-from benchmarks.common.graphs import captured
 from benchmarks.common.methods import Call
-from metakd import Batch, BilevelLossBalancer
+from metakd import Batch, BilevelLossBalancer, MetaKDError
+from metakd._call.replay import WARM_UP, Replay
 from metakd.estimators import Estimator, OneStep
 from metakd.weighting.base import default_optimizer
 
 PERIOD = 5
 
 
-def plain(task: Task) -> Call:
+def plain(task: Task, graph: bool = False) -> Call:
     """The unit of time: knowledge distillation with fixed weights."""
     optimizer = student_optimizer(task)
 
@@ -34,7 +34,8 @@ def plain(task: Task) -> Call:
         loss.backward()
         optimizer.step()
 
-    return one_by_one(task, iteration)
+    device = next(task.student.parameters()).device
+    return one_by_one(task, Replay(iteration, device) if graph else iteration)
 
 
 def by_metakd(
@@ -43,7 +44,7 @@ def by_metakd(
     estimator: Estimator = OneStep(),  # noqa: B008 (frozen)
     verify: bool = True,
     order: str = "sequential",
-    capturable: bool = False,
+    graph: bool = False,
 ) -> Call:
     """`BilevelLossBalancer`; with a `window`, `accumulate` or `every`, a call is one iteration on each batch."""
     optimizer, count = student_optimizer(task), len(task.batches) if window else 1
@@ -52,13 +53,12 @@ def by_metakd(
         task.terms,
         optimizer=optimizer,
         weighting=task.weighting,
-        weighting_optimizer=_weighting_optimizer(task, capturable),
+        weighting_optimizer=default_optimizer(task.weighting),
         teacher=task.teacher,
         features=lambda losses, outputs, batch: losses,
         estimator=estimator,
         verify=verify,
         order=order,
-        defer_checks=capturable,
         **({window: count} if window else {}),
     )
 
@@ -68,12 +68,12 @@ def by_metakd(
         loss.backward()
         optimizer.step()
 
-    return one_by_one(task, iteration, count)
+    return one_by_one(task, balancer.capture(iteration) if graph else iteration, count)
 
 
 def by_peer(hypergradient: Callable[[Task], Call], task: Task) -> Call:
     """A peer's hypergradient, the weight model's step, then a second forward pass under the new weights."""
-    optimizer, weighting_optimizer = student_optimizer(task), _weighting_optimizer(task)
+    optimizer, weighting_optimizer = student_optimizer(task), default_optimizer(task.weighting)
 
     def iteration(batch: Batch) -> None:
         batch = task.taught(batch)
@@ -120,21 +120,23 @@ def compiled(loop: Callable[[Task], Call], task: Task) -> Call:
     return loop(task._replace(student=torch.compile(task.student)))
 
 
-def graphed(loop: Callable[[Task], Call], task: Task) -> Call:
-    """A loop's call as a CUDA graph, always on the same batch."""
-    return captured(loop(task))
+def graphed(loop: Callable[..., Call], task: Task) -> Call:
+    """A loop whose iteration is a CUDA graph, captured already.
+
+    Raises:
+        MetaKDError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise MetaKDError("CUDA graphs need a GPU")
+    call = loop(task, graph=True)
+    for _ in range(WARM_UP + 1):
+        call()
+    return call
 
 
 def student_optimizer(task: Task) -> torch.optim.Optimizer:
     # One kernel for all parameters, as is torch's default on a GPU.
     return torch.optim.SGD(task.student.parameters(), task.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
-
-
-def _weighting_optimizer(task: Task, capturable: bool = False) -> torch.optim.Optimizer:
-    optimizer = default_optimizer(task.weighting)
-    for group in optimizer.param_groups:
-        group["capturable"] = capturable
-    return optimizer
 
 
 def one_by_one(task: Task, iteration: Callable[[Batch], None], count: int = 1) -> Call:
@@ -166,7 +168,8 @@ MODES: dict[str, Callable[[Task], Call]] = {
     "plain, compiled": partial(compiled, plain),
     "accumulate=1, compiled": partial(compiled, by_metakd),
     "plain, CUDA graph": partial(graphed, plain),
-    "accumulate=1, CUDA graph": partial(graphed, partial(by_metakd, capturable=True)),
+    "accumulate=1, CUDA graph": partial(graphed, by_metakd),
+    "simultaneous, CUDA graph": partial(graphed, partial(by_metakd, order="simultaneous")),
 }
 """Other ways to run a loop, which are asked for by name."""
 METHODS |= MODES

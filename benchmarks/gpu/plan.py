@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common.loops import MODES
+from benchmarks.common.measure import ROOT
 from benchmarks.gpu.estimate import known
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.table import Table
@@ -12,6 +13,7 @@ from benchmarks.gpu.table import Table
 METHODS = ("kd", "mixture", "bikd-mix", "best")
 GRAPHS = tuple(name for name in MODES if "graph" in name)
 COMPILED = tuple(name for name in MODES if "compiled" in name)
+PARTS = 8
 LOOPS = ("accumulate=1", "accumulate=5", "every=5", "simultaneous", "published way")
 
 
@@ -27,7 +29,7 @@ class Plan:
         tests: run with tensors on the device by default.
         gpu_tests: the files from which those that skip without a GPU are run.
         cases: of the measurements.
-        overhead: likewise, of `overhead.py`.
+        overhead: likewise, of `overhead.py` and of CUDA graphs.
         loops: measured as written.
         graphs: measured as CUDA graphs.
         compiled: measured with a compiled student.
@@ -67,24 +69,33 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All of them, in order."""
         first, *more = self.tables
-        found = [*self._tests(), *self._cost(), *self._table(*first), *self._compiled()]
+        found = [*self._tests(), *self._cost(), *self._device_tests(), *self._table(*first), *self._compiled()]
         for table in more:
             found += self._table(*table)
         return found
 
     def _tests(self) -> Iterator[Job]:
-        needs = ("pytest", "hypothesis")
         command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / "tests-gpu"), "--only-gpu")
+        needs = ("pytest", "hypothesis")
         yield Job("tests-gpu", (*command, *self.gpu_tests), 60 * self.scale, packages=needs, stops=True)
-        command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / "tests-device"), "--device", self.device)
-        yield Job("tests-device", (*command, *self.tests), 60 * self.scale, packages=needs, stops=True)
+
+    def _device_tests(self) -> Iterator[Job]:
+        """In parts that run side by side."""
+        paths = [ROOT / path for path in self.tests]
+        files = [path for found in paths for path in (sorted(found.rglob("test_*.py")) if found.is_dir() else [found])]
+        for part in range(min(PARTS, len(files))):
+            name = f"tests-device-{part + 1}"
+            command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / name), "--device", self.device)
+            mine = [str(path.relative_to(ROOT)) for path in files[part::PARTS]]
+            needs = ("pytest", "hypothesis")
+            yield Job(name, (*command, *mine), 80 * self.scale, packages=needs, stops=True, beside=True)
 
     def _cost(self) -> Iterator[Job]:
         yield self._measured("overhead", "benchmarks/overhead.py", 75, "--cases", *self.overhead)
         for size in self.batches:
-            yield self._iteration(f"iteration-{size}", size, self.loops, 45)
+            yield self._iteration(f"graphs-{size}", size, self.graphs, 70, self.overhead)
         for size in self.batches:
-            yield self._iteration(f"graphs-{size}", size, self.graphs, 40)
+            yield self._iteration(f"iteration-{size}", size, self.loops, 100)
         yield self._measured(
             "adjoint", "benchmarks/hypergradient.py", 45, "--cases", self.adjoint, "--methods", "Adjoint", "Unroll",
             "--steps", *map(str, self.steps),
@@ -94,8 +105,8 @@ class Plan:
         for size in self.batches:
             yield self._iteration(f"compiled-{size}", size, self.compiled, 120)
 
-    def _iteration(self, name: str, size: int, methods: Sequence[str], limit: float) -> Job:
-        cases = ("--cases", *self.cases, "--batch-size", str(size), "--methods", *methods)
+    def _iteration(self, name: str, size: int, methods: Sequence[str], limit: float, cases: Sequence[str] = ()) -> Job:
+        cases = ("--cases", *(cases or self.cases), "--batch-size", str(size), "--methods", *methods)
         return self._measured(name, "benchmarks/iteration.py", limit, *cases)
 
     def _measured(self, name: str, file: str, limit: float, *options: str) -> Job:

@@ -11,11 +11,10 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from benchmarks.longtail import snapshots
 from benchmarks.longtail.figures import POINTS, saved
-from benchmarks.longtail.fixed import FixedObjective
 from benchmarks.longtail.methods import Method
 from benchmarks.longtail.presets import Preset
 from benchmarks.longtail.setting import Setting
-from benchmarks.longtail.steps import Replayed, as_written
+from benchmarks.longtail.steps import Replayed, as_written, replays
 from metakd import History, diagnose
 from metakd.longtail import Checkpoint, LongTailed, evaluate, group_classes
 
@@ -40,7 +39,7 @@ class Where(NamedTuple):
         image_folder: whether `data_root` holds trees of pictures, `<dataset>/{train,test}/<class>/*`.
         work: checkpoints.
         device: to train on.
-        fast: iterations with fixed weights as CUDA graphs, the teacher's passes in bfloat16.
+        fast: iterations as CUDA graphs where they can be captured, the teacher's passes in bfloat16.
         teachers: where trained teachers are kept, rounded to eight bits; None keeps their checkpoints instead.
         until: of `time.monotonic`; no epoch starts that would not end before it.
     """
@@ -103,7 +102,7 @@ def fit(
     checkpoint = Checkpoint(where.checkpoint_of(name), {**settings, **where.deciding()}, parts)
     history, saved_at = checkpoint.load(), time.monotonic()
     replayed = None
-    if where.fast and isinstance(objective, FixedObjective):
+    if where.fast and replays(objective):
         replayed = Replayed(objective, optimizer, half=teacher is None)
     groups = group_classes(data.counts)
     for epoch in range(len(history), preset.epochs):
@@ -114,7 +113,7 @@ def fit(
         model.train()
         batches, meta = data.train.epoch(epoch), data.validation.endless(epoch)
         if replayed is not None:
-            losses = replayed.epoch(epoch, batches)
+            losses = replayed.epoch(epoch, batches, meta)
         else:
             losses = as_written(objective, optimizer, epoch, batches, meta)
         for batch, loss in losses:

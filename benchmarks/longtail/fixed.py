@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.longtail.presets import DECAYS
 from benchmarks.longtail.setting import Setting
 from metakd import Batch, terms
+from metakd.terms.counts import PerClass
 
 Mixture = Mapping[str, tuple[float, terms.Term]]
 
@@ -24,10 +25,10 @@ class ClassBalanced:
     beta: float = 0.9999
 
     @cached_property
-    def weights(self) -> Tensor:
+    def weights(self) -> PerClass:
         """(C,) weights."""
         found = 1 / (1 - self.beta ** torch.tensor(self.counts, dtype=torch.float64))
-        return found / found.mean()
+        return PerClass(found / found.mean())
 
     @property
     def uses_teacher(self) -> bool:
@@ -37,7 +38,7 @@ class ClassBalanced:
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """(B,) losses."""
         losses: Tensor = self.term(outputs, batch)
-        return losses * self.weights.to(losses)[batch.targets]
+        return losses * self.weights.like(outputs)[batch.targets]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""The iterations of an epoch: as a user would write them, or, with fixed weights and in a hurry, as CUDA graphs."""
+"""The iterations of an epoch: as a user would write them, or in a hurry, as CUDA graphs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import graphs
 from benchmarks.longtail.fixed import FixedObjective
+from benchmarks.longtail.learned import LearnedObjective
 from benchmarks.longtail.setting import Objective
 from metakd import Batch
+from metakd._call.capture import numbers_of
+from metakd._call.replay import Host, Replay
 
 Losses = Iterator[tuple[Batch, Tensor]]
 
@@ -38,58 +40,52 @@ class InHalf(nn.Module):
 
 
 class Replayed:
-    """The same for fixed weights: some iterations as written, then each as the replay of a CUDA graph.
+    """The same as the replay of CUDA graphs, with which a GPU need not wait for Python.
 
-    A graph holds learning rates and weights of terms as numbers, so it is captured anew when these change. Without
-    a GPU all iterations run as written, on the same tensors.
+    Without a GPU all iterations run as written, on the same tensors.
 
     Args:
-        objective: its loss, without a weight model.
+        objective: its loss, see `replays`.
         optimizer: the student's.
         half: whether forward passes run in bfloat16, by autocast.
     """
 
-    def __init__(self, objective: FixedObjective, optimizer: torch.optim.Optimizer, *, half: bool) -> None:
+    def __init__(
+        self, objective: FixedObjective | LearnedObjective, optimizer: torch.optim.Optimizer, *, half: bool = False
+    ) -> None:
         self.objective, self.optimizer, self.half = objective, optimizer, half
-        self.captures = next(objective.setting.student.parameters()).is_cuda
-        self._now: Any = None
+        self.device = optimizer.param_groups[0]["params"][0].device
         self._epoch = 0
-        self._item: list[Tensor] = []
-        self._replay: Any = None
-        self._written = 0
+        if isinstance(objective, LearnedObjective):
+            self.step: Callable[..., Tensor] = objective.balancer.capture(self._iteration)
+        else:
+            self.step = Replay(self._iteration, self.device, Host(self._constants))
 
-    def epoch(self, epoch: int, batches: Iterable[Sequence[Tensor]]) -> Losses:
-        """As `as_written`; batch and loss are the same tensors each time."""
+    def epoch(self, epoch: int, batches: Iterable[Sequence[Tensor]], meta: Iterator[Any]) -> Losses:
+        """As `as_written`; the loss is the same tensor each time."""
+        self._epoch = epoch
         for item in batches:
-            now = self._describe(epoch, item)
-            if now != self._now:
-                self._now, self._epoch, self._replay, self._written = now, epoch, None, 0
-                self._item = [tensor.clone() for tensor in item]
-            for mine, tensor in zip(self._item, item, strict=True):
-                mine.copy_(tensor)
-            yield self._step()
+            others = [next(meta)] if isinstance(self.objective, LearnedObjective) else []
+            yield Batch(item[0], item[1], index=item[2]), self.step(item, *others)
 
-    def _describe(self, epoch: int, item: Sequence[Tensor]) -> Any:
-        rates = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        weights = {name: (weight, id(term)) for name, (weight, term) in self.objective.weighted(epoch).items()}
-        return rates, weights, [tensor.shape for tensor in item]
+    def _constants(self) -> dict[str, Any]:
+        weights = {name: (weight, id(term)) for name, (weight, term) in self.objective.weighted(self._epoch).items()}
+        return {"a number of the optimizer": numbers_of(self.optimizer), "the weights": tuple(weights.items())}
 
-    def _step(self) -> tuple[Batch, Tensor]:
-        if not self.captures:
-            return self._iteration()
-        if self._written < graphs.WARM_UP:
-            self._written += 1
-            return graphs.aside(self._iteration)
-        if self._replay is None:
-            self._replay = graphs.capture(self._iteration)
-        found: tuple[Batch, Tensor] = self._replay()
-        return found
-
-    def _iteration(self) -> tuple[Batch, Tensor]:
-        kind = self._item[0].device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.half, cache_enabled=False):
-            batch, loss = self.objective.loss(self._epoch, self._item)
+    def _iteration(self, item: Sequence[Tensor], *others: Any) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False):
+            if isinstance(self.objective, LearnedObjective):
+                loss = self.objective.balancer(Batch(item[0], item[1], index=item[2]), *others)
+            else:
+                _, loss = self.objective.loss(self._epoch, item)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return batch, loss.detach()
+        return loss.detach()
+
+
+def replays(objective: Objective) -> bool:
+    """Whether its iterations can be captured: all but those of controls, and of looking several steps ahead."""
+    if isinstance(objective, LearnedObjective):
+        return objective.steps == 1 and objective.control is None
+    return isinstance(objective, FixedObjective)

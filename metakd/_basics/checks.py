@@ -137,17 +137,24 @@ def read_at_end(later: Callable[[Waiting], None] | None = None) -> Iterator[Wait
 
 
 def check(judge: Judge, *numbers: Tensor) -> None:
-    """Let `judge` see numbers, tensors of one entry: at the end of an open block, else now."""
-    waiting = _open.get() or Waiting()
-    waiting.add(numbers, judge)
-    if _open.get() is None:
-        waiting.judge()
+    """Let `judge` see numbers, tensors of one entry: at the end of an open block, else now.
+
+    Without a block nothing is checked while a CUDA graph is captured: nobody could read the numbers of its replays.
+    """
+    waiting = _open.get()
+    if waiting is not None:
+        waiting.add(numbers, judge)
+    elif not capturing():
+        alone = Waiting()
+        alone.add(numbers, judge)
+        alone.judge()
 
 
 def check_finite(values: Tensor, say: Callable[[], None]) -> None:
     """Call `say` if an entry is NaN or infinite, or if the entries are so large that their sum is.
 
-    In an open block it happens when the block's checks are read. `implied` may give a number for the sum then.
+    In an open block it happens when the block's checks are read. `implied` may give a number for the sum then. Without
+    a block nothing is checked while a CUDA graph is captured, see `check`.
     """
 
     def judge(total: float) -> None:
@@ -155,10 +162,10 @@ def check_finite(values: Tensor, say: Callable[[], None]) -> None:
             say()
 
     waiting = _open.get()
-    if waiting is None:
-        judge(float(values.detach().sum()))
-    else:
+    if waiting is not None:
         waiting.add_finite(values, judge)
+    elif not capturing():
+        judge(float(values.detach().sum()))
 
 
 def implied(number: Tensor, *values: Tensor) -> None:

@@ -1,8 +1,17 @@
-"""What a call inside the capture of a CUDA graph needs."""
+"""A balancer's iteration as a CUDA graph: what the capture needs, and what the graph holds as constants."""
 
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import nn
+
+from metakd._basics.positive_int import positive_int
+from metakd._basics.rng import capturing
+from metakd._call.replay import Constants, Host, Replay
+from metakd._proof.proofs import proof_key
 from metakd.errors import MetaKDError
+from metakd.inner.groups import optimizers
 
 
 def check_capture(balancer: Any) -> None:
@@ -13,9 +22,12 @@ def check_capture(balancer: Any) -> None:
     """
     proofs = balancer._proofs
     if not balancer.defer_checks:
-        why = "its checks read numbers from the device; build it with defer_checks=True, and call read_checks() often"
-    elif balancer.accumulate > 1 or balancer.every > 1:
-        why = "accumulate and every make calls differ, but a graph repeats one call; leave both at 1"
+        why = (
+            "its checks read numbers from the device; use balancer.capture(iteration), or defer_checks=True and "
+            "read_checks()"
+        )
+    elif (balancer.accumulate > 1 or balancer.every > 1) and not balancer._phased:
+        why = "accumulate and every make calls differ, but a graph repeats one call; use balancer.capture(iteration)"
     elif balancer._ranks.several:
         why = "its ranks wait for each other; train without graphs"
     elif balancer._calls == 0 or proofs.draws is None:
@@ -28,3 +40,112 @@ def check_capture(balancer: Any) -> None:
     else:
         return
     raise MetaKDError(f"this call cannot be captured in a CUDA graph: {why}")
+
+
+def captured(balancer: Any, iteration: Callable[..., Any], check_every: int) -> Replay:
+    """See `BilevelLossBalancer.capture`."""
+    positive_int(check_every, "check_every")
+    device = next(iter(balancer._functional.trainable().values())).device
+    if device.type == "cuda":
+        make_capturable(balancer.weighting_optimizer)
+
+    def deferred(*items: Any) -> Any:
+        if not capturing():
+            try:
+                balancer.read_checks()
+            finally:
+                balancer._late = []  # those of a graph that is not replayed any more are read once
+            return iteration(*items)
+        before, balancer.defer_checks, balancer._late, balancer._phased = balancer.defer_checks, True, [], True
+        try:
+            return iteration(*items)
+        finally:
+            balancer.defer_checks, balancer._phased = before, False
+
+    return Replay(deferred, device, _Balancer(balancer, check_every))
+
+
+class _Balancer(Host):
+    """A balancer's own count of calls, its report and waiting checks, and the hypergradients that it accumulates."""
+
+    def __init__(self, balancer: Any, check_every: int) -> None:
+        super().__init__(lambda: constants_of(balancer))
+        self.balancer, self.check_every, self.replays = balancer, check_every, 0
+        self._start = balancer._step.pending
+
+    def phase(self) -> Hashable:
+        """How many hypergradients are gathered, and whether the next call takes one."""
+        return self.balancer._step.pending.number, (self.balancer._calls + 1) % self.balancer.every
+
+    def before_capture(self) -> None:
+        """Keep the sum of hypergradients that the graph reads."""
+        self._start = self.balancer._step.pending
+
+    def after_capture(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Bring the sum to where the graph reads it; go on with what the graph leaves."""
+        balancer, start = self.balancer, self._start
+        report, checks, end = balancer._report, balancer._late, balancer._step.pending
+        balancer._step.pending, balancer._calls, balancer._late = start, balancer._calls - 1, []
+
+        def before() -> None:
+            now = balancer._step.pending
+            for name, total in start.total.items():
+                if now.total[name] is not total:
+                    total.copy_(now.total[name])
+
+        def after() -> None:
+            balancer._report, balancer._late, balancer._step.pending = report, checks, end
+            balancer._calls += 1
+            self.replays += 1
+            if self.replays % self.check_every == 0:
+                balancer.read_checks()
+
+        return before, after
+
+
+def constants_of(balancer: Any) -> Constants:
+    """What the graph of a balancer's iteration holds as constants, by name."""
+    called = {**balancer.terms, "the meta loss": balancer.meta_loss}
+    every = [*optimizers(balancer.optimizer), *filter(None, [balancer.weighting_optimizer])]
+    held = [balancer.student, balancer.weighting, *balancer._called()]
+    modules = [m for part in held if isinstance(part, nn.Module) for m in part.modules()]
+    parts = [*modules, *(part for part in held if not isinstance(part, nn.Module))]
+    return {
+        "modules, hooks or terms": proof_key(balancer._functional, (), called, balancer.estimator),
+        "the memory of parameters": tuple(_tensors(modules)),
+        "an attribute": tuple(_numbers(parts)),
+        "a number of an optimizer": tuple(map(numbers_of, every)),
+    }
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> Hashable:
+    """The settings of an optimizer's groups, such as learning rates, which its step reads as Python numbers."""
+    return tuple(
+        (key, tuple(map(id, value)) if key == "params" else repr(value))
+        for group in optimizer.param_groups
+        for key, value in group.items()
+        if not isinstance(value, torch.Tensor)
+    )
+
+
+def make_capturable(optimizer: torch.optim.Optimizer | None) -> None:
+    """Let an optimizer count its steps on the device, if it is one that counts: a graph cannot count otherwise."""
+    for group in [] if optimizer is None else optimizer.param_groups:
+        if group.get("capturable") is False:
+            group["capturable"] = True
+            for p in group["params"]:
+                if torch.is_tensor(step := optimizer.state.get(p, {}).get("step")):  # type: ignore[union-attr]
+                    optimizer.state[p]["step"] = step.to(p.device)  # type: ignore[union-attr]
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[Hashable]:
+    for module in modules:
+        for kind in (module._parameters, module._buffers):
+            yield from ((name, t.data_ptr(), t.requires_grad) for name, t in kind.items() if t is not None)
+
+
+def _numbers(parts: Iterable[Any]) -> Iterator[Hashable]:
+    for part in parts:
+        for name, value in getattr(part, "__dict__", {}).items():
+            if value is None or type(value) in (bool, int, float, str):
+                yield id(part), name, value

@@ -42,7 +42,8 @@ def check_answer(problem: Problem, found: Hypergradient) -> None:
             "Give a meta-parameter, or use estimators.Adjoint()"
         )
     if gradient:
-        check(partial(_judge, problem, gradient), norm_of(list(gradient.values())))
+        lasting = problem.at(problem.meta_params)  # a check may wait, and must not keep the training pass's graph alive
+        check(partial(_judge, lasting, gradient), norm_of(list(gradient.values())))
 
 
 def _judge(problem: Problem, gradient: Params, norm: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metakd._basics.checks import check
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.weighting.base import default_optimizer, shares
@@ -55,9 +56,13 @@ class Normalised(nn.Module):
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
         """Return the weights, shape `(B, M)`."""
         weights: Tensor = self.model(features, batch)
-        if bool((weights < 0).any()):
-            raise MetaKDError(
-                f"the weight {weights.min().item():g} is negative and cannot be normalised; give "
-                f"{type(self.model).__name__} an output that is never negative, such as output='sigmoid' or 'softplus'"
-            )
+        if weights.numel():
+            check(self._judge, weights.min())
         return shares(weights, dim=(0, 1)) * weights.shape[0]
+
+    def _judge(self, least: float) -> None:
+        if least < 0:
+            raise MetaKDError(
+                f"the weight {least:g} is negative and cannot be normalised; give {type(self.model).__name__} an "
+                "output that is never negative, such as output='sigmoid' or 'softplus'"
+            )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from benchmarks.longtail.setting import Setting
 from benchmarks.longtail.steps import InHalf, Replayed, as_written
 from benchmarks.longtail.train import Cell, data_of, images_of, network, settings_of, student_of
 from metakd import MetaKDError
+from metakd._call.replay import Replay
 from metakd.longtail import Images, build_model
 
 SMOKE = PRESETS["smoke"]
@@ -49,24 +51,25 @@ def objective_of(name, preset=SMOKE, device="cpu"):
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
-@pytest.mark.parametrize("name", ["kd", "mixture", "dkd", "kd-late"])
+@pytest.mark.parametrize("name", ["kd", "mixture", "dkd", "kd-late", "kd-classes", "best", "bikd-mix", "mwn-rarity"])
 def test_replayed_iterations_are_those_as_written(name, device):
     preset = replace(SMOKE, epochs=30)  # dkd's weights rise over the first epochs
     losses, students = [], []
     for way in ("written", "replayed"):
         objective, optimizer = objective_of(name, preset, device)
-        replayed = Replayed(objective, optimizer, half=False)
+        replayed = Replayed(objective, optimizer)
         found = []
+        meta = cycle([[tensor.to(device) for tensor in item] for item in items(15)[12:]])
         for epoch, batches in enumerate((items(6), items(9)[3:], items(12)[6:])):
             on_device = [[tensor.to(device) for tensor in item] for item in batches]
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + epoch)
             if way == "replayed":
-                steps = replayed.epoch(10 * epoch, on_device)
+                steps = replayed.epoch(10 * epoch, on_device, meta)
             else:
-                steps = as_written(objective, optimizer, 10 * epoch, on_device, iter([]))
+                steps = as_written(objective, optimizer, 10 * epoch, on_device, meta)
             found += [float(loss.detach()) for _, loss in steps]
         losses.append(found)
-        students.append(torch.cat([p.detach().flatten() for p in objective.setting.student.parameters()]))
+        students.append(torch.cat([p.detach().flatten() for p in optimizer.param_groups[0]["params"]]))
     exact = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(*students, **exact)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len({*losses[0]}) == 18
@@ -75,20 +78,20 @@ def test_replayed_iterations_are_those_as_written(name, device):
 def test_a_graph_is_captured_anew_when_a_number_in_it_changes(monkeypatch):
     ran, captured = [], []
 
-    def capture(call):  # as torch's: runs nothing
+    def capture(self, shape):  # as torch's: runs nothing
         captured.append(len(ran))
-        return call
+        return lambda: self.iteration(*shape.items)
 
     objective, optimizer = objective_of("kd", replace(SMOKE, epochs=30))
-    replayed = Replayed(objective, optimizer, half=False)
-    iteration = replayed._iteration
-    replayed._iteration = lambda: (ran.append(1), iteration())[1]
-    replayed.captures = True
-    monkeypatch.setattr("benchmarks.common.graphs.capture", capture)
-    monkeypatch.setattr("benchmarks.common.graphs.aside", lambda call: call())
+    replayed = Replayed(objective, optimizer)
+    iteration = replayed.step.iteration
+    replayed.step.iteration = lambda *items: (ran.append(1), iteration(*items))[1]
+    replayed.step.captures = True
+    monkeypatch.setattr(Replay, "_capture", capture)
+    monkeypatch.setattr(Replay, "_aside", lambda self, shape: self.iteration(*shape.items))
     for epoch, lr in enumerate((0.1, 0.1, 0.01)):
         optimizer.param_groups[0]["lr"] = lr
-        assert len(list(replayed.epoch(epoch, items(5)))) == 5
+        assert len(list(replayed.epoch(epoch, items(5), iter([])))) == 5
     assert captured == [3, 13] and len(ran) == 15
 
 

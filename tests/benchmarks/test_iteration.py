@@ -12,11 +12,12 @@ import torch
 pytest.importorskip("higher")  # of the extra "benchmarks"
 
 from benchmarks import iteration, iteration_report
-from benchmarks.common import graphs, markdown, methods
+from benchmarks.common import markdown, methods
 from benchmarks.common.cases import CASES, Task
 from benchmarks.common.loops import METHODS, MODES, PERIOD, WINDOWS, by_peer
 from benchmarks.common.measure import ROOT
 from metakd import MetaKDError
+from metakd._call.replay import WARM_UP
 from tests.benchmarks.problems import task
 from tests.slow import slow_but
 
@@ -122,10 +123,10 @@ def test_a_replayed_iteration_learns_the_same(name):
 
     ours, replayed = on_gpu(), on_gpu()
     known = METHODS[name](ours)
-    again = METHODS[f"{name}, CUDA graph"](replayed)  # WARM_UP iterations; the capture itself runs none
+    again = METHODS[f"{name}, CUDA graph"](replayed)  # WARM_UP iterations, and a replay
     for _ in range(2):
         again()
-    for _ in range(graphs.WARM_UP + 2):
+    for _ in range(WARM_UP + 1 + 2):
         known()
     assert max(differences(ours, replayed).values()) < 1e-4
 
