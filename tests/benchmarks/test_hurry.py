@@ -51,7 +51,13 @@ def objective_of(name, preset=SMOKE, device="cpu"):
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
-@pytest.mark.parametrize("name", ["kd", "mixture", "dkd", "kd-late", "kd-classes", "best", "bikd-mix", "mwn-rarity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kd", "mixture", "dkd", "kd-late", "kd-classes", "best", "bikd-mix", "mwn-rarity",
+        "best-all", "best-smooth", "best-k5", "best-mirror", "network",
+    ],
+)  # fmt: skip
 def test_replayed_iterations_are_those_as_written(name, device):
     preset = replace(SMOKE, epochs=30)  # dkd's weights rise over the first epochs
     losses, students = [], []

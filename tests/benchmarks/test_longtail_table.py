@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks import longtail_table
 from benchmarks.longtail import best, candidates, figures, methods, parts, report, snapshots
 from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
@@ -169,6 +170,21 @@ def test_a_choice_sees_no_test_image_and_no_image_twice(where):
     assert not any(one & other for i, one in enumerate([*parts, test]) for other in [*parts, test][i + 1 :])
     assert settings_of(Cell("digits", 20.0, "kd", 10), preset, methods.find("kd"))["choice_per_class"] == 8
     assert "choice_per_class" not in settings_of(Cell("digits", 20.0, "kd", 10), SMOKE, methods.find("kd"))
+
+
+def test_a_cell_that_fails_leaves_the_others_their_turn(tmp_path, monkeypatch):
+    def fails(cell, *rest):
+        if cell.method == "kd":
+            raise MetaKDError("not this one")
+        return student_of(cell, *rest)
+
+    monkeypatch.setattr(longtail_table, "student_of", fails)
+    options = ["--preset", "smoke", "--seeds", "0", "--methods", "kd", "ce", "--no-report", "--device", "cpu"]
+    folders = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/longtail_table.py", *options, "--threads", "1", *folders])
+    with pytest.raises(MetaKDError, match="each of digits-20/kd-0; all other"):
+        longtail_table.main()
+    assert [path.stem for path in (tmp_path / "out").rglob("*.json")] == ["ce-0"]
 
 
 def test_learned_terms_start_as_the_fixed_ones_and_every_part_of_them_moves():
