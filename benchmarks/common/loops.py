@@ -169,9 +169,12 @@ MODES: dict[str, Callable[[Task], Call]] = {
     "accumulate=1, compiled": partial(compiled, by_metakd),
     "plain, CUDA graph": partial(graphed, plain),
     "accumulate=1, CUDA graph": partial(graphed, by_metakd),
+    f"accumulate={PERIOD}, CUDA graph": partial(graphed, partial(by_metakd, window="accumulate")),
+    f"every={PERIOD}, CUDA graph": partial(graphed, partial(by_metakd, window="every")),
     "simultaneous, CUDA graph": partial(graphed, partial(by_metakd, order="simultaneous")),
 }
 """Other ways to run a loop, which are asked for by name."""
 METHODS |= MODES
-WINDOWS = (f"accumulate={PERIOD}", f"every={PERIOD}")
-WITH_TEACHER = ("accumulate=1", *WINDOWS, "published way")
+WINDOWS = tuple(name for name in METHODS if name.startswith((f"accumulate={PERIOD}", f"every={PERIOD}")))
+"""Those whose calls are a period of iterations."""
+WITH_TEACHER = ("accumulate=1", f"accumulate={PERIOD}", f"every={PERIOD}", "published way")
