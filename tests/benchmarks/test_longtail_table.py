@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import longtail_table
-from benchmarks.longtail import best, candidates, figures, methods, parts, report, snapshots
+from benchmarks.longtail import best, candidates, figures, methods, parts, ranking, report, snapshots
 from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
 from benchmarks.longtail.presets import PRESETS
@@ -185,6 +185,15 @@ def test_a_cell_that_fails_leaves_the_others_their_turn(tmp_path, monkeypatch):
     with pytest.raises(MetaKDError, match="each of digits-20/kd-0; all other"):
         longtail_table.main()
     assert [path.stem for path in (tmp_path / "out").rglob("*.json")] == ["ce-0"]
+
+
+def test_methods_are_ranked_by_what_they_gain_in_the_cells_that_both_have(tmp_path):
+    (tmp_path / "cells" / "x").mkdir(parents=True)
+    for method, seed, accuracy in (("a", 0, 50), ("a", 1, 60), ("b", 1, 63), ("c", 0, 51), ("c", 1, 61), ("d", 2, 9)):
+        about = {"dataset": "x", "imbalance": 5.0, "method": method, "seed": seed}
+        cell = {"settings": about, "test": {"overall": accuracy}}
+        (tmp_path / "cells" / "x" / f"{method}-{seed}.json").write_text(json.dumps(cell))
+    assert ranking.ranked(ranking.read(tmp_path), "a") == [("b", [3]), ("c", [1, 1]), ("a", [0, 0])]
 
 
 def test_learned_terms_start_as_the_fixed_ones_and_every_part_of_them_moves():
