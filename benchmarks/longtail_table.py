@@ -6,8 +6,9 @@
 
 Each cell is one training run: a JSON file, written once it is done. The same command goes on where it stopped, inside
 a run too; other cells join the same table. Test images decide nothing: the accuracy is the last epoch's. A method's
-name may end in a control: `kd+val` has the validation images among its training images, `bikd+frozen` keeps the
-weight model at its start, `bikd+permuted` gives each sample another one's weights, `bikd+mean` gives all samples
+name may end in a control: `kd+val` has the validation images among its training images, and `best+val` as well, whose
+meta images they stay; `best+half` has half of them, the others are its meta images. `bikd+frozen` keeps the weight
+model at its start, `bikd+permuted` gives each sample another one's weights, `bikd+mean` gives all samples
 their mean over the last epoch.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from benchmarks.longtail import cost, methods, report
 from benchmarks.longtail.fit import Unfinished
 from benchmarks.longtail.presets import PRESETS
 from benchmarks.longtail.train import Cell, Where, settings_of, student_of, teacher_of
+from metakd import MetaKDError
 from metakd.longtail import provenance
 from metakd.longtail.checkpoint import write_atomically
 
@@ -56,13 +59,19 @@ def main() -> None:
             for dataset in args.datasets:
                 for imbalance in args.imbalances:
                     teacher_of(Cell(dataset, imbalance, "teacher", seed), preset, where)
+    failed: list[str] = []
     for number, cell in enumerate(() if args.cost else cells, 1):
         path = args.output / "cells" / f"{cell.name}.json"
         if path.exists():
             continue
         print(f"{number}/{len(cells)} {cell.name}", file=sys.stderr, flush=True)
         method = chosen[cell.method]
-        result = student_of(cell, preset, where, method)
+        try:
+            result = student_of(cell, preset, where, method)
+        except (MetaKDError, RuntimeError):  # other cells have their turn all the same
+            traceback.print_exc()
+            failed.append(cell.name)
+            continue
         found = {
             "settings": settings_of(cell, preset, method),
             **provenance(),
@@ -82,6 +91,8 @@ def main() -> None:
         write_atomically(args.output / "cost.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     for path in () if args.no_report else report.write(args.output, preset):
         print(path)
+    if failed:
+        raise MetaKDError(f"there is an error above for each of {', '.join(failed)}; all other cells are done")
 
 
 def parse_arguments() -> argparse.Namespace:

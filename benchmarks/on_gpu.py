@@ -3,6 +3,8 @@
     python benchmarks/on_gpu.py --minutes 9 --data carried            # carried/cifar10/index.json: mosaics
     python benchmarks/on_gpu.py --list                                # what there is to do, and what became of it
     python benchmarks/on_gpu.py --plan smoke --device cpu --minutes 5 # a rehearsal
+    python benchmarks/on_gpu.py --plan choice --data carried          # candidates, on images set aside for a choice
+    python benchmarks/on_gpu.py --plan small --data carried --methods best+val mixture+val --seeds 0 1 2
 
 Each job is a process with a time limit. What it finds is written to --output as it goes. The same command goes on where
 it stopped: done jobs are not done again, a network's training goes on from its checkpoint in --work, and trained
@@ -23,14 +25,31 @@ from benchmarks.common.command import run
 from benchmarks.common.measure import ROOT
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.table import Small, Table
 from benchmarks.gpu.work import Work
+from benchmarks.longtail import methods
+from benchmarks.longtail.candidates import CHOICE
+from benchmarks.longtail.presets import PRESETS
 from metakd import MetaKDError
 
+DEFAULTS = {"small": ("best+val", "best", "mixture+val", "mixture"), "choice": CHOICE}
+"""The plans of many small students, and their methods."""
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """The whole plan, or a rehearsal of it in small."""
+def plan_of(args: argparse.Namespace) -> Plan | Small:
+    """The whole plan, a rehearsal of it in small, or many small students."""
+    if args.plan in DEFAULTS:
+        preset = PRESETS[args.preset or args.plan]
+        dataset = preset.datasets[0]
+        return Small(
+            Table(args.preset or args.plan, args.device, args.output, args.work / "table" / args.plan, args.data, 15.0),
+            dataset,
+            args.imbalances or ((50.0, 100.0) if dataset == "cifar10" else preset.imbalances),
+            args.seeds or preset.seeds,
+            args.methods or DEFAULTS[args.plan],
+            args.cells,
+        )
     if args.plan == "full":
         return Plan(args.device, args.output, args.work, args.data)
     return Plan(
@@ -98,12 +117,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, help="of the whole run")
-    add("--plan", choices=["full", "smoke"], default="full")
+    add("--plan", choices=["full", "smoke", *DEFAULTS], default="full")
+    few = parser.add_argument_group("of the plans small and choice")
+    few.add_argument("--methods", nargs="+", metavar="METHOD", help="in the order of worth")
+    few.add_argument("--seeds", nargs="+", type=int)
+    few.add_argument("--imbalances", nargs="+", type=float)
+    few.add_argument("--preset", choices=list(PRESETS), help="another one than the plan's, for a rehearsal")
+    few.add_argument("--cells", type=int, default=2, help="methods that one job trains, one after another")
     add("--jobs", nargs="+", metavar="JOB", help="only these, see --list")
     add("--list", action="store_true", help="say what became of the jobs, and do none")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--data", type=Path, default=os.environ.get("METAKD_MOSAICS"), help="folder of the images; or METAKD_MOSAICS")
-    add("--together", type=int, default=4, help="students that are trained side by side, each a process")
+    add("--together", type=int, help="students that are trained side by side, each a process: 4, if they are small 14")
     add(
         "--travels",
         type=float,
@@ -111,9 +136,16 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MB",
         help="the largest checkpoint that reaches the next run; a job with a larger one is done at once or not at all",
     )
-    add("--output", type=Path, default=RESULTS)
+    add("--output", type=Path, help="default: benchmarks/results/gpu, for many small students a folder in it")
     add("--work", type=Path, default=Path("runs") / "gpu", help="checkpoints and the jobs' output")
     args = parser.parse_args()
+    small = args.plan in DEFAULTS
+    if not small and (args.methods or args.seeds or args.imbalances or args.preset):
+        parser.error("--methods, --seeds, --imbalances and --preset are for the plans small and choice")
+    for name in args.methods or ():
+        methods.find(name)  # raises
+    args.output = args.output or (RESULTS / args.plan if small else RESULTS)
+    args.together = args.together or (14 if small else 4)
     for key in ("data", "output", "work"):
         if getattr(args, key) is not None:  # the jobs run in the repository, and records hold their commands
             setattr(args, key, Path(os.path.relpath(getattr(args, key), ROOT)))

@@ -1,15 +1,15 @@
 """The jobs in order of worth: tests, cost, then the table of the paper, seed by seed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common.loops import MODES
 from benchmarks.common.measure import ROOT
 from benchmarks.gpu.estimate import known
 from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.table import Table
 
-RUNS = ("numpy", "torchmetrics", "safetensors")
 METHODS = ("kd", "mixture", "bikd-mix", "best")
 GRAPHS = tuple(name for name in MODES if "graph" in name)
 COMPILED = tuple(name for name in MODES if "compiled" in name)
@@ -125,16 +125,7 @@ class Plan:
     def _cells(
         self, name: str, dataset: str, imbalance: float, seed: int, methods: Sequence[str], after: str | None = None
     ) -> Job:
-        command = [
-            "benchmarks/longtail_table.py", "--preset", self.preset, "--fast", "--no-report", "--device", self.device,
-            "--threads", "1", "--datasets", dataset, "--imbalances", f"{imbalance:g}", "--seeds", str(seed),
-            "--teachers", str(self.output / "teachers"), "--work", str(self.work / "table"),
-            "--output", str(self.output / "table"), *(("--data-root", str(self.data)) if self.data else ()),
-            "--methods", *methods,
-        ]  # fmt: skip
+        table = Table(self.preset, self.device, self.output, self.work / "table", self.data, 30 * self.scale)
         need = known().get((dataset, imbalance, methods[0] if methods else "teacher"), 0.0)
-        packages = (*RUNS, "sklearn" if dataset == "digits" else "PIL")
-        return Job(
-            name, tuple(command), 3600.0, 30 * self.scale, packages, None, after, stops=True, beside=after is not None,
-            need=need, kept=9.8 if after else 59.4,
-        )  # fmt: skip
+        job = table.job(name, dataset, imbalance, seed, methods, after)
+        return replace(job, beside=after is not None, need=need, kept=9.8 if after else 59.4)

@@ -66,18 +66,23 @@ POINTS = 40
 
 def saved(history: History) -> dict[str, Any]:
     """A history as numbers of four digits."""
-    state = history.state_dict()
-    return {
-        key: snapshots.rounded(value.tolist()) if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-    }
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(one) for key, one in value.items()}
+        return snapshots.rounded(value.tolist()) if isinstance(value, torch.Tensor) else value
+
+    return dict(plain(history.state_dict()))
 
 
 def history_of(learned: Mapping[str, Any], classes: int) -> History:
     """The history that `saved` wrote."""
     state = {
-        key: torch.tensor(value) if key in ("samples", "calls") else value for key, value in learned["history"].items()
+        key: torch.tensor(value) if key in ("samples", "calls", "counted") else value
+        for key, value in learned["history"].items()
     }
+    if "learned" in state:
+        state["learned"] = {name: torch.tensor(sums) for name, sums in state["learned"].items()}
     history = History(state["terms"], classes, points=POINTS)
     history.load_state_dict(state)
     return history

@@ -1,12 +1,10 @@
 """Every method of the table by name, and the controls that a suffix makes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
-
-from benchmarks.longtail.best import best, best_mixture, by_network, from_below
+from benchmarks.longtail.best import best, best_mixture
 from benchmarks.longtail.bikd import (
     bikd,
     bikd_from,
@@ -14,10 +12,11 @@ from benchmarks.longtail.bikd import (
     bikd_with_shares,
     with_teacher_in_train_mode,
 )
+from benchmarks.longtail.candidates import CANDIDATES
 from benchmarks.longtail.fixed import ClassBalanced, Fixed, Mixture
 from benchmarks.longtail.learned import CONTROLS, Learned
-from benchmarks.longtail.setting import Setting
-from metakd import BilevelLossBalancer, MetaKDError, recipes
+from benchmarks.longtail.published import amal, auto_balance, bd_kd, meta_weight_net, weight_net
+from metakd import MetaKDError, recipes
 from metakd.estimators import Adjoint
 from metakd.recipes.base import hard_and_soft
 from metakd.terms import (
@@ -27,50 +26,12 @@ from metakd.terms import (
     GroupTarget,
     NonTargetClass,
     RebalancedSoftTarget,
-    ReverseSoftTarget,
     SoftTarget,
     TargetClass,
     WithinGroupTarget,
 )
-from metakd.weighting import ClassAware, EntropyGate, LossMLP, Normalised, entropies
-from metakd.weighting.features import own_losses
 
 Method = Fixed | Learned
-
-
-def amal(setting: Setting) -> BilevelLossBalancer:
-    """AMAL's table of weights, the lookahead of the last layer alone."""
-    student, teacher, optimizer, counts, _ = setting
-    names = [name for name, _ in student.named_parameters()]
-    last = [name for name in names if name.rpartition(".")[0] == names[-1].rpartition(".")[0]]
-    return recipes.amal(student, teacher, optimizer=optimizer, samples=sum(counts), last_layer=last)
-
-
-def meta_weight_net(published: str) -> Callable[[Setting], BilevelLossBalancer]:
-    """Meta-Weight-Net as one of its two published codes has it."""
-    return lambda setting: recipes.meta_weight_net(setting.student, optimizer=setting.optimizer, setting=published)
-
-
-def weight_net(setting: Setting, *, rarity: bool = False) -> BilevelLossBalancer:
-    """Meta-Weight-Net's network, normalised as in one code, by Adam as in the other; it may see class rarity."""
-    network = Normalised(LossMLP(3 if rarity else 1, 1, hidden=(100,), activation=nn.ReLU))
-    features = ClassAware(setting.counts) if rarity else own_losses
-    alone = {"teacher": None, "features": features}
-    return setting.balancer({"hard": CrossEntropy()}, network, lr=1e-3, weight_decay=1e-4, **alone)
-
-
-def auto_balance(setting: Setting) -> BilevelLossBalancer:
-    """Learned offsets and scales of the classes' logits."""
-    return recipes.auto_balance(setting.student, optimizer=setting.optimizer, classes=len(setting.counts))
-
-
-def bd_kd(setting: Setting) -> BilevelLossBalancer:
-    """BD-KD's gate between both divergences; the teacher stays as it is."""
-    terms = {"hard": CrossEntropy(), "soft": SoftTarget(temperature=4.0), "reverse": ReverseSoftTarget(temperature=4.0)}
-    student, teacher, optimizer, _, _ = setting
-    return BilevelLossBalancer(
-        student, terms, optimizer=optimizer, teacher=teacher, weighting=EntropyGate(), features=entropies
-    )
 
 
 def kd(counts: Sequence[int]) -> Mixture:
@@ -140,31 +101,19 @@ LEARNED: dict[str, Learned] = {
     "best": Learned("metakd's best, learned", best),
 }
 
-CANDIDATES: dict[str, Method] = {
-    "mixture-half": Fixed("balanced softmax + debiased KD, weights 0.5", partial(best_mixture, weight=0.5)),
-    "mixture-3": Fixed(
-        "balanced softmax + debiased KD + rebalanced KD",
-        partial(best_mixture, names=("label", "teacher", "rebalanced")),
-    ),
-    "table": Learned("metakd's best, from 0.4, rate x 10", from_below()),
-    "table-k5": Learned("metakd's best, from 0.4, rate x 10, k = 5", from_below(accumulate=5)),
-    "table-5steps": Learned(
-        "metakd's best, from 0.4, rate x 10, 5 inner steps",
-        from_below(inner="mirror", estimator=Adjoint()),
-        steps=5,
-    ),
-    "network": Learned("metakd's best, by BiKD's network, more inputs, k = 5", by_network),
-}
-"""Among which `mixture` and `best` were chosen, on validation images of a seed of their own."""
-
 _CONTROLS = {
     "frozen": "its weights as they start",
     "permuted": "weights permuted in the batch",
     "mean": "weights replaced by their mean",
 }
-METHODS: dict[str, Method] = FIXED | LEARNED | CANDIDATES
+METHODS: dict[str, Method] = {**FIXED, **LEARNED, **CANDIDATES}
+IMAGES = {
+    "val": "validation images",
+    "half": "half of the validation images, the other half the meta set",
+}
+"""Suffixes that add training images; under `val` a learned method's meta images are trained on as well."""
 TABLE = (
-    *FIXED, *LEARNED, "ce+val", "kd+val", "bskd+val", "mixture+val",
+    *FIXED, *LEARNED, "ce+val", "kd+val", "bskd+val", "mixture+val", "best+val",
     *(f"{name}+{control}" for name in ("bikd", "bikd-k5-inputs", "best") for control in CONTROLS),
 )  # fmt: skip
 """What --methods is by default: every method but the candidates, and the controls."""
@@ -174,7 +123,13 @@ _RIVALS = {
     **{name: ("bikd", "kd", "kd+val") for name in METHODS if name.startswith("bikd-")},
     "bikd-k5-inputs": ("bikd", "kd", "kd-classes", "kd-late", "kd+val", "bskd"),
     "best": ("bskd", "bskd+val", "mixture", "mixture+val", "bikd"),
-    **{name: ("best", "mixture") for name, method in CANDIDATES.items() if isinstance(method, Learned)},
+    "best+val": ("mixture+val",),
+    **{
+        f"{name}{suffix}": (f"best{suffix}", f"mixture{suffix}")
+        for name, method in CANDIDATES.items()
+        if isinstance(method, Learned)
+        for suffix in ("", "+val")
+    },
 }
 QUESTIONS = {
     name: (*rivals, *(found for found in TABLE if found.startswith(f"{name}+"))) for name, rivals in _RIVALS.items()
@@ -190,15 +145,19 @@ def find(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    base, _, suffix = name.partition("+")
+    base, *suffixes = name.split("+")
     method = METHODS.get(base)
-    if isinstance(method, Fixed) and suffix == "val":
-        return replace(method, title=f"{method.title} + validation images")
-    if isinstance(method, Learned) and suffix in CONTROLS:
-        return replace(method, title=f"{method.title}: {_CONTROLS[suffix]}", control=suffix)
+    images = next((suffix for suffix in suffixes[:1] if suffix in IMAGES), None)
+    if method is not None and images is not None and (images == "val" or isinstance(method, Learned)):
+        method, suffixes = replace(method, title=f"{method.title} + {IMAGES[images]}"), suffixes[1:]
+    if isinstance(method, Learned) and len(suffixes) == 1 and suffixes[0] in CONTROLS:
+        control = suffixes.pop()
+        method = replace(method, title=f"{method.title}: {_CONTROLS[control]}", control=control)
+    if method is not None and not suffixes:
+        return method
     raise MetaKDError(
-        f"there is no method {name!r}; there are {', '.join(METHODS)}; a fixed one may have the suffix +val, a learned "
-        f"one {', '.join('+' + control for control in CONTROLS)}"
+        f"there is no method {name!r}; there are {', '.join(METHODS)}; each may have the suffix +val, a learned one "
+        f"+half, and then {', '.join('+' + control for control in CONTROLS)}"
     )
 
 

@@ -21,6 +21,8 @@ class Preset:
         lr: of the student's SGD, momentum 0.9, weight decay 5e-4.
         batch_size: of training and meta batches.
         weighting_lr: of the weight models' Adam.
+        validation_per_class: images of the validation set, the meta set; None for `LongTailed.cut`'s default.
+        choice_per_class: images set aside for a choice among methods, in place of the test images; 0 for none.
         evaluate_every: epochs between two evaluations; only the last one's accuracy is reported.
         datasets: default of --datasets.
         imbalances: default of --imbalances.
@@ -37,6 +39,7 @@ class Preset:
     batch_size: int = 100
     weighting_lr: float = 1e-3
     validation_per_class: int | None = None
+    choice_per_class: int = 0
     evaluate_every: int = 10
     datasets: tuple[str, ...] = ("cifar10",)
     imbalances: tuple[float, ...] = (50.0,)
@@ -45,6 +48,7 @@ class Preset:
     def settings(self, *, learned: bool) -> dict[str, Any]:
         """What decides a cell's numbers, as plain values; a learned method has some more."""
         others = {"datasets", "imbalances", "seeds", "evaluate_every"} | (set() if learned else {"weighting_lr"})
+        others |= set() if self.choice_per_class else {"choice_per_class"}
         found = {key: value for key, value in asdict(self).items() if key not in others}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
@@ -68,17 +72,24 @@ PAPER = Preset(
     imbalances=(50.0, 100.0),
 )
 
+# What two CPU cores do overnight: an eighth of the width, a stem of stride 2, a sixth of the epochs.
+SMALL = replace(
+    PAPER, teacher="resnet14s2", student="resnet8s2", teacher_epochs=30, epochs=20, datasets=("cifar10",),
+    evaluate_every=5,
+)  # fmt: skip
+
+# Seconds: does it run?
+SMOKE = Preset(
+    "convnet4", "mlp8", teacher_epochs=1, epochs=2, teacher_batch_size=32, lr=0.05, batch_size=32,
+    validation_per_class=10, datasets=("digits",), imbalances=(20.0,), seeds=(0, 1),
+)  # fmt: skip
+
 PRESETS = {
     # METHODS of BiKD: arXiv 2605.17839 and its published code.
     "paper": PAPER,
-    # What two CPU cores do overnight: an eighth of the width, a stem of stride 2, a sixth of the epochs.
-    "small": replace(
-        PAPER, teacher="resnet14s2", student="resnet8s2", teacher_epochs=30, epochs=20, datasets=("cifar10",),
-        evaluate_every=5,
-    ),
-    # Seconds: does it run?
-    "smoke": Preset(
-        "convnet4", "mlp8", teacher_epochs=1, epochs=2, teacher_batch_size=32, lr=0.05, batch_size=32,
-        validation_per_class=10, datasets=("digits",), imbalances=(20.0,), seeds=(0, 1),
-    ),
-}  # fmt: skip
+    "small": SMALL,
+    # Seeds of their own, and no test image: to choose among methods.
+    "choice": replace(SMALL, validation_per_class=100, choice_per_class=200, imbalances=(50.0, 100.0), seeds=(10, 11)),
+    "smoke": SMOKE,
+    "smoke-choice": replace(SMOKE, choice_per_class=8, seeds=(10,)),
+}

@@ -19,6 +19,11 @@ CHOICE = re.compile(r" --(?:datasets|imbalances|seeds|methods|until)(?: (?!--)\S
 
 HURRIED = " With `--fast` the teachers' passes are in bfloat16 and their weights in eight bits, all else in TF32."
 
+CHOSEN = (
+    " This is a choice among methods: what is called test images here are {} training images a class that were set "
+    "aside, neither meta nor training images, and no test image was looked at."
+)
+
 SCORES = {"overall": "accuracy", "many": "many", "medium": "medium", "few": "few", "ece": "ECE", "loss": "loss"}
 
 
@@ -74,6 +79,7 @@ def head(cells: Sequence[Mapping[str, Any]], preset: Preset) -> str:
         "epoch, mean ± standard deviation over the seeds; loss is the cross-entropy on the test images, validation the "
         "accuracy on the validation images, which are the learned methods' meta set; no test image selected anything. "
         "Every seed has a split, a teacher and a start of its own, the same for all methods."
+        f"{CHOSEN.format(preset.choice_per_class) * bool(preset.choice_per_class)}"
         f"{HURRIED * any(cell.get('fast') for cell in cells)}\n\n"
         "```bash\n" + "\n".join(commands(cells)) + "\n```\n\n" + "; ".join([*hardware, *versions]) + "."
     )
@@ -100,10 +106,10 @@ def commands(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 def section(title: str, cells: Cells, drawn: Iterable[Path]) -> str:
     """One data set and imbalance: the table, the differences, the figures."""
     teachers = [cell["teacher"] for cell in {seed_of(c): c for by in cells.values() for c in by}.values()]
-    first = min(cells, key=lambda name: name.endswith("+val"))  # these have more training images
+    first = min(cells, key=lambda name: bool({"val", "half"} & {*name.split("+")}))  # these have more training images
     counts = cells[first][0]["counts"]
     rows = [row("teacher", teachers)]
-    rows += [row(methods.find(name).title, by, not name.endswith("+val")) for name, by in cells.items()]
+    rows += [row(methods.find(name).title, by, "val" not in name.split("+")) for name, by in cells.items()]
     pictures = "\n".join(f"![{title}: {path.stem.split('-', 2)[2].replace('-', ' ')}]({path.name})" for path in drawn)
     parts = [
         f"## {title}",

@@ -31,11 +31,22 @@ class Setting(NamedTuple):
     preset: Preset
 
     def balancer(
-        self, terms: Mapping[str, Term], weighting: nn.Module, *, lr: float, weight_decay: float = 0.0, **options: Any
+        self,
+        terms: Mapping[str, Term],
+        weighting: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        terms_lr: float = 1e-2,
+        **options: Any,
     ) -> BilevelLossBalancer:
-        """A balancer of these parts, whose weight model is learned by Adam."""
+        """A balancer of these parts, whose weight model is learned by Adam, as are terms with parameters."""
         model = beside(self.student, weighting)
         optimizer = adam(model, lr, weight_decay)
+        for term in terms.values():
+            if isinstance(term, nn.Module):
+                own = beside(self.student, term).parameters()
+                optimizer.add_param_group({"params": list(own), "lr": terms_lr, "weight_decay": 0.0})
         parts = {"optimizer": self.optimizer, "teacher": self.teacher, "weighting": model, **options}
         return BilevelLossBalancer(self.student, terms, weighting_optimizer=optimizer, **parts)
 

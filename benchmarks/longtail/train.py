@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.longtail import mosaics, teachers
 from benchmarks.longtail.fit import Where, fit, optimizer_of
@@ -16,7 +16,7 @@ from benchmarks.longtail.methods import Method
 from benchmarks.longtail.presets import DECAYS, Preset
 from benchmarks.longtail.steps import InHalf
 from metakd import terms
-from metakd.longtail import Images, LongTailed, build_model, evaluate, group_classes, load_images
+from metakd.longtail import Batches, Images, LongTailed, build_model, evaluate, group_classes, load_images
 
 __all__ = ["Cell", "Where", "data_of", "network", "optimizer_of", "settings_of", "student_of", "teacher_of"]
 
@@ -51,25 +51,43 @@ def images_of(dataset: str, where: Where) -> Images:
 
 
 def data_of(cell: Cell, preset: Preset, where: Where) -> LongTailed:
-    """The cell's long tail; the same for all methods."""
-    return LongTailed.cut(
+    """The cell's long tail; the same for all methods.
+
+    For a choice among methods, images that are neither training nor validation images are in the test images' place.
+    """
+    meta, choice = preset.validation_per_class, preset.choice_per_class
+    data = LongTailed.cut(
         images_of(cell.dataset, where),
         cell.imbalance,
         batch_size=preset.batch_size,
-        validation_per_class=preset.validation_per_class,
+        validation_per_class=None if meta is None else meta + choice,
         seed=cell.seed,
         device=where.device,
     )
+    if not choice:
+        return data
+    rows = torch.arange(len(data.validation.targets)).view(len(data.classes), -1)  # they lie class by class
+    parts = (_part(data.validation, some.flatten()) for some in (rows[:, :meta], rows[:, meta:]))
+    return replace(data, validation=next(parts), test=next(parts))
 
 
-def with_validation_images(data: LongTailed) -> LongTailed:
-    """The same data with the validation images among the training images."""
+def with_validation_images(data: LongTailed, *, half: bool = False) -> LongTailed:
+    """The same data with the validation images among the training images, or half of them, which leaves the others."""
     train, more = data.train, data.validation
+    if half:
+        rows = torch.arange(len(more.targets)).view(len(data.classes), -1)
+        first, second = rows.tensor_split(2, dim=1)
+        data, more = replace(data, validation=_part(more, second.flatten())), _part(more, first.flatten())
     joined = replace(
         train, images=torch.cat([train.images, more.images]), targets=torch.cat([train.targets, more.targets])
     )
     counts = torch.bincount(joined.targets, minlength=len(data.classes)).tolist()
     return replace(data, train=joined, counts=tuple(counts))
+
+
+def _part(batches: Batches, rows: Tensor) -> Batches:
+    rows = rows.to(batches.targets.device)
+    return replace(batches, images=batches.images[rows], targets=batches.targets[rows])
 
 
 def teacher_of(
@@ -105,8 +123,8 @@ def student_of(cell: Cell, preset: Preset, where: Where, method: Method) -> dict
     if where.fast:
         teacher = InHalf(teacher).eval()
     data = data_of(cell, preset, where)
-    if "val" in suffix:
-        data = with_validation_images(data)
+    if {"val", "half"} & {*suffix}:
+        data = with_validation_images(data, half="half" in suffix)
     result = trained(cell, preset, where, teacher, data, method, DECAYS)
     return result | {"teacher": {key: of_teacher[key] for key in ("test", "validation", "seconds")}}
 

@@ -51,7 +51,13 @@ def objective_of(name, preset=SMOKE, device="cpu"):
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
-@pytest.mark.parametrize("name", ["kd", "mixture", "dkd", "kd-late", "kd-classes", "best", "bikd-mix", "mwn-rarity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kd", "mixture", "dkd", "kd-late", "kd-classes", "best", "bikd-mix", "mwn-rarity",
+        "best-all", "best-smooth", "best-k5", "best-mirror", "network",
+    ],
+)  # fmt: skip
 def test_replayed_iterations_are_those_as_written(name, device):
     preset = replace(SMOKE, epochs=30)  # dkd's weights rise over the first epochs
     losses, students = [], []
@@ -218,6 +224,14 @@ def test_mosaics_of_a_long_tail_hold_what_it_needs(tmp_path, monkeypatch):
     mosaics.write(pictures(), tmp_path / "toy", imbalance=5.0)
     found = mosaics.read(tmp_path / "toy")
     assert torch.bincount(found.train_targets).tolist() == [110 + 10, 49 + 10, 22 + 10]
+
+
+def test_mosaics_for_a_choice_hold_both_long_tails(tmp_path, monkeypatch):
+    monkeypatch.setattr(mosaics, "VALIDATION", 30)
+    mosaics.write(pictures(), tmp_path / "toy", imbalance=5.0, validation=90)
+    found = mosaics.read(tmp_path / "toy")
+    # 110 + 10 and 90 + 30 of the first class, 40 + 30 and 18 + 30 of the others where 30 are set aside
+    assert torch.bincount(found.train_targets).tolist() == [120, 40 + 30, 18 + 30]
 
 
 def test_a_mosaic_that_lacks_images_is_refused(tmp_path):

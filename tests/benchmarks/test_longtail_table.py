@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.longtail import methods, report, snapshots
+from benchmarks import longtail_table
+from benchmarks.longtail import best, candidates, figures, methods, parts, ranking, report, snapshots
 from benchmarks.longtail.fixed import ClassBalanced, Fixed
 from benchmarks.longtail.learned import CONTROLS, MeanOverEpoch, Permuted
 from benchmarks.longtail.presets import PRESETS
@@ -69,6 +70,13 @@ def test_the_command_writes_a_table_that_a_second_command_joins(tmp_path):
     assert all(f"({name})" in readme for name in pictures)
     command(tmp_path, "--methods", "kd", "bikd", "--cost")
     assert "## Cost" in (out / "README.md").read_text()
+
+
+def test_the_report_of_a_choice_says_so():
+    cell = {"settings": {"seed": 10, "dataset": "digits", "imbalance": 20.0, "method": "kd"}, "versions": {}}
+    cell |= {"hardware": {"processor": "x", "cores": 2}, "device": "cpu", "threads": 1, "command": "python x.py"}
+    assert "8 training images a class that were set aside" in report.head([cell], PRESETS["smoke-choice"])
+    assert "set aside" not in report.head([cell], SMOKE)
 
 
 def test_the_teacher_is_trained_once_for_all_methods(where, monkeypatch):
@@ -131,7 +139,104 @@ def test_the_validation_images_join_the_training_images(where):
     assert torch.equal(joined.train.images[-len(data.validation.images) :], data.validation.images)
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*methods.TABLE, *methods.METHODS]))
+def test_half_of_the_validation_images_join_and_the_others_judge(where):
+    data = data_of(Cell("digits", 20.0, "best+half", 0), SMOKE, where)
+    joined = with_validation_images(data, half=True)
+    half = SMOKE.validation_per_class // 2
+    assert list(joined.counts) == [count + half for count in data.counts]
+    assert torch.bincount(joined.validation.targets).tolist() == [half] * 10
+    added = joined.train.images[len(data.train.images) :]
+    both = torch.cat([added, joined.validation.images]).flatten(1)
+    assert torch.equal(both.unique(dim=0), data.validation.images.flatten(1).unique(dim=0))
+
+
+def test_learned_weights_take_the_validation_images_as_training_images_too(where):
+    cell = Cell("digits", 20.0, "best+val", 0)
+    found, without = (
+        student_of(cell._replace(method=name), SMOKE, where, methods.find(name)) for name in ("best+val", "best")
+    )
+    assert sum(found["counts"]) == sum(without["counts"]) + 10 * SMOKE.validation_per_class
+    assert "validation images" in methods.find("best+val").title and methods.find("best+val+frozen").control == "frozen"
+    assert found["history"] != without["history"]
+
+
+def test_a_choice_sees_no_test_image_and_no_image_twice(where):
+    preset = PRESETS["smoke-choice"]
+    data, plain = (data_of(Cell("digits", 20.0, "kd", 10), of, where) for of in (preset, SMOKE))
+    assert torch.bincount(data.test.targets).tolist() == [preset.choice_per_class] * 10
+    assert torch.bincount(data.validation.targets).tolist() == [preset.validation_per_class] * 10
+    parts = [{image.numpy().tobytes() for image in part.images} for part in (data.train, data.validation, data.test)]
+    test = {image.numpy().tobytes() for image in plain.test.images}
+    assert not any(one & other for i, one in enumerate([*parts, test]) for other in [*parts, test][i + 1 :])
+    assert settings_of(Cell("digits", 20.0, "kd", 10), preset, methods.find("kd"))["choice_per_class"] == 8
+    assert "choice_per_class" not in settings_of(Cell("digits", 20.0, "kd", 10), SMOKE, methods.find("kd"))
+
+
+def test_a_cell_that_fails_leaves_the_others_their_turn(tmp_path, monkeypatch):
+    def fails(cell, *rest):
+        if cell.method == "kd":
+            raise MetaKDError("not this one")
+        return student_of(cell, *rest)
+
+    monkeypatch.setattr(longtail_table, "student_of", fails)
+    options = ["--preset", "smoke", "--seeds", "0", "--methods", "kd", "ce", "--no-report", "--device", "cpu"]
+    folders = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/longtail_table.py", *options, "--threads", "1", *folders])
+    with pytest.raises(MetaKDError, match="each of digits-20/kd-0; all other"):
+        longtail_table.main()
+    assert [path.stem for path in (tmp_path / "out").rglob("*.json")] == ["ce-0"]
+
+
+def test_methods_are_ranked_by_what_they_gain_in_the_cells_that_both_have(tmp_path):
+    (tmp_path / "cells" / "x").mkdir(parents=True)
+    for method, seed, accuracy in (("a", 0, 50), ("a", 1, 60), ("b", 1, 63), ("c", 0, 51), ("c", 1, 61), ("d", 2, 9)):
+        about = {"dataset": "x", "imbalance": 5.0, "method": method, "seed": seed}
+        cell = {"settings": about, "test": {"overall": accuracy}}
+        (tmp_path / "cells" / "x" / f"{method}-{seed}.json").write_text(json.dumps(cell))
+    assert ranking.ranked(ranking.read(tmp_path), "a") == [("b", [3]), ("c", [1, 1]), ("a", [0, 0])]
+
+
+def test_learned_terms_start_as_the_fixed_ones_and_every_part_of_them_moves():
+    torch.manual_seed(0)
+    made = setting()
+    counts, logits = made.counts, torch.randn(5, 3)
+    batch = Batch(None, torch.tensor([0, 1, 2, 0, 2]), torch.randn(5, 3))
+    fixed = best.terms(counts)
+    torch.testing.assert_close(parts.LearnedLabel(counts)(logits, batch), fixed["label"](logits, batch))
+    torch.testing.assert_close(parts.LearnedTeacher(counts)(logits, batch), fixed["teacher"](logits, batch))
+    balancer = methods.find("best-smooth")(made).balancer
+    before = {name: [p.clone() for p in term.parameters()] for name, term in balancer.terms.items() if is_module(term)}
+    for _ in range(2):
+        balancer(batches(1)[0], batches(2)[1]).backward()
+    assert [len(own) for own in before.values()] == [3, 2]
+    for name, own in before.items():
+        assert not any(torch.equal(old, p) for old, p in zip(own, balancer.terms[name].parameters(), strict=True))
+    rates = [group["lr"] for group in balancer.weighting_optimizer.param_groups]
+    assert rates == [SMOKE.weighting_lr, 1e-2, 1e-2]
+
+
+def test_weights_by_the_teacher_tell_right_from_wrong():
+    model = parts.ByTeacher((90, 10), terms=2)
+    with torch.no_grad():
+        model.table.free.copy_(torch.arange(8.0).view(4, 2))
+    teacher = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0]])  # the last one says 1 without the prior
+    found = model(torch.zeros(3, 1), Batch(None, torch.tensor([0, 0, 1]), teacher))
+    assert torch.equal(found, model.table.all_weights()[[1, 0, 3]])
+
+
+def test_what_terms_learned_is_kept(where):
+    cell = Cell("digits", 20.0, "best-offsets", 0)
+    found = json.loads(json.dumps(student_of(cell, SMOKE, where, methods.find("best-offsets"))))
+    history = figures.history_of(found["learned"], 10)
+    assert len(history.learned) == 4
+    assert history.over_time(history.learned[0]) is not None
+
+
+def is_module(term):
+    return isinstance(term, nn.Module)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([*methods.TABLE, *methods.METHODS, *candidates.CHOICE]))
 def test_every_method_trains(name):
     made = setting()
     objective = methods.find(name)(made)
@@ -195,7 +300,9 @@ def test_late_weights_come_with_the_first_decay():
     assert found == [1.0] * 13 + [5.0] * 7
 
 
-@pytest.mark.parametrize("name", ["none", "kd+frozen", "bikd+val", "bikd+other", "kd+"])
+@pytest.mark.parametrize(
+    "name", ["none", "kd+frozen", "kd+half", "bikd+other", "bikd+val+val", "bikd+frozen+val", "kd+"]
+)
 def test_names_that_are_not_there(name):
     with pytest.raises(MetaKDError, match="there is no method"):
         methods.find(name)

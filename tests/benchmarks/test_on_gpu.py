@@ -1,5 +1,6 @@
 """Minutes with a GPU: the jobs' order, their limits, what is not done again, and a rehearsal on the CPU."""
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import on_gpu
 from benchmarks.common import clocks, measure
 from benchmarks.common.measure import ROOT
 from benchmarks.gpu import estimate, tests
@@ -18,6 +20,10 @@ from benchmarks.gpu.jobs import UNFINISHED, Job
 from benchmarks.gpu.log import Log
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.work import Work
+from benchmarks.longtail import methods
+from benchmarks.longtail.candidates import CHOICE
+from benchmarks.longtail.learned import Learned
+from metakd import MetaKDError
 
 
 def job(name, code="pass", limit=20.0, **more):
@@ -144,6 +150,80 @@ def test_the_jobs_come_in_the_order_of_worth():
     assert names.index("best-cifar10-50-2") < names.index("teacher-cifar100-100-0")
     assert all(job.need > 30 for job in full() if "cifar" in job.name)
     assert sum(job.limit for job in full()[:7]) < 9 * 60 < sum(job.need for job in full() if job.name.endswith("50-0"))
+
+
+def small(*options):
+    """The jobs of a plan of many small students, as the command has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["on_gpu.py", *options])
+        args = on_gpu.parse_arguments()
+    return args, on_gpu.plan_of(args).jobs()
+
+
+def option(job, name):
+    rest = job.command[job.command.index(name) + 1 :]
+    return [*itertools.takewhile(lambda word: not word.startswith("--"), rest)]
+
+
+def test_many_small_students_come_after_their_teachers_seed_by_seed():
+    args, jobs = small("--plan", "small", "--seeds", "0", "2", "--methods", "best+val", "mixture", "kd")
+    assert args.together == 14 and str(args.output) == "benchmarks/results/gpu/small"
+    names = [job.name for job in jobs]
+    cells = [f"cifar10-{imbalance}-{seed}" for seed in (0, 2) for imbalance in (50, 100)]
+    students = [f"{methods}-{cell}" for cell in cells for methods in ("best+val,mixture", "kd")]
+    assert names == [*(f"teacher-{cell}" for cell in cells), *students]
+    assert all(job.beside and job.stops for job in jobs)
+    assert {job.after for job in jobs} == {None, *names[:4]}
+    first = jobs[4]
+    assert option(first, "--methods") == ["best+val", "mixture"] and option(first, "--seeds") == ["0"]
+    assert option(first, "--imbalances") == ["50"] and option(first, "--preset") == ["small"]
+    assert option(jobs[0], "--methods") == []
+
+
+def test_the_choice_compares_all_candidates_on_seeds_of_its_own():
+    _, jobs = small("--plan", "choice", "--cells", "3", "--imbalances", "50")
+    trained = [name for job in jobs if job.after for name in option(job, "--methods")]
+    assert trained == 2 * [*CHOICE] and len({*CHOICE}) == len(CHOICE)
+    assert {option(job, "--seeds")[0] for job in jobs} == {"10", "11"}
+    assert {option(job, "--preset")[0] for job in jobs} == {"choice"}
+    learned = {name for name in CHOICE if isinstance(methods.find(name), Learned)}
+    assert len({*CHOICE} - learned) >= 10 and {"best+val", "mixture+val", "mixture", "best"} < {*CHOICE}
+
+
+def test_a_rehearsal_of_many_small_students_names_its_own_cells():
+    _, jobs = small("--plan", "choice", "--preset", "smoke-choice", "--device", "cpu", "--methods", "kd")
+    assert [job.name for job in jobs] == ["teacher-digits-20-10", "kd-digits-20-10"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [(["--methods", "kd"], SystemExit), (["--plan", "small", "--methods", "no"], MetaKDError)]
+)
+def test_options_that_do_not_fit_the_plan(options, error):
+    with pytest.raises(error):
+        small(*options)
+
+
+@pytest.mark.slow
+def test_many_small_students_in_small(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/on_gpu.py",
+        "--plan",
+        "choice",
+        "--preset",
+        "smoke-choice",
+        "--device",
+        "cpu",
+    ]
+    command += ["--minutes", "10", "--methods", "best+val", "mixture+val", "best", "--cells", "2", "--together", "2"]
+    command += ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = json.loads((tmp_path / "out" / "jobs.json").read_text())["jobs"]
+    assert len(jobs) == 3 and {job["status"] for job in jobs.values()} == {"done"}, jobs
+    cells = {path.stem for path in (tmp_path / "out" / "table").rglob("*.json")}
+    assert cells == {"best+val-10", "mixture+val-10", "best-10"}
 
 
 def test_the_estimate_is_that_of_the_operations():
