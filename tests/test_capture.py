@@ -175,7 +175,7 @@ KINDS = {
 }
 
 
-def loop(device, about, options, *, capture):
+def loop(device, about, options, *, capture, check_every=2):
     """A student, its balancer, and a function that takes a step."""
     torch.manual_seed(0)
     student, teacher = (about.get("build", convolutional)().to(device, torch.float64) for _ in range(2))
@@ -196,7 +196,7 @@ def loop(device, about, options, *, capture):
         optimizer.step()
         return loss.detach()
 
-    return student, optimizer, balancer, balancer.capture(iteration, check_every=2) if capture else iteration
+    return student, optimizer, balancer, balancer.capture(iteration, check_every=check_every) if capture else iteration
 
 
 def images(count, size=6, device="cpu"):
@@ -234,7 +234,7 @@ def test_a_captured_iteration_learns_the_same(kind, device):
 
 @needs_gpu
 def test_a_fault_in_a_replay_is_reported_when_its_checks_are_read():
-    *_, balancer, step = loop("cuda", {}, {}, capture=True)
+    *_, balancer, step = loop("cuda", {}, {}, capture=True, check_every=100)
     good, meta = images(WARM_UP + 4, device="cuda"), images(1, 5, "cuda")[0]
     for batch in good[:-1]:
         step(batch, meta)

@@ -113,7 +113,8 @@ class Replay:
         # their memory. Other threads, such as a loader's that pins memory, may go on.
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, **options):
+            with warnings.catch_warnings(), torch.cuda.graph(graph, **options):
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # as after an error
                 result = self.iteration(*shape.items)
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a broken capture raises an error of its own

@@ -133,6 +133,8 @@ def _kernel(
     g: Tensor, x: Tensor, gamma: Tensor | None, mean: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """J g (K g without gamma), <g, x_hat> and <g, 1>."""
+    if gamma is None:
+        gamma = torch.ones_like(mean)  # without it CUDA's kernel cannot give the second and third result
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         g, x, gamma, None, None, mean, scale, True, eps, [True, True, True]
     )

@@ -22,13 +22,14 @@ from metakd._autodiff import (
 from metakd.errors import MetaKDError
 from metakd.estimators.curvature import twice_differentiable
 from metakd.estimators.problem import Problem
-from metakd.estimators.tolerance import as_share, tolerance_of
+from metakd.estimators.tolerance import as_share, full_float32, tolerance_of
 from metakd.estimators.verification import compare_influence
 from metakd.inner import Params
 
 Products = tuple[Gradients, Gradients]
 
 
+@full_float32()
 def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Params) -> None:
     """Raise if a double backward gives other derivatives of the losses along u than first-order gradients do."""
     assert problem.weighted is not None
@@ -46,6 +47,7 @@ def reject_wrong_influence(problem: Problem, params: Params, batch: Any, u: Para
         raise MetaKDError(f"reverse mode is wrong on this model: {found}. {_CAUSES}")
 
 
+@full_float32()
 def reject_wrong_products(
     problem: Problem, params: Params, meta: Params, batch: Any, u: Params, found: Products
 ) -> None:

@@ -27,6 +27,7 @@ from metakd.estimators.dual import LevelTaken, dual_numbers, duals
 from metakd.estimators.influence import influence
 from metakd.estimators.problem import Problem, WeightedLosses
 from metakd.estimators.through_terms import ThroughTerms
+from metakd.estimators.tolerance import full_float32
 from metakd.estimators.verification import compare_influence
 from metakd.estimators.walk import Products
 from metakd.inner import Params
@@ -122,7 +123,9 @@ def _compared_influence(
     tangent = influence(problem.weighted.at(meta, through), params, batch, u)
     if problem.memory.compare:
         problem.memory.compare = False
-        found = compare_influence(problem, params, batch, u, tangent)
+        with full_float32() as rounded:
+            fine = influence(problem.weighted.at(meta), params, batch, u) if rounded else tangent
+            found = compare_influence(problem, params, batch, u, fine)
         if found is not None:
             raise _WrongTangents(f"forward mode is wrong on this model, {found}")
         if problem.weighted.learned:

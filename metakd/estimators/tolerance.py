@@ -1,5 +1,8 @@
 """How far two computations of one derivative may differ, given their arithmetic's precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,35 @@ def tolerance_of(losses: Tensor) -> float:
     metadata = [m for node in graph_nodes(losses) for m in getattr(node, "_input_metadata", ())]
     dtypes = {losses.dtype} | {m.dtype for m in metadata if m.dtype.is_floating_point}
     return max(tolerance(dtype, losses.device.type) for dtype in dtypes)
+
+
+@contextmanager
+def full_float32() -> Iterator[bool]:
+    """A block in which products in float32 are not rounded to TF32 or bfloat16; gives whether they were outside.
+
+    Comparisons need it: rounded products allow only a `tolerance` of 0.3, and cuDNN rounds by default.
+
+    Examples:
+        >>> with full_float32() as rounded:
+        ...     print(rounded)
+        False
+    """
+    try:
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user set newer names, which the old ones cannot express
+        yield False
+        return
+    rounded = products != "highest" or (convolutions and torch.cuda.is_available())
+    if not rounded:
+        yield False
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield True
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def as_share(error: float) -> str:

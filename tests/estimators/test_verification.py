@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from metakd import MetaKDError
+from metakd import BilevelLossBalancer, MetaKDError
 from metakd.estimators import FiniteDifference, IdentityJacobian, Memory, OneStep
 from metakd.estimators.influence import influence
-from metakd.estimators.tolerance import tolerance
+from metakd.estimators.tolerance import full_float32, tolerance
 from metakd.estimators.verification import Disagreement, compare_influence
 from metakd.inner import apply
+from metakd.terms import CrossEntropy
 from tests.estimators.problems import relative
 from tests.estimators.weighted import CLASSES, data, hard, mlp, soft, weighted_problem
 from tests.zoo import CHECKPOINTS_HAVE_FORWARD_MODE, ZOO
@@ -254,3 +255,29 @@ def test_the_tolerance_follows_the_dtype(dtype, value):
 
 def test_a_disagreement_reads_well():
     assert str(Disagreement(3e-4, None, None)) == "the influence of all terms together is off by 3.0e-04 of its size"
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_comparisons_are_not_rounded_to_tf32(products):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(products)
+    try:
+        with full_float32() as rounded:
+            assert rounded is (products != "highest" or (before[1] and torch.cuda.is_available()))
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert tolerance(torch.float32, "cuda") < 0.01 or not rounded
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (products, before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_fault_is_found_on_a_gpu_that_rounds_to_tf32(at):
+    x, y = (value.cuda() for value in data(dtype=torch.float32))
+    student = deep(at, Reversed.apply, torch.float32).cuda()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = BilevelLossBalancer(student, {"hard": CrossEntropy()}, optimizer=optimizer, estimator=OneStep())
+    balancer.to("cuda")
+    with pytest.warns(UserWarning, match="forward mode is wrong on this model"):
+        balancer((x, y), (x.flip(0), y.flip(0)))

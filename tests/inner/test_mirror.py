@@ -407,11 +407,11 @@ def test_counts_that_are_kept_on_the_device(kind, kernel):
         pytest.skip("this optimizer has no such flag")
     try:
         optimizer = kind([p, q], lr=0.1, **{kernel: True})
+        for _ in range(2):
+            p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+            optimizer.step()
     except RuntimeError as error:
         pytest.skip(str(error))  # torch has no such kernel on this device
-    for _ in range(2):
-        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
-        optimizer.step()
     with pytest.MonkeyPatch.context() as patch:
         transfers, cpu = [], torch.Tensor.cpu
         patch.setattr(torch.Tensor, "cpu", lambda t: (transfers.append(t), cpu(t))[1])
