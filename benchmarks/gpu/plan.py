@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common.loops import MODES
-from benchmarks.common.measure import ROOT
 from benchmarks.gpu.estimate import known
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.table import Table
@@ -13,7 +12,6 @@ from benchmarks.gpu.table import Table
 METHODS = ("kd", "mixture", "bikd-mix", "best")
 GRAPHS = tuple(name for name in MODES if "graph" in name)
 COMPILED = tuple(name for name in MODES if "compiled" in name)
-PARTS = 8
 LOOPS = ("accumulate=1", "accumulate=5", "every=5", "simultaneous", "published way")
 
 
@@ -28,6 +26,7 @@ class Plan:
         data: the images, as mosaics in `<data set>`, or where torchvision has them.
         tests: run with tensors on the device by default.
         gpu_tests: the files from which those that skip without a GPU are run.
+        parts: in which the tests run side by side.
         cases: of the measurements.
         overhead: likewise, of `overhead.py` and of CUDA graphs.
         loops: measured as written.
@@ -48,6 +47,7 @@ class Plan:
     data: Path | None
     tests: Sequence[str] = ("tests/estimators", "tests/test_no_trace.py")
     gpu_tests: Sequence[str] = ()
+    parts: int = 8
     cases: Sequence[str] = ("resnet8x4", "resnet20", "transformer")
     overhead: Sequence[str] = ("resnet8x4", "resnet20", "mlp32", "transformer")
     loops: Sequence[str] = LOOPS
@@ -69,26 +69,34 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All of them, in order."""
         first, *more = self.tables
-        found = [*self._tests(), *self._cost(), *self._device_tests(), *self._table(*first), *self._compiled()]
+        found = [
+            *self._tests("tests-gpu", 60, "--only-gpu", *self.gpu_tests),
+            *self._cost(),
+            *self._tests("tests-device", 80, "--device", self.device, *self.tests),
+            *self._table(*first),
+            *self._compiled(),
+        ]
         for table in more:
             found += self._table(*table)
         return found
 
-    def _tests(self) -> Iterator[Job]:
-        command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / "tests-gpu"), "--only-gpu")
-        needs = ("pytest", "hypothesis")
-        yield Job("tests-gpu", (*command, *self.gpu_tests), 60 * self.scale, packages=needs, stops=True)
-
-    def _device_tests(self) -> Iterator[Job]:
+    def _tests(self, name: str, limit: float, *options: str) -> Iterator[Job]:
         """In parts that run side by side."""
-        paths = [ROOT / path for path in self.tests]
-        files = [path for found in paths for path in (sorted(found.rglob("test_*.py")) if found.is_dir() else [found])]
-        for part in range(min(PARTS, len(files))):
-            name = f"tests-device-{part + 1}"
-            command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / name), "--device", self.device)
-            mine = [str(path.relative_to(ROOT)) for path in files[part::PARTS]]
+        for part in range(self.parts):
+            output = str(self.output / f"{name}-{part + 1}")
+            command = (
+                "-m",
+                "benchmarks.gpu.tests",
+                "--output",
+                output,
+                "--part",
+                str(part),
+                "--parts",
+                str(self.parts),
+            )
             needs = ("pytest", "hypothesis")
-            yield Job(name, (*command, *mine), 80 * self.scale, packages=needs, stops=True, beside=True)
+            seconds, job = limit * self.scale, f"{name}-{part + 1}"
+            yield Job(job, (*command, *options), seconds, packages=needs, stops=True, beside=True)
 
     def _cost(self) -> Iterator[Job]:
         yield self._measured("overhead", "benchmarks/overhead.py", 75, "--cases", *self.overhead)

@@ -28,19 +28,33 @@ NEEDS_GPU = re.compile(r"needs a GPU")
 OPTIONS = ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 ON_DEVICE = (".*on CUDA torch's own kernels have second derivatives", "Sparse invariant checks")
 """Warnings on a GPU, and nowhere else, which tests written for a CPU do not expect."""
+OF_THE_CPU = {
+    "test_the_numbers_of_layer_norm": "numbers that the CPU's generator drew",
+    "test_they_are_finite_differences[det-": "matrices that the GPU's generator draws are nearly singular",
+    "weight_norm": "on a GPU torch's kernel takes a root in float32, also of float64; test_gpu.py has it",
+    "before_it[lstm": "cuDNN's has no double backward, which a function of one's own is told",
+    "before_it[gru": "likewise",
+    "before_it[rnn": "likewise",
+    "test_two_threads_take_turns": "the default device is one thread's",
+    "test_fused_attention_fails_by_name": "the kernel that it asks for is the CPU's",
+    "test_reverse_mode_does": "with a default device torch calls its functions twice",
+    "[Adjoint(mode='forward', offload=None)": "torch's dropout on a GPU has no forward mode in its backward pass",
+}
+"""Tests that mean the CPU, and why."""
 DRAWS = ("rand", "randn", "randint", "randperm", "normal")
 
 
 class Keeper:
     """A plugin of pytest that chooses the tests and keeps their outcomes."""
 
-    def __init__(self, output: Path, only_gpu: bool, until: float | None) -> None:
-        self.lines, self.only_gpu, self.until = output.with_suffix(".jsonl"), only_gpu, until
+    def __init__(self, output: Path, only_gpu: bool, until: float | None, part: slice = slice(None)) -> None:
+        self.lines, self.only_gpu, self.until, self.part = output.with_suffix(".jsonl"), only_gpu, until, part
         self.known = read(self.lines)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what has been run, and what does not need a GPU."""
-        chosen = [item for item in items if item.nodeid not in self.known and (needs_gpu(item) or not self.only_gpu)]
+        """Leave out other parts, what has been run, and what does not need a GPU or is about the CPU."""
+        asked = [item for item in items if needs_gpu(item) or not (self.only_gpu or of_the_cpu(item))][self.part]
+        chosen = [item for item in asked if item.nodeid not in self.known]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -72,6 +86,11 @@ class Keeper:
 def needs_gpu(item: pytest.Item) -> bool:
     """Whether a test is skipped without a GPU."""
     return any(NEEDS_GPU.search(str(mark.kwargs.get("reason", ""))) for mark in item.iter_markers("skipif"))
+
+
+def of_the_cpu(item: pytest.Item) -> bool:
+    """Whether a test is about the CPU alone, see `OF_THE_CPU`."""
+    return any(name in item.nodeid for name in OF_THE_CPU)
 
 
 def files_of(root: Path = ROOT) -> list[str]:
@@ -130,12 +149,15 @@ def main() -> int:
     parser.add_argument("--only-gpu", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--until", type=float)
+    parser.add_argument("--part", type=int, default=0, help="of --parts")
+    parser.add_argument("--parts", type=int, default=1)
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".jsonl").touch()
     if args.device and args.device != "cpu":
         use(args.device)
-    keeper = Keeper(args.output, args.only_gpu, None if args.until is None else start + args.until)
+    until = None if args.until is None else start + args.until
+    keeper = Keeper(args.output, args.only_gpu, until, slice(args.part, None, args.parts))
     paths = args.paths or files_of()
     elsewhere = [option for words in ON_DEVICE for option in ("-W", f"ignore:{words}")] if args.device else []
     status = pytest.main([*OPTIONS, *elsewhere, "-o", "addopts=", *paths], plugins=[keeper])

@@ -6,6 +6,7 @@ import torchopt
 from torch import nn
 from torch.func import functional_call
 
+from metakd._basics.rng import RngState
 from metakd.estimators import Memory, Problem, WeightedLosses
 from metakd.inner import repaired
 
@@ -23,12 +24,12 @@ def soft(z, y):
 def weighted_problem(module, x, y, terms=(hard, soft), *, autocast=False, memory=None, lr=0.1):
     """A problem in the weights (B, M); each pass has the same buffers and random numbers."""
     buffers = {name: b.clone() for name, b in module.named_buffers()}
-    rng = torch.get_rng_state()
+    rng = RngState.capture([x.device])
     names = [getattr(term, "__name__", str(k)) for k, term in enumerate(terms)]
 
     def outputs(params, inputs):
-        torch.set_rng_state(rng)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rng.restore()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             return functional_call(module, {**params, **{n: b.clone() for n, b in buffers.items()}}, (inputs,))
 
     def losses(params, batch):
