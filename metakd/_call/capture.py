@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metakd._basics.positive_int import positive_int
 from metakd._basics.rng import capturing
@@ -45,11 +45,11 @@ def captured(balancer: Any, iteration: Callable[..., Any], check_every: int) -> 
     """See `BilevelLossBalancer.capture`."""
     positive_int(check_every, "check_every")
     device = next(iter(balancer._functional.trainable().values())).device
-    if device.type == "cuda":
-        make_capturable(balancer.weighting_optimizer)
 
     def deferred(*items: Any) -> Any:
         if not capturing():
+            if device.type == "cuda":
+                make_capturable(balancer.weighting_optimizer)  # again, as a loaded state may have undone it
             try:
                 balancer.read_checks()
             finally:
@@ -106,14 +106,16 @@ def constants_of(balancer: Any) -> Constants:
     """What the graph of a balancer's iteration holds as constants, by name."""
     called = {**balancer.terms, "the meta loss": balancer.meta_loss}
     every = [*optimizers(balancer.optimizer), *filter(None, [balancer.weighting_optimizer])]
-    held = [balancer.student, balancer.weighting, *balancer._called()]
+    teachers = balancer.teacher if isinstance(balancer.teacher, list | tuple) else [balancer.teacher]
+    held = [balancer.student, balancer.weighting, *teachers, *balancer._called()]
     modules = [m for part in held if isinstance(part, nn.Module) for m in part.modules()]
     parts = [*modules, *(part for part in held if not isinstance(part, nn.Module))]
     return {
         "modules, hooks or terms": balancer._proofs.key(balancer._functional, (), called, balancer.estimator),
-        "the memory of parameters": tuple(_tensors(modules)),
-        "an attribute": tuple(_numbers(parts)),
+        "an attribute": tuple((id(part), *_attributes(part)) for part in parts),
+        "the memory of parameters": tuple(_memory_of(modules)),
         "a number of an optimizer": tuple(map(numbers_of, every)),
+        "the memory of an optimizer's state": tuple(map(state_of, every)),
     }
 
 
@@ -123,8 +125,13 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> Hashable:
         (key, tuple(map(id, value)) if key == "params" else repr(value))
         for group in optimizer.param_groups
         for key, value in group.items()
-        if not isinstance(value, torch.Tensor)
+        if not isinstance(value, Tensor)
     )
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> Hashable:
+    """Where an optimizer's state lies: loading a state replaces its tensors."""
+    return tuple(t.data_ptr() for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
 
 
 def make_capturable(optimizer: torch.optim.Optimizer | None) -> None:
@@ -137,14 +144,15 @@ def make_capturable(optimizer: torch.optim.Optimizer | None) -> None:
                     optimizer.state[p]["step"] = step.to(p.device)  # type: ignore[union-attr]
 
 
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Hashable]:
+def _memory_of(modules: Iterable[nn.Module]) -> Iterator[Hashable]:
     for module in modules:
         for kind in (module._parameters, module._buffers):
             yield from ((name, t.data_ptr(), t.requires_grad) for name, t in kind.items() if t is not None)
 
 
-def _numbers(parts: Iterable[Any]) -> Iterator[Hashable]:
-    for part in parts:
-        for name, value in getattr(part, "__dict__", {}).items():
-            if value is None or type(value) in (bool, int, float, str):
-                yield id(part), name, value
+def _attributes(part: Any) -> Iterator[Hashable]:
+    for name, value in getattr(part, "__dict__", {}).items():
+        if value is None or type(value) in (bool, int, float, str):
+            yield name, value
+        elif isinstance(value, Tensor):
+            yield name, value.data_ptr()

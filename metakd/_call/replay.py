@@ -78,7 +78,7 @@ class Replay:
         self._calls += 1
         now = self.host.constants()
         if changed := [name for name in now if now[name] != self._now.get(name)]:
-            self._now, self._shapes = now, {}
+            self._now, self._shapes, self._pool = now, {}, None
             self._unsteady.update(changed if self._calls > 1 else ())
             self._warn_if_never_captured()
         kind = repr(map_tensors(_described, items))
