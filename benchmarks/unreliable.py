@@ -40,7 +40,7 @@ def main() -> None:
             for seed in args.seeds:
                 key = {"kind": "run", "setting": setting, "meta": meta, "seed": seed, "protocol": preset.protocol()}
                 cell = None
-                for row, variants in rows_of(setting).items():
+                for row, variants in rows_of(setting, few=preset.few).items():
                     if args.rows and row not in args.rows:
                         continue
                     for recipe in variants:

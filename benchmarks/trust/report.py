@@ -85,6 +85,13 @@ def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path
 
 
 def _data(preset: Preset) -> str:
+    if preset.student == "cnn":
+        return (
+            f"Real CIFAR-10 images, {preset.per_class} training images of each class, each channel standardised, not "
+            f"augmented; the student has three 3 x 3 convolutions of stride 2 ({preset.hidden // 2}, {preset.hidden} "
+            f"and {preset.hidden} channels, batch normalisation, ReLU), the mean over the image and a linear layer. "
+            "The main rows, with fewer variants than in the [table on features](../unreliable/README.md)."
+        )
     student = f"the student is a network of one hidden layer of {preset.hidden}."
     if not preset.filters:
         return f"Pixels of scikit-learn's digits, {preset.per_class} training images of each class; {student}"
