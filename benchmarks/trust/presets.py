@@ -52,14 +52,14 @@ class Preset:
         return {k: v for k, v in asdict(self).items() if k not in aside}
 
 
-SMALL = Preset(settings=("sources", "annotators", "pair 40 %", "symmetric 40 %", "long tail", "teachers"))
+SMALL = Preset()
 PRESETS = {
-    # What one CPU core does in three quarters of an hour.
+    # What one CPU core does in an hour.
     "small": SMALL,
     # All of CIFAR-10, wider features and student, five seeds and three sizes of the meta set.
     "paper": replace(
         SMALL, filters=1600, stride=1, components=1024, hidden=512, per_class=4800, steps=5000, metas=(25, 10, 100),
-        seeds=(0, 1, 2, 3, 4), settings=(),
+        seeds=(0, 1, 2, 3, 4),
     ),
     # The second data set, scikit-learn's digits: a few minutes.
     "digits": replace(

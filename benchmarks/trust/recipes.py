@@ -74,9 +74,12 @@ def main_rows(setting: str) -> Rows:
         "CE": [Recipe()],
         "meta images alone": every["meta images alone"][:1],
         "CE + meta": scaled(plus),
+        "GCE": every["GCE"],
         "GCE + meta": every["GCE + meta"][:3],
         "trimming + meta": every["trimming + meta"][1::2],
         "agreement + meta": kept,
+        "agreement twice + meta": every["agreement twice + meta"][::3],
+        "learned table": every["learned table"],
         "learned table + meta": every["learned table + meta"],
         ORACLE: every[ORACLE],
     }
