@@ -256,7 +256,7 @@ def test_the_report_of_few_rows_says_what_the_student_is(tmp_path):
     readme, *_ = report.write(content_of(cells), tmp_path, PRESETS["cnn"])
     text = readme.read_text()
     assert "three 3 x 3 convolutions" in text and "| 9.00 ± 0.00, 2 of 2 seeds |" in text
-    assert "Meta-Weight-Net" not in text
+    assert "| agreement + meta | 4 |" in text and "Meta-Weight-Net" not in text
 
 
 @pytest.mark.slow
