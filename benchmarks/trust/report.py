@@ -60,7 +60,7 @@ def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path
     found: dict[tuple[int, str], dict[str, Row]] = {}
     for meta in sorted({cell["meta"] for cell in cells}, key=lambda m: (m != preset.metas[0], m)):
         for setting in SETTINGS:
-            if of := rows(cells, setting, meta):
+            if of := rows(cells, setting, meta, few=preset.few):
                 found[meta, setting] = of
     main = {setting: of for (meta, setting), of in found.items() if meta == preset.metas[0]}
     drawn = figure.draw({s: of[RECOMMENDED] for s, of in main.items() if RECOMMENDED in of},
