@@ -67,7 +67,7 @@ PRESETS = {
         steps=200, batch_size=64, lr=0.1, metas=(10,), settings=("sources", "annotators"),
     ),
     # A small convolutional network on the images themselves, the main rows: half an hour. The learning rate and the
-    # length are those with which the oracle does well on validation samples of other splits than the table's.
+    # length are those with which the oracle does well on validation samples of other splits than those of the table.
     "cnn": replace(
         SMALL, student="cnn", filters=0, stride=0, components=0, hidden=32, lr=0.3, few=True,
         settings=("sources", "annotators"),
