@@ -1,8 +1,9 @@
 """Unreliable sources, annotators, labels and teachers: what learned weights add, and what else would have done.
 
-    METAKD_CIFAR10=data/cifar10 python benchmarks/unreliable.py --threads 1    # three quarters of an hour of one core
-    python benchmarks/unreliable.py --preset digits --threads 1                # the second data set
-    python benchmarks/unreliable.py --preset smoke                             # seconds: does it run?
+    METAKD_CIFAR10=data/cifar10 python benchmarks/unreliable.py --threads 1               # an hour of one core
+    METAKD_CIFAR10=data/cifar10 python benchmarks/unreliable.py --preset cnn --threads 1  # convolutions: half an hour
+    python benchmarks/unreliable.py --preset digits --threads 1                           # the second data set
+    python benchmarks/unreliable.py --preset smoke                                        # seconds: does it run?
 
 CIFAR-10 is read from the folder that METAKD_CIFAR10 or --data-root names: pictures in `{train,test}/<class>/*`, or
 torchvision's files. Writes results.json and README.md to --output, each run as soon as it is there; the same command
@@ -40,7 +41,7 @@ def main() -> None:
             for seed in args.seeds:
                 key = {"kind": "run", "setting": setting, "meta": meta, "seed": seed, "protocol": preset.protocol()}
                 cell = None
-                for row, variants in rows_of(setting).items():
+                for row, variants in rows_of(setting, few=preset.few).items():
                     if args.rows and row not in args.rows:
                         continue
                     for recipe in variants:

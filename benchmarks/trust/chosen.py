@@ -4,9 +4,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.trust.recipes import Recipe, rows_of
+from benchmarks.trust.recipes import ORACLE, Recipe, rows_of
 
-ORACLE = "oracle + meta"
 SEARCHED = "random search + meta"
 """Every seed draws other mixtures, so that each chooses for itself."""
 
@@ -44,8 +43,8 @@ class Row(NamedTuple):
         return statistics.mean(self.of(key))
 
 
-def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
-    """The rows of a setting and a meta set.
+def rows(cells: CELLS, setting: str, meta: int, *, few: bool = False) -> dict[str, Row]:
+    """The rows of a setting and a meta set; with `few` the main ones.
 
     All of the seeds for which every variant of every row was run; while there are none, each row of the seeds for which
     all its variants were.
@@ -57,7 +56,7 @@ def rows(cells: CELLS, setting: str, meta: int) -> dict[str, Row]:
         keys = [_frozen(recipe.settings()) for recipe in recipes]
         return [seed for seed in sorted({cell["seed"] for cell in here}) if all((key, seed) in found for key in keys)]
 
-    wanted = rows_of(setting)
+    wanted = rows_of(setting, few=few)
     of_all = complete(variant for variants in wanted.values() for variant in variants)
     result = {}
     for name, variants in wanted.items():

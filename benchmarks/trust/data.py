@@ -61,7 +61,15 @@ def images_of(dataset: str, root: Path | None) -> Images:
 
 @cache
 def pool(preset: Preset, root: Path | None, work: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and labels of all training images and all test images; kept in `work`."""
+    """What the student sees of all training images, their labels, and the same of the test images.
+
+    Features are kept in `work`; a convolutional student sees the images, each channel standardised.
+    """
+    if preset.student == "cnn":
+        images = images_of(preset.dataset, root)
+        mean, deviation = channels_of(images.train)
+        seen, unseen = ((part - mean) / deviation for part in (images.train, images.test))
+        return seen, images.train_targets, unseen, images.test_targets
     wanted = {"filters": preset.filters, "stride": preset.stride, "components": preset.components}
     path = work / ("-".join([preset.dataset, *map(str, wanted.values())]) + ".pt")
     if path.exists():
@@ -72,6 +80,12 @@ def pool(preset: Preset, root: Path | None, work: Path) -> tuple[Tensor, Tensor,
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found, path)
     return found
+
+
+def channels_of(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, `(C, 1, 1)` each."""
+    values = images.transpose(0, 1).flatten(1).float()
+    return values.mean(1)[:, None, None], values.std(1)[:, None, None]
 
 
 def parts_of(preset: Preset, meta: int, seed: int, root: Path | None, work: Path, tail: float | None = None) -> Parts:

@@ -49,6 +49,7 @@ class Recipe:
         return asdict(self)
 
 
+ORACLE = "oracle + meta"
 LEARNED = {"gates", "table", "samples", "classes", "teachers", "mwn", "l2rw"}
 Rows = dict[str, list[Recipe]]
 
@@ -58,9 +59,30 @@ def scaled(recipe: Recipe) -> list[Recipe]:
     return [recipe, replace(recipe, scale=2.0, meta=0.3)]
 
 
-def rows_of(setting: str) -> Rows:
-    """Row of the table -> its variants."""
+def rows_of(setting: str, *, few: bool = False) -> Rows:
+    """Row of the table -> its variants; with `few` the main rows of a setting with labels."""
+    if few:
+        return main_rows(setting)
     return of_teachers() if setting == "teachers" else of_labels(setting)
+
+
+def main_rows(setting: str) -> Rows:
+    """The rows that matter most where a run is dear; every row that can has the long step among its variants."""
+    every, plus = of_labels(setting), Recipe(meta=1.0)
+    kept = [r for r in every["agreement + meta"] if r.scale == 2.0 and r.keep < 0.7]
+    return {
+        "CE": [Recipe()],
+        "meta images alone": every["meta images alone"][:1],
+        "CE + meta": scaled(plus),
+        "GCE": every["GCE"],
+        "GCE + meta": every["GCE + meta"][:3],
+        "trimming + meta": every["trimming + meta"][1::2],
+        "agreement + meta": kept,
+        "agreement twice + meta": every["agreement twice + meta"][::3],
+        "learned table": every["learned table"],
+        "learned table + meta": every["learned table + meta"],
+        ORACLE: every[ORACLE],
+    }
 
 
 def of_labels(setting: str) -> Rows:
@@ -99,7 +121,7 @@ def of_labels(setting: str) -> Rows:
         "Meta-Weight-Net + meta": [replace(plus, weights="mwn")],
         "Learning to Reweight": [Recipe(weights="l2rw")],
         "Learning to Reweight + meta": [replace(plus, weights="l2rw")],
-        "oracle + meta": [replace(r, weights="oracle") for r in scaled(plus)],
+        ORACLE: [replace(r, weights="oracle") for r in scaled(plus)],
     }  # fmt: skip
     table = Recipe(weights="table", by=by[0]) if by[0] else Recipe(weights="samples")
     among = [replace(table, meta=0.3, controls=True), replace(table, meta=1.0)]
@@ -130,7 +152,7 @@ def of_teachers() -> Rows:
             replace(plus, weights="agreement", scale=s, keep=k) for s in (1.0, 0.3) for k in (1.0, 0.5)
         ],
         "stacking + meta": [replace(plus, term="stacked", scale=s) for s in (1.0, 0.3)],
-        "oracle + meta": [replace(plus, weights="oracle", scale=s) for s in (1.0, 0.3)],
+        ORACLE: [replace(plus, weights="oracle", scale=s) for s in (1.0, 0.3)],
         "learned table": [replace(plus, weights="teachers", meta=None)],
         "learned table + meta": [replace(plus, weights="teachers", meta=0.3, controls=True)],
         "learned table + meta, varied": [replace(plus, weights="teachers")],

@@ -60,7 +60,7 @@ def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path
     found: dict[tuple[int, str], dict[str, Row]] = {}
     for meta in sorted({cell["meta"] for cell in cells}, key=lambda m: (m != preset.metas[0], m)):
         for setting in SETTINGS:
-            if of := rows(cells, setting, meta):
+            if of := rows(cells, setting, meta, few=preset.few):
                 found[meta, setting] = of
     main = {setting: of for (meta, setting), of in found.items() if meta == preset.metas[0]}
     drawn = figure.draw({s: of[RECOMMENDED] for s, of in main.items() if RECOMMENDED in of},
@@ -85,6 +85,13 @@ def write(content: Mapping[str, Any], folder: Path, preset: Preset) -> list[Path
 
 
 def _data(preset: Preset) -> str:
+    if preset.student == "cnn":
+        return (
+            f"Real CIFAR-10 images, {preset.per_class} training images of each class, each channel standardised, not "
+            f"augmented; the student has three 3 x 3 convolutions of stride 2 ({preset.hidden // 2}, {preset.hidden} "
+            f"and {preset.hidden} channels, batch normalisation, ReLU), the mean over the image and a linear layer. "
+            "The main rows, with fewer variants than in the [table on features](../unreliable/README.md)."
+        )
     student = f"the student is a network of one hidden layer of {preset.hidden}."
     if not preset.filters:
         return f"Pixels of scikit-learn's digits, {preset.per_class} training images of each class; {student}"

@@ -16,6 +16,7 @@ from benchmarks.trust.losses import ByOrigin, Stacked, fit_stacking
 from benchmarks.trust.presets import Preset
 from benchmarks.trust.recipes import LEARNED, Recipe
 from benchmarks.trust.settings import Where, task_of
+from benchmarks.trust.students import network
 from metakd import Batch, BilevelLossBalancer, MetaKDError, meta_in_training, recipes
 from metakd.terms import (
     CrossEntropy,
@@ -167,14 +168,6 @@ def of_batch(recipe: Recipe, batch: Batch, given: Tensor, losses: Tensor) -> Ten
         kept = round(recipe.keep * int((~from_meta).sum()))
         values = values * (own <= own.flatten().sort().values[max(kept, 1) - 1])
     return torch.where(from_meta, recipe.meta or 0.0, values)
-
-
-def network(task: Task, preset: Preset, seed: int) -> nn.Module:
-    """The student, freshly drawn: the same for every recipe."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inputs = task.train.inputs.shape[1]
-        return nn.Sequential(nn.Linear(inputs, preset.hidden), nn.ReLU(), nn.Linear(preset.hidden, task.classes))
 
 
 def batches(cell: Cell, recipe: Recipe) -> Iterator[tuple[Batch, Batch]]:

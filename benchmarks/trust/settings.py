@@ -125,12 +125,12 @@ def taught(train: Batch, seed: int, steps: int = 300) -> nn.Module:
 SETTINGS: dict[str, Callable[[Parts, torch.Generator], Task]] = {
     "sources": sources,
     "annotators": annotators,
+    "pair 20 %": pair(0.2),
     "pair 40 %": pair(0.4),
+    "symmetric 20 %": symmetric(0.2),
     "symmetric 40 %": symmetric(0.4),
     "long tail": long_tail,
     "teachers": teachers,
-    "pair 20 %": pair(0.2),
-    "symmetric 20 %": symmetric(0.2),
 }
 
 

@@ -201,21 +201,31 @@ def test_learned_weights_are_recorded(where, setting, recipe):
         assert len(found["by group"]) == 20 and found["right by group"][:6] == [1.0] * 6
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_no_variant_is_tried_twice_in_a_row(setting):
-    for name, variants in rows_of(setting).items():
+@pytest.mark.parametrize(
+    ("setting", "few"), [*((setting, False) for setting in SETTINGS), ("sources", True), ("annotators", True)]
+)
+def test_no_variant_is_tried_twice_in_a_row(setting, few):
+    rows = rows_of(setting, few=few)
+    for name, variants in rows.items():
         assert len({str(v) for v in variants}) == len(variants), name
-    assert chosen.ORACLE in rows_of(setting)
+    assert chosen.ORACLE in rows and chosen.RECOMMENDED in rows
 
 
-def record(validation, test):
+def record(validation, test, preset="small"):
     """Cells of two seeds: all variants of the setting, each with these accuracies."""
-    about = {"setting": "sources", "meta": 25, "protocol": PRESETS["small"].protocol(), "seconds": 1.0}
-    tried = [(name, v, seed) for seed in (0, 1) for name, variants in rows_of("sources").items() for v in variants]
+    about = {"setting": "sources", "meta": 25, "protocol": PRESETS[preset].protocol(), "seconds": 1.0}
+    rows = rows_of("sources", few=PRESETS[preset].few)
+    tried = [(name, v, seed) for seed in (0, 1) for name, variants in rows.items() for v in variants]
     return [
         {**about, "seed": of[2], "recipe": of[1].settings(), "validation": validation(*of), "test": test(*of)}
         for of in tried
     ]
+
+
+def content_of(cells):
+    about = {"versions": {"torch": "2"}, "processor": "a processor", "cores": 2, "memory_gb": 8.0, "gpu": None}
+    settings = {"device": "cpu", "threads": 1, "batch_size": 128}
+    return {"command": "python", "environment": about, "settings": settings, "cells": cells}
 
 
 def test_validation_chooses_variants_and_the_report_says_so(tmp_path):
@@ -230,9 +240,7 @@ def test_validation_chooses_variants_and_the_report_says_so(tmp_path):
     assert rows["agreement + meta"].recipe.keep == 0.5
     assert rows["random search + meta"].of("test") == [43.0, 44.0]  # each seed its own
     assert chosen.best(chosen.ours(rows)).name == "learned table + meta, varied"
-    about = {"versions": {"torch": "2"}, "processor": "a processor", "cores": 2, "memory_gb": 8.0, "gpu": None}
-    settings = {"device": "cpu", "threads": 1, "batch_size": 128}
-    content = {"command": "python", "environment": about, "settings": settings, "cells": cells}
+    content = content_of(cells)
     readme, *_ = report.write(content, tmp_path, PRESETS["small"])
     text = readme.read_text()
     line = (
@@ -241,6 +249,14 @@ def test_validation_chooses_variants_and_the_report_says_so(tmp_path):
     assert f"| sources | 25 {line}meta, varied) |" in text and "| oracle + meta | 2 |" in text
     other = [{**cell, "protocol": {}} for cell in cells]
     assert report.write({**content, "cells": other}, tmp_path, PRESETS["small"]) == []  # stale cells are not reported
+
+
+def test_the_report_of_few_rows_says_what_the_student_is(tmp_path):
+    cells = record(lambda name, v, seed: 50.0, lambda name, v, seed: 40.0 + 9.0 * chosen.is_ours(name), "cnn")
+    readme, *_ = report.write(content_of(cells), tmp_path, PRESETS["cnn"])
+    text = readme.read_text()
+    assert "three 3 x 3 convolutions" in text and "| 9.00 ± 0.00, 2 of 2 seeds |" in text
+    assert "| agreement + meta | 4 |" in text and "Meta-Weight-Net" not in text
 
 
 @pytest.mark.slow
