@@ -44,9 +44,8 @@ def replaced(functions: Functions, first: Callable[[], object] | None = None) ->
     """
     mode = _get_current_function_mode()
     if not isinstance(mode, _Mode):
-        with _Mode():
-            with replaced(functions, first):
-                yield
+        with _Mode(), replaced(functions, first):
+            yield
         return
     kept = mode.functions, mode.first
     mode.functions, mode.first = {**mode.functions, **functions}, first or mode.first
