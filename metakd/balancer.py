@@ -430,7 +430,7 @@ class BilevelLossBalancer:
         weights = evaluate_weights(self.weighting, features, batch, train.losses)
         used = weights.detach().clone()
         report = Report(train.losses.detach(), used, skipped=skipped, **self._of_terms())
-        return total(used / len(used), train.losses, weights), report
+        return total(used / used.shape[0], train.losses, weights), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
         """A loss that is not finite, so that a gradient scaler sees the overflow."""
@@ -459,7 +459,7 @@ class BilevelLossBalancer:
                 losses = train.evaluate_again() if self._step.learned.params() else losses
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         used = weights.detach().clone()
-        loss = total(used / len(used), losses, weights) if loss is None else train.handed_over(loss)
+        loss = total(used / used.shape[0], losses, weights) if loss is None else train.handed_over(loss)
         report = Report(losses.detach(), used, influence, result.outer_loss, norm, **self._of_terms())
         return loss, report
 
@@ -480,7 +480,7 @@ class BilevelLossBalancer:
         rectified = getattr(self.weighting, "from_influence", None) is not None
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, objective.steps[0].batch, train.losses)
-        shares = weights.detach() / len(train.losses)
+        shares = weights.detach() / train.losses.shape[0]
         loss = None if moves else total(shares, train.losses, weights)
         self._proofs.check_train_pass(train)
         problem = self._problem_in_weights(objective, train, shares, weights, keep_graph=moves)

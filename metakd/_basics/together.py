@@ -18,6 +18,8 @@ def clones(values: Sequence[Tensor]) -> list[Tensor]:
         >>> copy.add_(1), x
         (tensor([2., 2.]), tensor([1., 1.]))
     """
+    if not values:
+        return []
     values = [value.detach() for value in values]
     new = [_alike(value) for value in values]
     copy_into(new, values)

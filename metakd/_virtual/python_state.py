@@ -88,7 +88,8 @@ class PythonState:
             if hooks != registered:
                 _refill(hooks, list(registered), list(registered.values()))
         for hooks in self._without_hooks:
-            hooks.clear()
+            if hooks:
+                hooks.clear()
         for restore in self._generators:
             restore()
         for array, value in self._arrays:

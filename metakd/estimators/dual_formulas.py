@@ -105,10 +105,10 @@ def _linear(func: Callable[..., Any], input: Any, weight: Any, bias: Any = None)
 
 
 def _log_softmax(
-    func: Callable[..., Any], input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None
+    func: Callable[..., Any], input: Any, dim: Any = None, *dtype: Any, **options: Any
 ) -> tuple[Tensor, Tensor] | None:
     """Log p = log softmax(z) has the tangent z' - <p, z'>."""
-    if dim is None or dtype is not None:
+    if dim is None or dtype or options.get("dtype") is not None:
         return None
     z, moved = input
     assert moved is not None  # the only tensor
@@ -123,5 +123,5 @@ FORMULAS: dict[Any, Callable[..., tuple[Tensor, Tensor] | None]] = {
     **dict.fromkeys((torch.sub, Tensor.sub), _sum((1, -1))),
     Tensor.__rsub__: _sum((-1, 1)),
     F.linear: _linear,
-    F.log_softmax: _log_softmax,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }
