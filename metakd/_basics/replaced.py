@@ -18,10 +18,9 @@ class _Mode(TorchFunctionMode):
         first: runs before each function.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, functions: Functions, first: Callable[[], object] | None) -> None:
         super().__init__()
-        self.functions: Functions = {}
-        self.first: Callable[[], object] | None = None
+        self.functions, self.first = functions, first
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.first is not None:
@@ -44,7 +43,7 @@ def replaced(functions: Functions, first: Callable[[], object] | None = None) ->
     """
     mode = _get_current_function_mode()
     if not isinstance(mode, _Mode):
-        with _Mode(), replaced(functions, first):
+        with _Mode(functions, first):
             yield
         return
     kept = mode.functions, mode.first

@@ -32,15 +32,15 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         MetaKDError: an embedding's gradient is not the derivative of its loss, or torch before 2.6 cannot run compiled
             parts as Python code.
     """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    kind = next((p.device.type for p in module.parameters()), "cpu")
+    fastpath, autocast = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_enabled(kind)
+    with sdpa_kernel(SDPBackend.MATH), uncompiled(module), replaced(_SAME_FUNCTION, partial(_keep_float16_off, kind)):
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(uncompiled(module))
-        kind = next((p.device.type for p in module.parameters()), "cpu")
-        stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
-        stack.enter_context(replaced(_SAME_FUNCTION, partial(_keep_float16_off, kind)))
-        yield
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_autocast_enabled(kind, autocast)
 
 
 def compiled_parts(module: nn.Module) -> list[str]:
