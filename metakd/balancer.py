@@ -609,14 +609,15 @@ class BilevelLossBalancer:
     def _all_or_nothing(self) -> Iterator[Snapshot]:
         with self._alone():
             snapshot = Snapshot(self._functional, self._step, *map(vars, (self, self._memory, self._proofs)))
-            with all_or_nothing(snapshot), explained():
+            with all_or_nothing(snapshot), explained(), self._functional.since(snapshot.start):
                 yield snapshot
 
     @contextmanager
     def _untouched(self) -> Iterator[Start]:
         with self._alone():
             snapshot = Snapshot(self._functional, self._step)
-            with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
+            known = self._functional.since(snapshot.start)
+            with all_or_nothing(snapshot), explained(), known, self._functional.untouched() as start:
                 yield start
                 snapshot.restore()  # inside the block, which repeats it if it is interrupted
 

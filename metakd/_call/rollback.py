@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from metakd._basics.nest import same_values, tensors
 from metakd._basics.together import clones, copy_into
 from metakd._call.weight_step import WeightingStep
+from metakd._virtual.contents import Contents
 from metakd._virtual.functional import FunctionalStudent, put_back
-from metakd._virtual.python_state import PythonState
 from metakd.batch import Batch, detached_copy
 
 
@@ -33,7 +33,7 @@ class Snapshot:
         self._inputs: list[tuple[Tensor, int, Tensor]] = []
         self.start = student.start()
         self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
-        self._weighting_state = PythonState(step.walk.places([step.weighting]))
+        self._weighting_state = Contents(step.walk.places([step.weighting]))
         kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
         kept = [t for t in kept if not is_lazy(t)]
         self._values = list(zip(kept, clones(kept), [t.grad for t in kept], strict=True))
