@@ -131,14 +131,14 @@ class FunctionalStudent:
     def start(self) -> Start:
         """Capture the state that a pass from here starts with."""
         excluded = [] if self._excluded is None else self._excluded.modules()
-        rng, known = RngState.capture(self.devices), self._known
+        known = self._known
         if known is not None and not known.state.unchanged():
             known = None
         unchanged = None if known is None else known.state.places
         places = self._walk.places([self.module, *self._others()], excluded, unchanged)
-        if known is not None and places is unchanged:
-            return Start(known.state.now(), rng, known.named)
-        return Start(PythonState(places), rng, dict(self.module.named_parameters()))
+        named = dict(self.module.named_parameters()) if known is None else known.named
+        state = PythonState(places) if known is None or places is not unchanged else known.state.now()
+        return Start(state, RngState.capture({p.device for p in named.values()}), named)
 
     @contextmanager
     def since(self, start: Start) -> Iterator[None]:

@@ -45,9 +45,12 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
 
 def compiled_parts(module: nn.Module) -> list[str]:
     """Names of the submodules that `torch.compile(part)` or `part.compile()` compiled."""
-    return [
-        name for name, m in module.named_modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None
-    ]
+    return [name for name, m in module.named_modules() if is_compiled(m)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module itself is compiled, by `torch.compile(module)` or `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[None]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Set
 from itertools import count, repeat
 from typing import Any
 
@@ -20,6 +20,8 @@ from metakd._virtual.reach import Places
 from metakd._virtual.shards import is_a
 from metakd._virtual.swapping import Place, substituted
 from metakd.errors import MetaKDError
+
+_NO_TENSORS: frozenset[Any] = frozenset({bool, int, float, str, type(None), dict, OrderedDict, list, set})
 
 
 class PythonState(Contents):
@@ -55,14 +57,16 @@ class PythonState(Contents):
         new._capture_tensors()
         return new
 
-    def _entries(self) -> Iterator[tuple[Any, Any, Any]]:
+    def _entries(self, skipped: Set[Any] = frozenset()) -> Iterator[tuple[Any, Any, Any]]:
+        """All entries of mappings and lists, but of mappings whose values are of `skipped` types alone."""
         for mapping, keys, values in self._mappings:
-            yield from zip(repeat(mapping), keys, values)
+            if not skipped >= set(map(type, values)):
+                yield from zip(repeat(mapping), keys, values)
         for found, values in self._lists:
             yield from zip(repeat(found), count(), values)
 
     def _tensors(self) -> Iterator[Place]:
-        for container, key, value in self._entries():
+        for container, key, value in self._entries(_NO_TENSORS):
             if isinstance(value, Tensor | tuple):
                 yield from Place.all_of(container, key, value)
 
