@@ -593,7 +593,8 @@ class BilevelLossBalancer:
             self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
 
     def _share_weighting(self) -> None:
-        self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
+        if self._ranks.several:
+            self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
         self._shared = True
 
     def _share_terms(self) -> None:

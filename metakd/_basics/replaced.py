@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodWrapperType
 from typing import Any
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -23,6 +24,8 @@ class _Mode(TorchFunctionMode):
         self.functions, self.first = functions, first
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(func) is MethodWrapperType:  # an attribute
+            return func(*args)
         if self.first is not None:
             self.first()
         found = self.functions.get(func, func)

@@ -88,13 +88,11 @@ class LossMLP(nn.Module):
                 f"model as LossMLP(features={features.shape[-1] if features.ndim == 2 else 'F'}, ...) or "
                 "change the features function to return one row of numbers per sample"
             )
-        with as_written(features.device.type), self._quiet_first_batch(features):
+        with as_written(features.device.type), nullcontext() if known else self._quiet_first_batch(features):
             return output_map(self.output).apply(self.layers(features.to(first.weight.dtype)))
 
     def _quiet_first_batch(self, features: Tensor) -> AbstractContextManager[None]:
         # A lazy layer draws its weights in the first batch. That must not change the training's random numbers.
-        if not is_lazy(next(self.parameters())):
-            return nullcontext()
         return torch.random.fork_rng([features.device] if features.is_cuda else [])
 
 
