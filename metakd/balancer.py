@@ -469,7 +469,7 @@ class BilevelLossBalancer:
         weights = evaluate_weights(self.weighting, features, batch, train.losses)
         used = weights.detach().clone()
         report = Report(train.losses.detach(), used, skipped=skipped, **self._of_terms())
-        return total(used / len(used), train.losses, weights), report
+        return total(used / used.shape[0], train.losses, weights), report
 
     def _unweighted(self, train: TrainPass, overflow: str) -> Tensor:
         """A loss that is not finite, so that a gradient scaler sees the overflow."""
@@ -498,7 +498,7 @@ class BilevelLossBalancer:
                 losses = train.evaluate_again() if self._step.learned.params() else losses
                 weights = evaluate_weights(self.weighting, features, batch, losses)
         used = weights.detach().clone()
-        loss = total(used / len(used), losses, weights) if loss is None else train.handed_over(loss)
+        loss = total(used / used.shape[0], losses, weights) if loss is None else train.handed_over(loss)
         report = Report(losses.detach(), used, influence, result.outer_loss, norm, **self._of_terms())
         return loss, report
 
@@ -519,7 +519,7 @@ class BilevelLossBalancer:
         rectified = getattr(self.weighting, "from_influence", None) is not None
         answer: Any = self.weighting.lookahead_weights if rectified else self.weighting
         weights = evaluate_weights(answer, features, objective.steps[0].batch, train.losses)
-        shares = weights.detach() / len(train.losses)
+        shares = weights.detach() / train.losses.shape[0]
         loss = None if moves else total(shares, train.losses, weights)
         self._proofs.check_train_pass(train)
         problem = self._problem_in_weights(objective, train, shares, weights, keep_graph=moves)
@@ -637,7 +637,8 @@ class BilevelLossBalancer:
             self._ranks.agree(f"{where}, {self._step.pending.number} of {self.accumulate} gathered, {known}")
 
     def _share_weighting(self) -> None:
-        self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
+        if self._ranks.several:
+            self._ranks.share([*self.weighting.buffers(), *(() if self._shared else self._step.every())])
         self._shared = True
 
     def _share_terms(self) -> None:
@@ -653,14 +654,15 @@ class BilevelLossBalancer:
     def _all_or_nothing(self) -> Iterator[Snapshot]:
         with self._alone():
             snapshot = Snapshot(self._functional, self._step, *map(vars, (self, self._memory, self._proofs)))
-            with all_or_nothing(snapshot), explained():
+            with all_or_nothing(snapshot), explained(), self._functional.since(snapshot.start):
                 yield snapshot
 
     @contextmanager
     def _untouched(self) -> Iterator[Start]:
         with self._alone():
             snapshot = Snapshot(self._functional, self._step)
-            with all_or_nothing(snapshot), explained(), self._functional.untouched() as start:
+            known = self._functional.since(snapshot.start)
+            with all_or_nothing(snapshot), explained(), known, self._functional.untouched() as start:
                 yield start
                 snapshot.restore()  # inside the block, which repeats it if it is interrupted
 

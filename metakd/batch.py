@@ -163,9 +163,10 @@ def counted(batch: Batch, what: str, outputs: Tensor | None = None) -> tuple[int
     if batch.size is not None:
         return positive_int(batch.size, f"the size of {what}"), "the batch, by its size"
     inputs, targets = batch.inputs, batch.targets
-    plain = isinstance(inputs, Tensor) and isinstance(targets, Tensor) and inputs.ndim and targets.ndim
-    if plain and len(inputs) == len(targets) > 0:  # what `decided` would find, in the commonest case
-        return len(targets), "batch.targets"
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+        size = targets.shape[:1]
+        if size == inputs.shape[:1] and any(size):  # what `decided` would find, in the commonest case
+            return size[0], "batch.targets"
     args, kwargs = arguments(inputs)
     several = len(args) != 1 or args[0] is not batch.inputs
     return decided(what, batch.targets, outputs, [*args, *kwargs.values()], several=several)

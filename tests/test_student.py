@@ -208,3 +208,65 @@ def test_an_error_of_the_students_own_stays_its_own():
         call(student, torch.zeros(5, 3).double())
     with pytest.raises(MetaKDError, match=r"Sequential cannot be called.*float64.*float32.*cast the inputs"):
         call(student, torch.zeros(5, 4))
+
+
+CHANGES = {
+    "attribute": lambda m: setattr(m, "calls", 1),
+    "parameter": lambda m: setattr(m, "b", nn.Linear(2, 3)),
+    "parameter_of_a_part": lambda m: setattr(m.a, "weight", nn.Parameter(torch.ones(3, 4))),
+    "buffer": lambda m: m.register_buffer("seen", torch.zeros(2)),
+    "list": lambda m: m.log.append(1),
+    "list_at_its_place": lambda m: m.log.__setitem__(0, torch.zeros(1)),
+    "set": lambda m: m.known.add("b"),
+    "inner_mapping": lambda m: m.cache["parts"].update(x=torch.zeros(1)),
+    "hook": lambda m: m.a.register_forward_hook(lambda *_: None),
+    "marked_parameter": lambda m: setattr(m.a.weight, "note", [1]),
+    "mode": lambda m: m.a.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_later_start_sees_every_change(name):
+    student = TwoInputs()
+    student.log, student.known, student.cache = [0], {"a"}, {"parts": {}}
+    functional = FunctionalStudent(student)
+    first = functional.start()
+    with functional.since(first):
+        same = functional.start()
+        assert same.state.places is first.state.places and same.named == first.named
+        CHANGES[name](student)
+        assert not first.state.unchanged()
+        later = functional.start()
+    alone = FunctionalStudent(student).start()
+    assert {id(p): n for n, p in later.named.items()} == {id(p): n for n, p in alone.named.items()}
+    assert {id(t) for *_, t in later.state.tensors} == {id(t) for *_, t in alone.state.tensors}
+    assert len(later.state.places.walked) == len(alone.state.places.walked)
+
+
+def test_a_later_start_has_the_values_of_its_own_time():
+    student = nn.BatchNorm1d(3)
+    functional = FunctionalStudent(student)
+    first = functional.start()
+    with functional.since(first), torch.no_grad():
+        student.running_mean += 1
+        later = functional.start()
+        assert later.state.places is first.state.places
+        student.running_mean += 1
+    values = [start.state.values[id(student.running_mean)].tolist() for start in (first, later)]
+    assert values == [[0.0] * 3, [1.0] * 3]
+
+
+def test_a_parameter_that_forward_replaces_is_the_one_that_is_learned():
+    class Renewed(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                self.extra = nn.Parameter(self.extra.detach().clone())
+            return super().forward(x) + self.extra
+
+    student = Renewed(4, 3)
+    student.extra = nn.Parameter(torch.zeros(3))
+    functional = FunctionalStudent(student)
+    with functional.since(functional.start()):
+        student(torch.ones(2, 4))
+        with functional.untouched():
+            assert functional.named()["extra"] is student.extra

@@ -32,7 +32,10 @@ def tensors(value: Any) -> list[Tensor]:
 
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 for inference tensors, which have no count and cannot be written to."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def versions_of(value: Any) -> list[int]:
@@ -67,9 +70,11 @@ def _gather(value: Any, found: list[Tensor], met: set[int]) -> None:
     elif _has_parts(_kind(value)) and id(value) not in met:
         if not isinstance(value, _CONSTANT):
             met.add(id(value))
-        items = _items(value)
-        known = {id(item) for item in items}
-        for part in [*items, *(part for _, part in _attributes(value) if id(part) not in known)]:
+        parts = _items(value)
+        if attributes := _attributes(value):
+            known = {id(item) for item in parts}
+            parts += [part for _, part in attributes if id(part) not in known]
+        for part in parts:
             _gather(part, found, met)
         if isinstance(value, _FILLED):  # a list counts once for each place that holds it, other objects once
             met.discard(id(value))
@@ -144,13 +149,19 @@ def _items(value: Any) -> list[Any]:
 
 def _attributes(value: Any) -> list[tuple[Any, Any]]:
     """An object's attributes with their places: names in `__dict__`, or descriptors of slots."""
-    if type(value) in (tuple, list, dict):
+    if _without_attributes(_kind(value)):
         return []
     found: list[tuple[Any, Any]] = [*getattr(value, "__dict__", {}).items()]
     for slot in _slots(_kind(value)):
         with suppress(AttributeError):  # the slot has no value
             found.append((slot, slot.__get__(value)))
     return found
+
+
+@lru_cache(maxsize=1024)
+def _without_attributes(kind: type) -> bool:
+    """Whether objects of this type are bare containers, such as lists and named tuples."""
+    return kind.__dictoffset__ == 0 and not _slots(kind)
 
 
 @lru_cache(maxsize=1024)

@@ -119,7 +119,8 @@ def described(value: Any) -> str:
 
 def is_integer(value: Tensor) -> bool:
     """Whether a tensor holds integers; booleans do not count."""
-    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    dtype = value.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _either(sizes: Sizes) -> str:

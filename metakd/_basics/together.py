@@ -18,20 +18,24 @@ def clones(values: Sequence[Tensor]) -> list[Tensor]:
         >>> copy.add_(1), x
         (tensor([2., 2.]), tensor([1., 1.]))
     """
+    if not values:
+        return []
     values = [value.detach() for value in values]
     new = [_alike(value) for value in values]
     copy_into(new, values)
     return new
 
 
-@torch.no_grad()
 def copy_into(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write values into tensors of the same shapes."""
-    for at in _alike_groups(into, values):
-        if len(at) == 1:
-            into[at[0]].copy_(values[at[0]])
-        else:
-            torch._foreach_copy_([into[i] for i in at], [values[i] for i in at])
+    if not into:
+        return
+    with torch.no_grad():
+        for at in _alike_groups(into, values):
+            if len(at) == 1:
+                into[at[0]].copy_(values[at[0]])
+            else:
+                torch._foreach_copy_([into[i] for i in at], [values[i] for i in at])
 
 
 def scaled(values: Sequence[Tensor], factor: float) -> tuple[Tensor, ...]:

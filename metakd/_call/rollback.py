@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from metakd._basics.nest import same_values, tensors
 from metakd._basics.together import clones, copy_into
 from metakd._call.weight_step import WeightingStep
+from metakd._virtual.contents import Contents
 from metakd._virtual.functional import FunctionalStudent, put_back
-from metakd._virtual.python_state import PythonState
 from metakd.batch import Batch, detached_copy
 
 
@@ -32,10 +32,12 @@ class Snapshot:
         self._put_optimizer_back: Callable[[], None] | None = None
         self._inputs: list[tuple[Tensor, int, Tensor]] = []
         self.start = student.start()
-        self._put_lazy_parts_back = _keep_lazy_parts(step.weighting)
-        self._weighting_state = PythonState(step.walk.places([step.weighting]))
-        kept = [*step.weighting.parameters(), *step.weighting.buffers(), *step.learned.named.values()]
-        kept = [t for t in kept if not is_lazy(t)]
+        modules = list(step.weighting.modules())
+        self._put_lazy_parts_back = _keep_lazy_parts(modules)
+        self._weighting_state = Contents(step.walk.places([step.weighting]))
+        of_weighting = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        every = {id(t): t for t in (*of_weighting, *step.learned.named.values())}  # tied ones once
+        kept = [t for t in every.values() if not is_lazy(t)]
         self._values = list(zip(kept, clones(kept), [t.grad for t in kept], strict=True))
 
     def keep_batch(self, batch: Batch) -> Batch:
@@ -111,9 +113,9 @@ def _refill(now: dict[Any, Any], old: dict[Any, Any]) -> None:
     now.update(old)
 
 
-def _keep_lazy_parts(module: nn.Module) -> Callable[[], None]:
+def _keep_lazy_parts(modules: list[nn.Module]) -> Callable[[], None]:
     """Remember the lazy layers without sizes; the returned function makes them lazy again."""
-    parts = [part for part in module.modules() if isinstance(part, LazyModuleMixin)]
+    parts = [part for part in modules if isinstance(part, LazyModuleMixin)]
     contents = [(d, dict(d)) for part in parts for d in (vars(part), *vars(part).values()) if isinstance(d, dict)]
     unsized = [t for part in parts for t in (*part.parameters(False), *part.buffers(False)) if is_lazy(t)]
     empty = [(t, t.data) for t in unsized]

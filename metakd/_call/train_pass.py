@@ -14,7 +14,7 @@ from metakd._call.evaluate import checked_losses
 from metakd._call.known_gradient import hand_over
 from metakd._call.learned_terms import LearnedTerms
 from metakd._virtual.functional import FunctionalStudent, Start, data_parallel
-from metakd._virtual.kernels import compiled_parts
+from metakd._virtual.kernels import is_compiled
 from metakd._virtual.precision import autocasts_to_float16, ran_in_float16
 from metakd._virtual.swapping import swap_in
 from metakd.batch import Batch
@@ -69,13 +69,12 @@ class TrainPass:
         may_be_float16: bool = True,
         what: str = "the batch",
     ) -> None:
-        self.compiled = bool(compiled_parts(student))
+        modules = list(student.modules())
+        self.compiled = any(map(is_compiled, modules))
         self._variables = functional.trainable()
         self._hooked = any(p._backward_hooks for p in self._variables.values())
         # Hooks on activations run in a backward pass through the graph only, so the gradient must not be handed over.
-        self._watched = hooked or any(
-            m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in student.modules()
-        )
+        self._watched = hooked or any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
         self._upstream = any(t.requires_grad for t in tensors((batch.inputs, batch.targets)))
         self._cast, self._gradients_in = functional.cast, functional.gradients
         self._leaves: list[Tensor] = []
@@ -87,9 +86,9 @@ class TrainPass:
             self._variables = {name: views[id(p)] for name, p in self._variables.items()}
             # DistributedDataParallel averages gradients only after a forward pass through its wrapper.
             student = data_parallel(student) or functional.module
-        self.float16 = autocasts_to_float16(functional.device_type)
-        versions = {name: p._version for name, p in self._variables.items()}
         kind = functional.device_type
+        self.float16 = autocasts_to_float16(kind)
+        versions = {name: p._version for name, p in self._variables.items()}
         self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._parts = terms, batch, what, start, views, learned
         with swap_in(start.state.tensors, views):

@@ -128,7 +128,7 @@ def proof_key(
     """
     every = list(student.module.modules())
     modules = tuple((id(m), m.training, *_hooks(m)) for m in every)
-    trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.module.parameters())
+    trained = tuple((id(p), p.requires_grad, p.dtype) for p in student.named().values())
     shapes = tuple((t.dtype, *t.shape[1:]) for t in tensors(inputs))
     switches = tuple(
         (name, value)

@@ -25,6 +25,8 @@ class Start(NamedTuple):
 
     state: PythonState
     rng: RngState
+    named: dict[str, nn.Parameter]
+    """The module's own parameters by name."""
     settle: Callable[[], None] = lambda: None
     """Ends what a pass that failed has left open, before the state is put back."""
 
@@ -87,14 +89,14 @@ class FunctionalStudent:
         excluded: nn.Module | None = None,
     ) -> None:
         self.module, self._others, self._excluded, self._walk = unwrap(module), others, excluded, Walk()
-        self._named: dict[str, nn.Parameter] | None = None
+        self._known: Start | None = None
         half = any(p.dtype in HALF for p in self.trainable().values())
         self._dtype = torch.float32 if dtype is None and half else dtype
         self._real_state: PythonState | None = None
 
     def named(self) -> dict[str, nn.Parameter]:
-        """The module's own parameters by name; listed once in an `untouched` block, in which they stay the same."""
-        return dict(self.module.named_parameters()) if self._named is None else self._named
+        """The module's own parameters by name; in a block `since` a start, or `untouched`, those of its start."""
+        return dict(self.module.named_parameters()) if self._known is None else self._known.named
 
     def trainable(self) -> Params:
         """The module's own parameters that require gradients, by name; tied ones once."""
@@ -117,7 +119,9 @@ class FunctionalStudent:
     @property
     def device_type(self) -> str:
         """The type of the student's device."""
-        return next(self.module.parameters()).device.type
+        known = self._known
+        first = next(self.module.parameters()) if known is None else next(iter(known.named.values()))
+        return first.device.type
 
     @property
     def devices(self) -> set[torch.device]:
@@ -127,8 +131,23 @@ class FunctionalStudent:
     def start(self) -> Start:
         """Capture the state that a pass from here starts with."""
         excluded = [] if self._excluded is None else self._excluded.modules()
-        places = self._walk.places([self.module, *self._others()], excluded)
-        return Start(PythonState(places), RngState.capture(self.devices))
+        known = self._known
+        if known is not None and not known.state.unchanged():
+            known = None
+        unchanged = None if known is None else known.state.places
+        places = self._walk.places([self.module, *self._others()], excluded, unchanged)
+        named = dict(self.module.named_parameters()) if known is None else known.named
+        state = PythonState(places) if known is None or places is not unchanged else known.state.now()
+        return Start(state, RngState.capture({p.device for p in named.values()}), named)
+
+    @contextmanager
+    def since(self, start: Start) -> Iterator[None]:
+        """A block after `start` in which the parameters stay the same, and only what has changed is captured anew."""
+        home, self._known = self._known, start
+        try:
+            yield
+        finally:
+            self._known = home
 
     def run(
         self,
@@ -206,7 +225,7 @@ class FunctionalStudent:
         reals = {id(t): t for *_, t in state.tensors}
         now = self.start()
         names = {id(swap): reals[i] for i, swap in swaps.items() if i in reals}
-        return Start(now.state.translated(names), now.rng)
+        return Start(now.state.translated(names), now.rng, self.named())
 
     @contextmanager
     def untouched(self) -> Iterator[Start]:
@@ -215,12 +234,12 @@ class FunctionalStudent:
         Virtual passes change buffers, attributes, objects of hooks and terms, and generators. A backward pass through
         the real forward pass does so, too, if it recomputes a checkpointed BatchNorm.
         """
-        start, home = self.start(), (self._real_state, self._named)
-        self._real_state, self._named = start.state, dict(self.module.named_parameters())
+        start, home = self.start(), (self._real_state, self._known)
+        self._real_state, self._known = start.state, start
         try:
             yield start
         finally:
-            self._real_state, self._named = home
+            self._real_state, self._known = home
             put_back(start)
 
 

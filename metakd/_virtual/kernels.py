@@ -13,8 +13,8 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
+from metakd._basics.replaced import replaced
 from metakd._virtual.batch_norm import batch_norm
 from metakd._virtual.precision import autocasts_to_float16
 from metakd.errors import MetaKDError
@@ -32,22 +32,25 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         MetaKDError: an embedding's gradient is not the derivative of its loss, or torch before 2.6 cannot run compiled
             parts as Python code.
     """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    kind = next((p.device.type for p in module.parameters()), "cpu")
+    fastpath, autocast = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_enabled(kind)
+    with sdpa_kernel(SDPBackend.MATH), uncompiled(module), replaced(_SAME_FUNCTION, partial(_keep_float16_off, kind)):
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(uncompiled(module))
-        kind = next((p.device.type for p in module.parameters()), "cpu")
-        stack.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
-        stack.enter_context(_Formulas(kind))
-        yield
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_autocast_enabled(kind, autocast)
 
 
 def compiled_parts(module: nn.Module) -> list[str]:
     """Names of the submodules that `torch.compile(part)` or `part.compile()` compiled."""
-    return [
-        name for name, m in module.named_modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None
-    ]
+    return [name for name, m in module.named_modules() if is_compiled(m)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module itself is compiled, by `torch.compile(module)` or `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[None]:
@@ -103,17 +106,10 @@ def no_parametrization_cache() -> Iterator[None]:
         parametrize._cache = kept
 
 
-class _Formulas(TorchFunctionMode):
-    """A block that replaces functions by equivalent ones, and keeps autocast to float16 off."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self._kind = kind
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if autocasts_to_float16(self._kind):  # the student opened such a block; its end restores the setting
-            torch.set_autocast_enabled(self._kind, False)
-        return _SAME_FUNCTION.get(func, func)(*args, **(kwargs or {}))
+def _keep_float16_off(kind: str) -> None:
+    """The student may have opened such a block, whose end restores the setting."""
+    if torch.is_autocast_enabled(kind) and autocasts_to_float16(kind):
+        torch.set_autocast_enabled(kind, False)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from functools import partial
+import copy
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Set
 from itertools import count, repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -16,16 +14,17 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.together import clones, copy_into
+from metakd._virtual.contents import SMALL, Contents
 from metakd._virtual.iterators import RefusingIterator, is_iterator
 from metakd._virtual.reach import Places
 from metakd._virtual.shards import is_a
 from metakd._virtual.swapping import Place, substituted
 from metakd.errors import MetaKDError
 
-_SMALL = 2**16  # entries of a tensor that is copied although it is no buffer
+_NO_TENSORS: frozenset[Any] = frozenset({bool, int, float, str, type(None), dict, OrderedDict, list, set})
 
 
-class PythonState:
+class PythonState(Contents):
     """The contents of all places that a pass can reach, and the values of the tensors there that it may write to.
 
     Contents are kept by identity. Values are kept of buffers and of small tensors without gradients. A pass must not
@@ -38,61 +37,42 @@ class PythonState:
     """
 
     def __init__(self, places: Places) -> None:
-        self._mappings = [(m, list(m), list(m.values())) for m in places.mappings]
-        self._lists = [(found, list(found)) for found in places.lists]
-        self._sets = [(found, set(found)) for found in places.sets]
-        self._long_mappings = [(m, list(m), list(m.values())) for m in places.long if isinstance(m, dict)]
-        self._long_lists = [(found, list(found)) for found in places.long if not isinstance(found, dict)]
-        self._lengths = [(found, len(found)) for found in places.endless]
-        self._hooks = [(found, dict(found)) for found in places.hooks if found]
-        self._without_hooks = [found for found in places.hooks if not found]
-        self._generators = [_capture(generator) for generator in places.generators]
-        self._arrays = [(array, array.copy()) for array in places.arrays if array.size <= _SMALL]
-        self.large_arrays = [array for array in places.arrays if array.size > _SMALL]
+        super().__init__(places)
+        self.large_arrays = [array for array in places.arrays if array.size > SMALL]
         self.tensors = list(self._tensors())
+        self._capture_tensors()
+
+    def _capture_tensors(self) -> None:
         self._gradients = [(t, t.grad) for *_, t in self.tensors if t.retains_grad]
-        buffers = {id(b) for m in places.modules for b in m._buffers.values()}
+        buffers = {id(b) for m in self.places.modules for b in m._buffers.values()}
         writable = {id(t): t for *_, t in self.tensors if not (t.requires_grad or is_lazy(t) or is_a(t, "DTensor"))}
-        kept = {i: t for i, t in writable.items() if i in buffers or t.numel() <= _SMALL}
+        kept = {i: t for i, t in writable.items() if i in buffers or t.numel() <= SMALL}
         self.values = dict(zip(kept, clones(list(kept.values())), strict=True))
         self._versions = {i: t._version for i, t in writable.items() if i not in self.values and not t.is_inference()}
 
-    def _entries(self) -> Iterator[tuple[Any, Any, Any]]:
+    def now(self) -> PythonState:
+        """The state at present, if the contents are `unchanged`: the values alone are captured anew."""
+        new = copy.copy(self)
+        new._capture_values()
+        new._capture_tensors()
+        return new
+
+    def _entries(self, skipped: Set[Any] = frozenset()) -> Iterator[tuple[Any, Any, Any]]:
+        """All entries of mappings and lists, but of mappings whose values are of `skipped` types alone."""
         for mapping, keys, values in self._mappings:
-            yield from zip(repeat(mapping), keys, values)
+            if not skipped >= set(map(type, values)):
+                yield from zip(repeat(mapping), keys, values)
         for found, values in self._lists:
             yield from zip(repeat(found), count(), values)
 
     def _tensors(self) -> Iterator[Place]:
-        for container, key, value in self._entries():
+        for container, key, value in self._entries(_NO_TENSORS):
             if isinstance(value, Tensor | tuple):
                 yield from Place.all_of(container, key, value)
 
     def put_back(self, swaps: Mapping[int, Tensor] | None = None) -> None:
         """Restore the contents, with the tensors whose ids are in `swaps` replaced; values stay unwritten."""
-        for mapping, keys, values in (*self._mappings, *self._long_mappings):
-            if not (len(mapping) == len(keys) and all(map(is_, mapping.values(), values)) and _same(mapping, keys)):
-                _refill(mapping, keys, values)
-        for found, values in (*self._lists, *self._long_lists):
-            if not (len(found) == len(values) and all(map(is_, found, values))):
-                found.clear()
-                found.extend(values)
-        for kept, members in self._sets:
-            if kept != members:
-                kept.clear()
-                kept.update(members)
-        for added, length in self._lengths:
-            while len(added) > length:
-                added.popitem() if isinstance(added, dict) else added.pop()
-        for hooks, registered in self._hooks:
-            if hooks != registered:
-                _refill(hooks, list(registered), list(registered.values()))
-        for hooks in self._without_hooks:
-            hooks.clear()
-        for restore in self._generators:
-            restore()
-        for array, value in self._arrays:
-            array[...] = value
+        super().put_back()
         if swaps:
             self._swap(swaps)
 
@@ -161,33 +141,6 @@ class PythonState:
         values = clones([_constant(old) for old, _ in changing])
         new.values = {id(kept): value for (_, kept), value in zip(changing, values, strict=True)}
         return new
-
-
-def _same(mapping: MutableMapping[Any, Any], keys: list[Any]) -> bool:
-    """Whether a mapping of equal length has these very keys in order; `==` would compare tensors by entries."""
-    return all(map(is_, mapping, keys))
-
-
-def _refill(mapping: MutableMapping[Any, Any], keys: list[Any], values: list[Any]) -> None:
-    wanted = dict(zip(keys, values, strict=True))
-    for key in [key for key in mapping if key not in wanted]:
-        del mapping[key]
-    for key, value in wanted.items():
-        if key not in mapping or mapping[key] is not value:
-            mapping[key] = value
-    if isinstance(mapping, dict) and not _same(mapping, keys):  # restore the order
-        mapping.clear()
-        mapping.update(wanted)
-
-
-def _capture(generator: Any) -> Callable[[], object]:
-    """Return a function that restores a generator to its present state."""
-    if isinstance(generator, torch.Generator):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    bits = generator._bit_generator if hasattr(generator, "_bit_generator") else generator.bit_generator
-    return partial(setattr, bits, "state", bits.state)
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ class Places:
         self.modules: list[nn.Module] = []
         self.walked: list[Any] = []
 
+    def marks(self) -> list[int]:
+        """How many attributes every parameter has: those of one without any are not among the places."""
+        return [len(vars(p)) for m in self.modules for p in m._parameters.values() if p is not None]
+
     def signature(self) -> tuple[Any, ...]:
         """What decides where a walk goes: the objects, other than leaves, that every place holds.
 
@@ -69,11 +73,10 @@ class Places:
         """
         held = [[id(v) for v in m.values() if type(v) not in _LEAVES] for m in self.mappings]
         held += [[id(v) for v in values if type(v) not in _LEAVES] for values in (*self.lists, *self.sets)]
-        marked = [len(vars(p)) for m in self.modules for p in m._parameters.values() if p is not None]
         hooked = [[id(hook) for hook in hooks.values()] for hooks in self.hooks]
         lengths = [len(found) > _LONGEST for found in (*self.lists, *self.sets, *self.mappings)]
         longer = [len(found) > _KEPT for found in self.long], [len(found) <= _LONGEST for found in self.long]
-        return held, marked, hooked, lengths, longer, [len(found) <= _KEPT for found in self.endless]
+        return held, self.marks(), hooked, lengths, longer, [len(found) <= _KEPT for found in self.endless]
 
 
 class Walk:
@@ -95,13 +98,14 @@ class Walk:
     def __deepcopy__(self, memo: Any) -> Walk:
         return Walk()  # the copy's objects are others
 
-    def places(self, roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Places:
-        """Where code can store state now; see `reach`."""
+    def places(self, roots: Iterable[Any], excluded: Iterable[Any] = (), unchanged: Places | None = None) -> Places:
+        """Where code can store state now; see `reach`. `unchanged` are places known to hold what they held."""
         roots, excluded = list(roots), list(excluded)
         ends = [*roots, *excluded, *_global_hooks()]
         if self._last is not None:
             known, signature, places = self._last
-            if len(ends) == len(known) and all(map(is_, ends, known)) and places.signature() == signature:
+            same = len(ends) == len(known) and all(map(is_, ends, known))
+            if same and (places is unchanged or places.signature() == signature):
                 return places
         places = reach(roots, excluded)
         self._last = ends, places.signature(), places

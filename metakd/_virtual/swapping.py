@@ -50,7 +50,7 @@ def swap_in(places: Sequence[Place], swaps: Mapping[int, Tensor]) -> Iterator[No
     """A block with the tensors in `swaps` (by id) replaced; entries that the block itself changes stay changed."""
     done: list[tuple[Place, Any]] = []
     try:
-        for place in places:
+        for place in places if swaps else ():
             if id(place.tensor) in swaps:
                 done.append((place, substituted(place.value, swaps)))
                 place.container[place.key] = done[-1][1]

@@ -26,8 +26,14 @@ def answer(
     params_gradient: Params | None = None,
 ) -> Hypergradient:
     """The detached results; zeros for meta-parameters without influence."""
-    answers = outer_loss, with_zeros(gradient, problem.meta_params), params, optimizer_state, params_gradient
-    return Hypergradient(*map_tensors(Tensor.detach, answers))
+    state = map_tensors(Tensor.detach, optimizer_state)
+    in_params = None if params_gradient is None else _detached(params_gradient)
+    in_meta = _detached(with_zeros(gradient, problem.meta_params))
+    return Hypergradient(outer_loss.detach(), in_meta, _detached(params), state, in_params)
+
+
+def _detached(values: Params) -> Params:
+    return {name: value.detach() for name, value in values.items()}
 
 
 def check_answer(problem: Problem, found: Hypergradient) -> None:

@@ -3,16 +3,15 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from threading import RLock
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
+from metakd._basics.replaced import Functions, replaced
 from metakd.errors import MetaKDError
-from metakd.estimators.dual_formulas import FORMULAS, dual_formula
+from metakd.estimators.dual_formulas import FORMULAS, make_dual, with_formula
 from metakd.inner import Params
 
 _LOCK = RLock()  # torch has one level of dual numbers for all threads
@@ -30,16 +29,6 @@ class LevelTaken(MetaKDError):
     """
 
 
-class _Rules(TorchFunctionMode):
-    """A block in which `torch.no_grad()` stops tangents, too, which torch alone lets pass; and with `dual_formula`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
-            torch._C._set_fwd_grad_enabled(*args)
-        found = dual_formula(func, args, kwargs or {}) if func in FORMULAS else None
-        return func(*args, **(kwargs or {})) if found is None else found
-
-
 @contextmanager
 def dual_numbers() -> Iterator[None]:
     """A block of forward-mode differentiation, one thread at a time; raises `LevelTaken` if one is open elsewhere."""
@@ -50,7 +39,7 @@ def dual_numbers() -> Iterator[None]:
             raise LevelTaken(_TAKEN) from error
         _script_decompositions()
         stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
-        stack.enter_context(_Rules())
+        stack.enter_context(replaced(_RULES))
         yield
 
 
@@ -64,9 +53,20 @@ def _script_decompositions() -> None:
 
 def duals(params: Params, u: Params) -> Params:
     """Parameters as dual numbers with tangent u; those without an entry in u stay constant."""
-    return {name: forward_ad.make_dual(p, u[name]) if name in u else p for name, p in params.items()}
+    return {name: make_dual(p, u[name]) if name in u else p for name, p in params.items()}
 
 
+def _set_grad_enabled(enabled: bool) -> None:
+    """`torch.no_grad()` stops tangents, too, which torch alone lets pass."""
+    if enabled != torch.is_grad_enabled():
+        torch._C._set_fwd_grad_enabled(enabled)
+    torch._C._set_grad_enabled(enabled)
+
+
+_RULES: Functions = {
+    torch._C._set_grad_enabled: _set_grad_enabled,
+    **{func: partial(with_formula, func) for func in FORMULAS},
+}
 _TAKEN = (
     "torch has one level of dual numbers for the whole process, and a block of torch.autograd.forward_ad is open "
     "outside of this call or in another thread; end it first, or use reverse mode"

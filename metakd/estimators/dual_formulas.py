@@ -20,8 +20,20 @@ class _Argument(NamedTuple):
     tangent: Tensor | None
 
 
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """`forward_ad.make_dual` without its checks, which take longer than a small tensor's kernel."""
+    dual: Tensor = torch._make_dual(value, tangent, level=forward_ad._current_level)
+    return dual
+
+
+def with_formula(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of an operation with a formula here; torch's own if it does not apply."""
+    found = dual_formula(func, args, kwargs)
+    return func(*args, **kwargs) if found is None else found
+
+
 def dual_formula(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The dual result of an operation with a formula here; None for any other, or without dual arguments.
+    """The dual result of an operation with a formula here; None without dual arguments, or where it does not apply.
 
     Examples:
         >>> with forward_ad.dual_level():
@@ -29,19 +41,18 @@ def dual_formula(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         ...     tuple(forward_ad.unpack_dual(dual_formula(torch.sub, (3, x), {})))
         (tensor([2.]), tensor([-5.]))
     """
-    formula = FORMULAS.get(func)
-    if formula is None or not torch._C._is_fwd_grad_enabled():
+    if not torch._C._is_fwd_grad_enabled():
         return None
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if not tensors or not all(map(_plain, tensors)) or torch.is_autocast_enabled(tensors[0].device.type):
         return None
-    if all(forward_ad.unpack_dual(x).tangent is None for x in tensors):
+    pairs = {id(x): _Argument(*torch._unpack_dual(x, level=forward_ad._current_level)) for x in tensors}
+    if all(pair.tangent is None for pair in pairs.values()):
         return None
-    found = formula(func, *args, **kwargs)
-    if found is None:
-        return None
-    dual: Tensor = forward_ad.make_dual(*found)
-    return dual
+    found = FORMULAS[func](
+        func, *(pairs.get(id(x), x) for x in args), **{name: pairs.get(id(x), x) for name, x in kwargs.items()}
+    )
+    return None if found is None else make_dual(*found)
 
 
 def _plain(value: Tensor) -> bool:
@@ -50,7 +61,7 @@ def _plain(value: Tensor) -> bool:
 
 
 def _apart(value: Any) -> _Argument:
-    return _Argument(*forward_ad.unpack_dual(value)) if isinstance(value, Tensor) else _Argument(value, None)
+    return value if isinstance(value, _Argument) else _Argument(value, None)
 
 
 def _product(func: Callable[..., Any], left: Any, right: Any, **options: Any) -> tuple[Tensor, Tensor] | None:
@@ -94,12 +105,12 @@ def _linear(func: Callable[..., Any], input: Any, weight: Any, bias: Any = None)
 
 
 def _log_softmax(
-    func: Callable[..., Any], input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None
+    func: Callable[..., Any], input: Any, dim: Any = None, *dtype: Any, **options: Any
 ) -> tuple[Tensor, Tensor] | None:
     """Log p = log softmax(z) has the tangent z' - <p, z'>."""
-    if dim is None or dtype is not None:
+    if dim is None or dtype or options.get("dtype") is not None:
         return None
-    z, moved = _apart(input)
+    z, moved = input
     assert moved is not None  # the only tensor
     value = torch.log_softmax(z, dim)
     return value, moved - (value.exp() * moved).sum(dim, keepdim=True)
@@ -112,5 +123,5 @@ FORMULAS: dict[Any, Callable[..., tuple[Tensor, Tensor] | None]] = {
     **dict.fromkeys((torch.sub, Tensor.sub), _sum((1, -1))),
     Tensor.__rsub__: _sum((-1, 1)),
     F.linear: _linear,
-    F.log_softmax: _log_softmax,
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
 }

@@ -137,14 +137,14 @@ def _in_meta(
     weighted: WeightedLosses, meta: Params, batch: Any, tangent: Tensor, through: ThroughTerms, **options: Any
 ) -> Gradients:
     """The gradient in meta of (1/B) sum_ik w_ik times the losses' tangent; call it outside of dual numbers."""
-    weights = weighted.weights(meta, batch)
+    weights, size = weighted.weights(meta, batch), tangent.shape[0]
     if weighted.given is None:
-        found = gradients((weights * (tangent / len(tangent))).sum(), meta)
+        found = gradients((weights * (tangent / size)).sum(), meta)
     else:
-        found = {**dict.fromkeys(meta), weighted.given: tangent / len(tangent)}
+        found = {**dict.fromkeys(meta), weighted.given: tangent / size}
     if not weighted.learned:
         return found
-    return added(found, dict.fromkeys(meta) | through.product(weights.detach() / len(tangent), **options))
+    return added(found, dict.fromkeys(meta) | through.product(weights.detach() / size, **options))
 
 
 def _compare_learned(

@@ -12,6 +12,7 @@ from metakd.estimators.answer import answer
 from metakd.estimators.problem import Problem
 from metakd.estimators.result import Hypergradient
 from metakd.inner import Params
+from metakd.inner.repaired import only_scales
 
 Products = Callable[[Problem, Params, Params, Any, Params], tuple[Gradients, Gradients]]
 """(problem, params, meta, batch, u) -> products of u with the inner loss's second derivatives, in params and in meta.
@@ -148,6 +149,10 @@ def _plus(adjoints: _Adjoints, products: Gradients) -> _Adjoints:
 
 def _through_update(problem: Problem, kept: _Kept, adjoints: _Adjoints) -> tuple[_Adjoints, Params, Gradients]:
     """Pull the adjoints back through one optimizer update; also gives the gradient's cotangent u."""
+    if only_scales(optimizer := problem.optimizer(problem.meta_params)):
+        along = {name: None if g is None else adjoints.params[name] for name, g in kept.gradient.items()}
+        u = optimizer.update(along, kept.state, params=kept.params, inplace=False)[0]
+        return adjoints, {name: a for name, a in u.items() if a is not None}, dict.fromkeys(problem.meta_params)
     theta, meta = leaves(kept.params), leaves(problem.meta_params)
     g = leaves({name: value for name, value in kept.gradient.items() if value is not None})
     state = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, kept.state)

@@ -9,7 +9,7 @@ from metakd._autodiff import Params
 from metakd._basics.together import scaled
 from metakd.inner.groups import Optimizers, held_groups, required_rate
 from metakd.inner.real import as_real
-from metakd.inner.repaired import own
+from metakd.inner.repaired import own, scales
 from metakd.inner.rules import Group, Rule, State, rule_of
 from metakd.inner.state import numbers_off_device, started
 from metakd.inner.transformation import GradientTransformation
@@ -69,7 +69,7 @@ def plain_sgd(optimizer: Optimizers, params: Params) -> InnerOptimizer:
             moved.update(zip(present, scaled([updates[name] for name in present], -rate), strict=True))
         return moved, state
 
-    return InnerOptimizer(own(GradientTransformation(lambda params: (), update)), ())
+    return InnerOptimizer(scales(GradientTransformation(lambda params: (), update)), ())
 
 
 def mirror(optimizer: Optimizers, params: Params) -> InnerOptimizer:

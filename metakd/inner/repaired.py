@@ -57,3 +57,17 @@ def own(transformation: GradientTransformation) -> GradientTransformation:
     """
     transformation.update._metakd_own = True  # type: ignore[attr-defined]
     return transformation
+
+
+def scales(transformation: GradientTransformation) -> GradientTransformation:
+    """Mark a transformation as `own`, and as one without state that multiplies each gradient by a number.
+
+    Such an update is its own transpose, so that cotangents need no graph to pass back through it.
+    """
+    transformation.update._metakd_scales = True  # type: ignore[attr-defined]
+    return own(transformation)
+
+
+def only_scales(transformation: GradientTransformation) -> bool:
+    """Whether it has the mark of `scales`."""
+    return getattr(transformation.update, "_metakd_scales", False)

@@ -157,12 +157,11 @@ def _checked(name: str, loss: Any, size: int, source: str) -> Tensor:
             "every other dimension with .sum(dim) or .mean(dim); if the batch has another number of samples, pass it "
             "as Batch(size=...)"
         )
-    if loss.is_complex():
-        raise MetaKDError(
-            f"term {name!r} returned {loss.dtype}, but a loss must be real; return its .abs() or its .real"
-        )
-    if not loss.is_floating_point():
-        raise MetaKDError(f"term {name!r} returned {loss.dtype}, which has no gradient; return a floating tensor")
+    dtype = loss.dtype
+    if dtype.is_complex:
+        raise MetaKDError(f"term {name!r} returned {dtype}, but a loss must be real; return its .abs() or its .real")
+    if not dtype.is_floating_point:
+        raise MetaKDError(f"term {name!r} returned {dtype}, which has no gradient; return a floating tensor")
     return loss
 
 

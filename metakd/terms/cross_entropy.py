@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,4 +59,4 @@ class CrossEntropy:
         labels = class_indices(z, batch)
         if self.label_smoothing:
             return F.cross_entropy(z, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return F.nll_loss(F.log_softmax(z, dim=1), labels, reduction="none")
+        return F.nll_loss(torch.log_softmax(z, dim=1), labels, reduction="none")

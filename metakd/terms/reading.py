@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakd._basics.checks import check, checked_before
+from metakd._basics.checks import check, checked_before, once
 from metakd._basics.sizes import is_integer
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
@@ -33,12 +33,12 @@ def logits(outputs: Any) -> Tensor:
         torch.Size([2, 3])
     """
     found = tensor_in(outputs)
-    if found is None or found.ndim != 2 or not found.is_floating_point():
+    if found is None or found.ndim != 2 or not (dtype := found.dtype).is_floating_point:
         raise MetaKDError(
             f"expected logits of shape (B, C), as a floating tensor or as an object's .logits, got "
             f"{describe(outputs)}; let the model return them, or write a term of your own{_instead(found)}"
         )
-    return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+    return found.float() if dtype in (torch.float16, torch.bfloat16) else found
 
 
 def class_logits(outputs: Any) -> Tensor:
@@ -56,7 +56,6 @@ def class_logits(outputs: Any) -> Tensor:
 
 def class_indices(student: Tensor, batch: Batch) -> Tensor:
     """Return `batch.targets` as int64 class indices `(B,)` in the range of the `(B, C)` logits, or raise."""
-    size, classes = student.shape
     targets = batch.targets
     if targets is None:
         raise MetaKDError(
@@ -64,9 +63,15 @@ def class_indices(student: Tensor, batch: Batch) -> Tensor:
         )
     if not isinstance(targets, Tensor):
         raise MetaKDError(
-            f"batch.targets must be a tensor of {size} class indices, got {type(targets).__name__}; convert "
-            "it with torch.as_tensor"
+            f"batch.targets must be a tensor of {student.shape[0]} class indices, got {type(targets).__name__}; "
+            "convert it with torch.as_tensor"
         )
+    found: Tensor = once(targets, ("labels", student.shape, student.device), lambda: _indices(student, targets))
+    return found
+
+
+def _indices(student: Tensor, targets: Tensor) -> Tensor:
+    size, classes = student.shape
     if targets.shape != (size,) or not is_integer(targets):
         raise MetaKDError(
             f"batch.targets must hold integer class indices of shape ({size},), one for each row of the "

@@ -62,18 +62,20 @@ class SoftTarget(Softened):
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         """Return the loss of each sample, shape `(B,)`."""
         student = class_logits(outputs)
-        teacher, mass = self._of_teacher(teacher_logits(student, batch), tensor_in(batch.teacher))
+        teacher, mass = self._of_teacher(student, batch)
         return self._divergence(of=teacher, given=softened(student, self.temperature), mass=mass)
 
-    def _of_teacher(self, logits: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The teacher's log probabilities and their mass; `given` is the tensor that stays the same in a call."""
+    def _of_teacher(self, student: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's log probabilities and their mass, which stay the same in a call."""
 
         def both() -> tuple[Tensor, Tensor]:
-            found = softened(logits, self.temperature / self.power)
+            found = softened(teacher_logits(student, batch), self.temperature / self.power)
             return found, mass_of(found, self.temperature)
 
-        assert given is not None  # its logits were read
-        known: tuple[Tensor, Tensor] = once(given, (type(self), self.temperature, self.power, logits.dtype), both)
+        if (given := tensor_in(batch.teacher)) is None:
+            return both()  # which raises
+        key = type(self), self.temperature, self.power, student.shape, student.dtype, student.device
+        known: tuple[Tensor, Tensor] = once(given, key, both)
         return known
 
 

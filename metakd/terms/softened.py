@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metakd.errors import MetaKDError
@@ -44,7 +43,7 @@ def mass_of(of: Tensor, temperature: float | Tensor) -> Tensor:
 def softened(z: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """`log softmax(z / T)` of each row, clamped at the smallest finite number."""
     # A log probability of -inf (masked class, overflow) would give 0 * inf = NaN in the divergence.
-    return floored(F.log_softmax(z / temperature, dim=1))
+    return floored(torch.log_softmax(z / temperature, dim=1))
 
 
 def floored(z: Tensor, share: float = 1.0) -> Tensor:
@@ -55,7 +54,7 @@ def floored(z: Tensor, share: float = 1.0) -> Tensor:
     It is clamp(min=lowest), whose derivatives take two kernels more.
     """
     lowest = share * torch.finfo(z.dtype).min
-    return F.threshold(z, lowest, lowest)
+    return torch.threshold(z, lowest, lowest)
 
 
 def log_masses(parts: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakd._basics.positive_int import positive_int
+from metakd._virtual.precision import as_written
 from metakd.batch import Batch
 from metakd.errors import MetaKDError
 from metakd.weighting.base import output_map
@@ -87,13 +88,11 @@ class LossMLP(nn.Module):
                 f"model as LossMLP(features={features.shape[-1] if features.ndim == 2 else 'F'}, ...) or "
                 "change the features function to return one row of numbers per sample"
             )
-        with torch.autocast(features.device.type, enabled=False), self._quiet_first_batch(features):
+        with as_written(features.device.type), nullcontext() if known else self._quiet_first_batch(features):
             return output_map(self.output).apply(self.layers(features.to(first.weight.dtype)))
 
     def _quiet_first_batch(self, features: Tensor) -> AbstractContextManager[None]:
         # A lazy layer draws its weights in the first batch. That must not change the training's random numbers.
-        if not is_lazy(next(self.parameters())):
-            return nullcontext()
         return torch.random.fork_rng([features.device] if features.is_cuda else [])
 
 

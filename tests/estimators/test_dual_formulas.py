@@ -91,8 +91,11 @@ def test_linear(moving, arguments, shape):
 def test_log_softmax(dim):
     z = numbers((4, 3), 0)
     z[1, 2] = -torch.inf  # a masked class
-    compare(lambda z: F.log_softmax(z, dim=dim), [z], (0,))
-    compare(lambda z: F.log_softmax(z, dim=dim, dtype=torch.float64), [z.float()], (0,))
+    for function in (F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax):
+        compare(lambda z: function(z, dim=dim), [z], (0,))  # noqa: B023
+        compare(lambda z: function(z, dim), [z], (0,))  # noqa: B023
+        compare(lambda z: function(z, dim=dim, dtype=torch.float64), [z.float()], (0,))  # noqa: B023
+    compare(lambda z: torch.log_softmax(z, dim, torch.float64), [z.float()], (0,))
 
 
 def test_a_result_shares_no_memory_with_its_arguments():
