@@ -5,7 +5,6 @@ import sys
 
 import hypothesis.strategies as st
 import numpy
-import pytest
 import torch
 from hypothesis import given
 
@@ -69,26 +68,3 @@ def test_numpy_that_was_not_imported_is_left_alone(monkeypatch):
     state.restore()
     assert (torch.rand(3).tolist(), random.random()) == first
     assert numpy.random.rand(2).tolist() == expected
-
-
-@pytest.mark.parametrize("before", [0, 1, 2])
-def test_a_normal_number_that_numpy_has_left_is_repeated(before):
-    numpy.random.seed(3)
-    for _ in range(before):
-        numpy.random.randn()
-    state = RngState.capture([])
-    first = numpy.random.randn()
-    between = RngState.capture([])  # its numbers may be the same, as every second normal number was drawn before
-    second = numpy.random.randn()
-    for start, expected in ((state, first), (between, second), (state, first)):
-        start.restore()
-        assert numpy.random.randn() == expected
-    assert not state.same(between)
-
-
-def test_a_saved_state_is_restored():
-    numpy.random.seed(3)
-    saved = RngState.capture([]).plain()
-    first = numpy.random.rand()
-    RngState.from_plain(saved).restore()
-    assert numpy.random.rand() == first

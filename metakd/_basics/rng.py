@@ -1,6 +1,5 @@
 """The state of all random number generators: captured, and restored."""
 
-import ctypes
 import random
 import sys
 from collections.abc import Iterable, Mapping
@@ -42,11 +41,12 @@ class RngState(NamedTuple):
             >>> torch.equal(first, torch.rand(3))
             True
         """
+        numpy = sys.modules.get("numpy")
         return cls(
             torch.get_rng_state(),
             {} if capturing() else {d.index or 0: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
             random.getstate(),
-            _of_numpy() if "numpy" in sys.modules else None,
+            numpy.random.get_state() if numpy is not None else None,
         )
 
     def restore(self) -> None:
@@ -56,7 +56,7 @@ class RngState(NamedTuple):
             torch.cuda.set_rng_state(state, index)
         if self.python is not None:
             random.setstate(self.python)
-        if self.numpy is not None and not _is_at(self.numpy):
+        if self.numpy is not None:
             import_module("numpy").random.set_state(self.numpy)
 
     def same(self, other: "RngState") -> bool:
@@ -75,33 +75,3 @@ class RngState(NamedTuple):
         """Rebuild a state from `plain()`, without CUDA devices that this machine lacks."""
         cuda = {i: s for i, s in dict(state["cuda"]).items() if i < torch.cuda.device_count()}
         return cls(state["cpu"], cuda, state.get("python"), state.get("numpy"))
-
-
-_last: tuple[Any, bytes | None] = None, None
-"""NumPy's state when it was last read, and the generator's memory then. To compare the memory takes 1 microsecond, to
-read or set a state 30."""
-
-
-def _of_numpy() -> Any:
-    global _last
-    if not _is_at(_last[0]):
-        state = import_module("numpy").random.get_state()
-        # Every draw moves the memory, but one of a normal number that the draw before has left.
-        _last = state, None if state[3] else _memory()
-    return _last[0]
-
-
-def _is_at(state: Any) -> bool:
-    """Whether NumPy's generator is known to be where this state was read."""
-    return state is _last[0] and _last[1] is not None and _last[1] == _memory()
-
-
-def _memory() -> bytes | None:
-    """The numbers and the position of NumPy's generator, if it is the Mersenne twister of the default."""
-    numpy = sys.modules.get("numpy") or import_module("numpy")
-    bits = numpy.random.mtrand._rand._bit_generator
-    known = type(bits) is numpy.random.MT19937
-    return ctypes.string_at(bits.ctypes.state_address, _BYTES) if known else None
-
-
-_BYTES = 625 * 4  # 624 numbers and a position
