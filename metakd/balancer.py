@@ -239,8 +239,8 @@ class BilevelLossBalancer:
     def capture(self, iteration: Callable[..., Any], *, check_every: int = 100) -> Callable[..., Any]:
         """Make an iteration of a training loop one CUDA graph, so that a GPU need not wait for Python.
 
-        The result takes the same batches. Its first three calls run the iteration as written, the fourth captures it,
-        and from then on a call copies the batches' tensors and replays the graph. It is captured anew when something
+        The result takes the same batches. Its first calls run the iteration as written, a later one captures it, and
+        from then on a call copies the batches' tensors and replays the graph. It is captured anew when something
         changes that a graph holds as a constant: numbers of the optimizers, such as learning rates; modules, their
         modes and attributes; hooks; terms; the memory of parameters. Batches of another shape have a graph of their
         own. Without a GPU every call runs as written.

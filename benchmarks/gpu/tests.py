@@ -31,7 +31,7 @@ ON_DEVICE = (".*on CUDA torch's own kernels have second derivatives", "Sparse in
 OF_THE_CPU = {
     "test_the_numbers_of_layer_norm": "numbers that the CPU's generator drew",
     "test_they_are_finite_differences[det-": "matrices that the GPU's generator draws are nearly singular",
-    "weight_norm": "on a GPU torch's kernel takes a root in float32, also of float64; test_gpu.py has it",
+    "weight_norm": "differences of the GPU's kernel are rough, also in float64; test_gpu.py has it",
     "before_it[lstm": "cuDNN's has no double backward, which a function of one's own is told",
     "before_it[gru": "likewise",
     "before_it[rnn": "likewise",

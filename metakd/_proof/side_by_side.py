@@ -62,7 +62,7 @@ def compare_passes(objective: Objective) -> Compared | None:
 def same_losses(one: Tensor, other: Tensor) -> bool:
     """Whether two passes gave the same losses, to rounding."""
     try:
-        check_losses(one, other, [""] * one.shape[1], tolerance_of(one), "")
+        check_losses(one, other, [""] * one.shape[1], tolerance_of(one, other_kernels=True), "")
     except MetaKDError:
         return False
     return True
@@ -76,7 +76,7 @@ def _compared(one: Pass, real: RealResult, *, moved: bool) -> Tensor:
     with blamed(f"a virtual pass in {dtypes} over {one.what}, unlike the real one ({other}),"):
         virtual = one.virtual(theta)
         repeated = virtual if moved else one.virtual(theta)
-    limit = max(tolerance_of(virtual), real.limit)  # virtual passes may have finer arithmetic
+    limit = max(tolerance_of(virtual, other_kernels=True), real.limit)  # virtual passes may have finer arithmetic
     where = f"{one.what}, with the parameters moved a little," if moved else one.what
     for losses in (virtual, repeated):  # a state that alternates may fit once
         check_losses(real.losses, losses.detach(), list(one.terms), limit, where)
