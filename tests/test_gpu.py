@@ -13,7 +13,7 @@ ROUGH = {"weight_norm": 1e-2}  # differences of torch's fused CUDA kernel are no
 
 
 @pytest.mark.parametrize("estimator", [OneStep(), OneStep("reverse"), Adjoint()], ids=str)
-@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].true_slope])
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].true_slope and name != "lstm_dropout"])
 @pytest.mark.filterwarnings("ignore:.*no forward.mode", "ignore:RNN module weights are not part of single contiguous")
 def test_a_hypergradient_is_finite_differences(name, estimator):
     student, *batches = meet(name)

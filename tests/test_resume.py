@@ -332,3 +332,18 @@ def test_whatever_is_loaded_fits_or_is_refused(data):
         assert_same(mine.balancer.state_dict()["weighting"], state["weighting"])
         assert_same(mine.balancer.state_dict()["pending"], state["pending"])
     assert repr(state) == repr(given_state)
+
+
+def test_a_state_of_a_captured_iteration_goes_on_on_a_cpu():
+    """On a GPU `capture` lets Adam count there, which torch refuses on a CPU."""
+    student = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    balancer = BilevelLossBalancer(student, {"hard": CrossEntropy()}, optimizer=optimizer)
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    balancer(batch, batch)
+    state = balancer.state_dict()
+    for group in state["weighting_optimizer"]["param_groups"]:
+        group["capturable"] = True
+    balancer.load_state_dict(state)
+    balancer(batch, batch)
+    assert not any(group["capturable"] for group in balancer.weighting_optimizer.param_groups)

@@ -381,6 +381,21 @@ def test_gated_cells_have_no_forward_mode_on_cuda(monkeypatch):
         assert finding.level == level and not finding.forward_mode
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_layers_of_cudnn_is_refused(kind, monkeypatch):
+    student = LastState(kind(4, 5, num_layers=2, dropout=0.5))
+    assert not about(student, "cuDNN's dropout")
+    monkeypatch.setattr(kind, "parameters", lambda self: [SimpleNamespace(is_cuda=True)])
+    (finding,) = about(student, "cuDNN's dropout")
+    assert finding.level == "error"
+    assert not about(student.eval(), "cuDNN's dropout")
+    student.train().rnn.dropout = 0.0
+    assert not about(student, "cuDNN's dropout")
+    student.rnn.dropout = 0.5
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert not about(student, "cuDNN's dropout")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 def test_gated_cells_on_a_cuda_device(cell):

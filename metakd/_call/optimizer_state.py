@@ -63,6 +63,8 @@ def load_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer, where: st
     optimizer.load_state_dict(copy.deepcopy(saved))
     for group, names in zip(optimizer.param_groups, settings, strict=True):
         check_keys(group, dict.fromkeys(names), where, f"{key}.param_groups" if key else "param_groups", known=group)
+        if group.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
+            group["capturable"] = False  # saved on a GPU; on a CPU torch refuses to step with it
 
 
 def _fits(value: Tensor, p: Tensor) -> bool:

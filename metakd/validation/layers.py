@@ -81,6 +81,18 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             "Use reverse mode, which mode='auto' falls back to: as exact, with more time and memory",
             forward_mode=False,
         )
+    dropping = [(name, m) for name, m in subject.training(nn.RNNBase) if m.dropout and m.num_layers > 1]
+    if torch.backends.cudnn.enabled and (
+        found := [(n, m) for n, m in dropping if any(p.is_cuda for p in m.parameters())]
+    ):
+        yield Finding(
+            "error",
+            places(found),
+            "on CUDA cuDNN's dropout between layers draws other numbers than torch's own kernels, which virtual steps "
+            "run, so the losses would differ",
+            "Use dropout=0 and nn.Dropout between recurrent layers of one layer each, or train with "
+            "torch.backends.cudnn.enabled = False",
+        )
 
 
 def weight_norm(subject: Subject) -> Iterator[Finding]:
