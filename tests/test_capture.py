@@ -110,7 +110,8 @@ def test_an_iteration_that_is_never_captured_says_what_changes(graphs):
     rate = [0]
     step = graphs(lambda x: None, Host(lambda: {"the rate": rate[0], "the modules": 1}))
     with pytest.warns(UserWarning, match="was not captured in a CUDA graph, .* from call to call: the rate. It"):
-        for rate[0] in range(module._PATIENCE + 5):
+        for number in range(module._PATIENCE + 5):
+            rate[0] = number // 3
             step(torch.ones(2))
     assert not graphs.captured
 

@@ -137,7 +137,8 @@ class Replay:
         return replay
 
     def _warn_if_never_captured(self) -> None:
-        if self._calls == _PATIENCE:
+        if self._calls >= _PATIENCE:
+            self._calls = 0
             warnings.warn(
                 f"in {_PATIENCE} calls this iteration was not captured in a CUDA graph, because what a graph would "
                 f"hold as a constant changes from call to call: {', '.join(sorted(self._unsteady))}. It runs as "
