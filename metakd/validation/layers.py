@@ -81,10 +81,9 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             "Use reverse mode, which mode='auto' falls back to: as exact, with more time and memory",
             forward_mode=False,
         )
-    dropping = [(name, m) for name, m in subject.training(nn.RNNBase) if m.dropout and m.num_layers > 1]
-    if torch.backends.cudnn.enabled and (
-        found := [(n, m) for n, m in dropping if any(p.is_cuda for p in m.parameters())]
-    ):
+    layered = [(name, m) for name, m in subject.training(nn.RNNBase) if m.dropout and m.num_layers != 1]
+    found = [(name, m) for name, m in layered if any(p.is_cuda for p in m.parameters())]
+    if torch.backends.cudnn.enabled and found:
         yield Finding(
             "error",
             places(found),
