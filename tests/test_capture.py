@@ -74,6 +74,14 @@ def test_the_graph_reads_each_call_s_values(graphs):
     assert seen == [2.0 * value for value in range(8)] and len(graphs.captured) == 1
 
 
+def test_a_replay_allocates_nothing_for_its_batches(graphs, monkeypatch):
+    step, made, shape = graphs(lambda x: None), [], module._Shape
+    monkeypatch.setattr(module, "_Shape", lambda *arguments: made.append(arguments) or shape(*arguments))
+    for _ in range(WARM_UP + 5):
+        step(torch.ones(2))
+    assert len(made) == 1
+
+
 def test_a_batch_of_another_shape_has_a_graph_of_its_own(graphs):
     seen = []
     step = graphs(lambda x: seen.append(len(x)))

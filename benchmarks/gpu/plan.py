@@ -83,20 +83,10 @@ class Plan:
     def _tests(self, name: str, limit: float, *options: str) -> Iterator[Job]:
         """In parts that run side by side."""
         for part in range(self.parts):
-            output = str(self.output / f"{name}-{part + 1}")
-            command = (
-                "-m",
-                "benchmarks.gpu.tests",
-                "--output",
-                output,
-                "--part",
-                str(part),
-                "--parts",
-                str(self.parts),
-            )
-            needs = ("pytest", "hypothesis")
-            seconds, job = limit * self.scale, f"{name}-{part + 1}"
-            yield Job(job, (*command, *options), seconds, packages=needs, stops=True, beside=True)
+            job, needs = f"{name}-{part + 1}", ("pytest", "hypothesis")
+            which = ("--part", str(part), "--parts", str(self.parts), *options)
+            command = ("-m", "benchmarks.gpu.tests", "--output", str(self.output / job), *which)
+            yield Job(job, command, limit * self.scale, packages=needs, stops=True, beside=True)
 
     def _cost(self) -> Iterator[Job]:
         yield self._measured("overhead", "benchmarks/overhead.py", 75, "--cases", *self.overhead)

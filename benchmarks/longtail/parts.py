@@ -8,13 +8,9 @@ from torch import Tensor, nn
 
 from metakd import Batch
 from metakd.terms import CrossEntropy, Term
+from metakd.terms.counts import log_prior
 from metakd.terms.softened import divergence, softened
 from metakd.weighting import GroupTable
-
-
-def log_prior(counts: Sequence[int]) -> Tensor:
-    """(C,) logarithms of the classes' shares."""
-    return (torch.tensor(counts, dtype=torch.float32) / sum(counts)).log()
 
 
 class LearnedLabel(nn.Module):
@@ -30,7 +26,7 @@ class LearnedLabel(nn.Module):
     def __init__(self, counts: Sequence[int], term: Term | None = None) -> None:
         super().__init__()
         self.term = CrossEntropy() if term is None else term
-        self.offset = nn.Parameter(log_prior(counts))
+        self.offset = nn.Parameter(log_prior(counts, 1.0).values.float())
         self.log_scale = nn.Parameter(torch.zeros(len(counts)))
 
     def forward(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -50,7 +46,7 @@ class LearnedTeacher(nn.Module):
 
     def __init__(self, counts: Sequence[int], temperature: float = 4.0) -> None:
         super().__init__()
-        self.offset = nn.Parameter(log_prior(counts))
+        self.offset = nn.Parameter(log_prior(counts, 1.0).values.float())
         self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
 
     def forward(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -73,7 +69,7 @@ class ByTeacher(nn.Module):
     def __init__(self, counts: Sequence[int], terms: int) -> None:
         super().__init__()
         self.table = GroupTable("index", 2 * len(counts), terms, init=1.0, output="softplus")
-        self.register_buffer("prior", log_prior(counts))
+        self.register_buffer("prior", log_prior(counts, 1.0).values.float())
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
         """(B, M) weights."""

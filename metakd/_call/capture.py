@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metakd._basics.positive_int import positive_int
 from metakd._basics.rng import capturing
+from metakd._basics.together import copy_into
 from metakd._call.replay import Constants, Host, Replay
 from metakd.errors import MetaKDError
 from metakd.inner.groups import optimizers
@@ -88,9 +89,8 @@ class _Balancer(Host):
 
         def before() -> None:
             now = balancer._step.pending
-            for name, total in start.total.items():
-                if now.total[name] is not total:
-                    total.copy_(now.total[name])
+            if now is not start:
+                copy_into(list(start.total.values()), [now.total[name] for name in start.total])
 
         def after() -> None:
             balancer._report, balancer._late, balancer._step.pending = report, checks, end
@@ -136,12 +136,14 @@ def state_of(optimizer: torch.optim.Optimizer) -> Hashable:
 
 def make_capturable(optimizer: torch.optim.Optimizer | None) -> None:
     """Let an optimizer count its steps on the device, if it is one that counts: a graph cannot count otherwise."""
-    for group in [] if optimizer is None else optimizer.param_groups:
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
         if group.get("capturable") is False:
             group["capturable"] = True
             for p in group["params"]:
-                if torch.is_tensor(step := optimizer.state.get(p, {}).get("step")):  # type: ignore[union-attr]
-                    optimizer.state[p]["step"] = step.to(p.device)  # type: ignore[union-attr]
+                if isinstance(step := optimizer.state.get(p, {}).get("step"), Tensor):
+                    optimizer.state[p]["step"] = step.to(p.device)
 
 
 def _memory_of(modules: Iterable[nn.Module]) -> Iterator[Hashable]:

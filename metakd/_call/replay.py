@@ -84,7 +84,9 @@ class Replay:
         kind = repr(map_tensors(_described, items))
         if kind not in self._shapes and len(self._shapes) == _MOST:
             return self.iteration(*items)
-        shape = self._shapes.setdefault(kind, _Shape(items, self.device))
+        if kind not in self._shapes:
+            self._shapes[kind] = _Shape(items, self.device)
+        shape = self._shapes[kind]
         shape.fill(items)
         phase = self.host.phase()
         if phase not in shape.replays:

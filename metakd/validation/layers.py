@@ -1,7 +1,7 @@
 """Findings about a student's layers."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             HANDLED,
         )
     gated = subject.layers(nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
-    if found := [(name, m) for name, m in gated if any(p.is_cuda for p in m.parameters())]:
+    if found := _on_cuda(gated):
         forward = subject.needs_forward_mode
         yield Finding(
             "error" if forward else "warning",
@@ -82,8 +82,7 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             forward_mode=False,
         )
     layered = [(name, m) for name, m in subject.training(nn.RNNBase) if m.dropout and m.num_layers != 1]
-    found = [(name, m) for name, m in layered if any(p.is_cuda for p in m.parameters())]
-    if torch.backends.cudnn.enabled and found:
+    if torch.backends.cudnn.enabled and (found := _on_cuda(layered)):
         yield Finding(
             "error",
             places(found),
@@ -92,6 +91,10 @@ def recurrent(subject: Subject) -> Iterator[Finding]:
             "Use dropout=0 and nn.Dropout between recurrent layers of one layer each, or train with "
             "torch.backends.cudnn.enabled = False",
         )
+
+
+def _on_cuda(layers: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in layers if any(p.is_cuda for p in m.parameters())]
 
 
 def weight_norm(subject: Subject) -> Iterator[Finding]:
